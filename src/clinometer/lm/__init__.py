@@ -1,0 +1,1 @@
+"""The language model, as pure functions of a weights dict, and a module that holds the weights."""

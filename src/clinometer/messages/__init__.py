@@ -1,0 +1,77 @@
+"""Every sentence Clinometer shows to a person, in English and Chinese.
+
+The sentences are data (`en.toml`, `zh.toml`: the same keys, the same placeholders). Code raises or
+reports a *key* with values, and the sentence is made when somebody reads it:
+
+    raise InputError("model.heads", d_model=100, num_heads=3)
+    say("run.done", steps=2000)
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+LANGUAGES = ("en", "zh")
+
+_chosen: str | None = None
+
+
+def set_language(name: str | None) -> None:
+    """Fix the language of this process; `None` returns to the environment's choice."""
+    global _chosen
+    if name is not None and name not in LANGUAGES:
+        raise InputError("messages.language", given=name, known=", ".join(LANGUAGES))
+    _chosen = name
+
+
+def current_language() -> str:
+    """`set_language`'s choice, else CLINOMETER_LANG, else the locale (LC_ALL, LC_MESSAGES, LANG), else "en"."""
+    if _chosen is not None:
+        return _chosen
+    for variable in ("CLINOMETER_LANG", "LC_ALL", "LC_MESSAGES", "LANG"):
+        value = os.environ.get(variable)
+        if value:
+            return "zh" if value.lower().startswith("zh") else "en"
+    return "en"
+
+
+@cache
+def sentences(language: str) -> dict[str, str]:
+    """All sentences of one language, by dotted key."""
+    with files(__name__).joinpath(f"{language}.toml").open("rb") as file:
+        return dict(_flatten(tomllib.load(file)))
+
+
+def say(key: str, language: str | None = None, /, **values: Any) -> str:
+    """The sentence `key` with `values` in its places, in `language` (default: `current_language()`)."""
+    return sentences(language or current_language())[key].format(**values)
+
+
+class InputError(ValueError):
+    """Something given from outside cannot be used; says what, the value, and the remedy.
+
+    The command line prints it as one paragraph and exits with 2.
+    """
+
+    def __init__(self, key: str, /, **values: Any) -> None:
+        super().__init__(key, values)
+        self.key = key
+        self.values = values
+
+    def __str__(self) -> str:
+        return say(self.key, **self.values)
+
+    def render(self, language: str) -> str:
+        return say(self.key, language, **self.values)
+
+
+def _flatten(table: dict[str, Any], prefix: str = "") -> Any:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,1 @@
+"""The optimizers, learning-rate schedules and gradient clipping."""
