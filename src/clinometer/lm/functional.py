@@ -13,7 +13,7 @@ normalisation and the attention), and casts what the equation needs in float32 u
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,7 @@ BLOCK_WEIGHTS = (
 )
 
 
+@runtime_checkable
 class LayerCache(Protocol):
     """Keys and values of earlier positions, kept by the caller between calls (see generate.py)."""
 
@@ -63,7 +64,7 @@ def embedding(token_ids: Int[Tensor, "*batch"], weight: Float[Tensor, "V D"]) ->
 
 
 def rms_norm(
-    x: Float[Tensor, "*batch D"], weight: Float[Tensor, "D"], eps: float = RMS_NORM_EPS
+    x: Float[Tensor, "*batch D"], weight: Float[Tensor, " D"], eps: float = RMS_NORM_EPS
 ) -> Float[Tensor, "*batch D"]:
     """y = w ⊙ x / √(mean(x²) + ε), the mean over D. Source: Zhang & Sennrich 2019."""
     return F.rms_norm(x, weight.shape, weight, eps)

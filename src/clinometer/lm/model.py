@@ -126,8 +126,11 @@ class TransformerLM(nn.Module):
         return self._head_loss(self.hidden(token_ids), self.lm_head.weight, targets, reduction)
 
     def compile_parts(self) -> None:
-        """Compile each block and the loss, not the whole model: seconds instead of tens, and the embedding's
-        backward stays out of it, which compiled adds up atomically in an order that changes (no exact resume)."""
+        """Compile each block and the loss, not the whole model.
+
+        It takes seconds instead of tens, and leaves out the embedding's backward, which when compiled adds
+        up atomically in an order that changes from run to run: no exact resume.
+        """
         for block in self.layers:
             block.compile()
         if self.config.vocab_size < CHUNKED_LOSS_VOCABULARY:

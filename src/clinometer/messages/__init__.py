@@ -29,7 +29,7 @@ def set_language(name: str | None) -> None:
 
 
 def current_language() -> str:
-    """`set_language`'s choice, else CLINOMETER_LANG, else the locale (LC_ALL, LC_MESSAGES, LANG), else "en"."""
+    """`set_language`'s choice, else CLINOMETER_LANG, else the locale, else "en"."""
     if _chosen is not None:
         return _chosen
     for variable in ("CLINOMETER_LANG", "LC_ALL", "LC_MESSAGES", "LANG"):

@@ -1,0 +1,32 @@
+"""Shapes in annotations are checked while the tests run; the library itself pays nothing for them."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["CLINOMETER_LANG"] = "en"
+
+from jaxtyping import install_import_hook
+
+install_import_hook("clinometer.lm.functional", "beartype.beartype")
+
+import pytest
+import torch
+from hypothesis import settings
+
+# Two shared cores: the first call of a kernel can take a second, and that is not what a test is about.
+settings.register_profile("clinometer", deadline=None, max_examples=25)
+settings.load_profile("clinometer")
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers():
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(config, items):
+    no_gpu = pytest.mark.skip(reason="no CUDA device")
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+        if "soak" in item.keywords and "soak" not in (config.option.markexpr or ""):
+            item.add_marker(pytest.mark.skip(reason="run by `make soak`"))
