@@ -160,7 +160,7 @@ def generate_command(
     checkpoint: str,
     device: str,
 ) -> int:
-    """Stream a continuation of the prompt to standard output; what is said about it goes to standard error."""
+    """Stream a continuation of the prompt to standard output; what is said about it to standard error."""
     where = choose_device(device)
     trained = load_run(run, checkpoint, where)
     seed = secrets.randbits(32) if seed is None else seed
@@ -241,7 +241,7 @@ def demo_command(console: Console, run: Path | None, quick: bool) -> int:
 
 
 def gradient_table(session: Session) -> Table:
-    """Every weight's gradient on the batch that would come next: its norm, and how it compares to the weight."""
+    """Every weight's gradient on the batch that would come next: its norm, and that over the weight's."""
     session.model.zero_grad()
     forward_backward(session)
     table = Table(title=say("demo.table", step=session.step), title_justify="left")

@@ -72,14 +72,15 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
-    momentum: float = 0.0
+    momentum: float | None = None
     max_norm: float = 1.0
 
     def __post_init__(self) -> None:
         _one_of("optim.name", self.name, ("adamw", "sgd", "muon"))
         _between("optim.lr", self.lr, 0.0, math.inf)
         _between("optim.weight_decay", self.weight_decay, 0.0, math.inf)
-        _between("optim.momentum", self.momentum, 0.0, 1.0, open_end=True)
+        if self.momentum is not None:
+            _between("optim.momentum", self.momentum, 0.0, 1.0, open_end=True)
         _between("optim.eps", self.eps, 0.0, math.inf)
         if len(self.betas) != 2:
             raise InputError("config.pair", field="optim.betas", value=list(self.betas))
