@@ -185,6 +185,7 @@ def _with_help(command: Any, name: str) -> Any:
 
 def _settings_type() -> type[RunConfig]:
     """RunConfig whose fields carry their help and stand in a group for each section."""
+    here = {"__module__": __name__}
     sections = []
     for number, (section, cls) in enumerate(SECTIONS.items(), 2):
         group = Group(say(f"cli.group.{section}"), sort_key=number)
@@ -200,9 +201,13 @@ def _settings_type() -> type[RunConfig]:
             )
             for f in dataclasses.fields(cls)
         ]
-        told = dataclasses.make_dataclass(cls.__name__, fields, bases=(cls,), frozen=True, kw_only=True)
+        told = dataclasses.make_dataclass(
+            cls.__name__, fields, bases=(cls,), frozen=True, kw_only=True, namespace=here
+        )
         sections.append((section, told, dataclasses.field(default_factory=told)))
-    return dataclasses.make_dataclass("RunConfig", sections, bases=(RunConfig,), frozen=True, kw_only=True)
+    return dataclasses.make_dataclass(
+        "RunConfig", sections, bases=(RunConfig,), frozen=True, kw_only=True, namespace=here
+    )
 
 
 def _explain(error: Exception) -> str:
