@@ -100,6 +100,9 @@ def start(config: RunConfig, path: Path, notices: Notices) -> Session:
         # Nothing was learned yet: a wrong setting must not cost a "run folder exists" on the next try.
         _remove_unstarted(folder, existed)
         raise
+    except BaseException:
+        folder.unlock()
+        raise
 
 
 def resume(path: Path, changed: RunConfig | None, notices: Notices) -> Session:
@@ -110,7 +113,15 @@ def resume(path: Path, changed: RunConfig | None, notices: Notices) -> Session:
     """
     folder = RunFolder.open(path)
     folder.lock()
-    config = folder.config
+    try:
+        return _resume(folder, changed, notices)
+    except BaseException:
+        folder.unlock()
+        raise
+
+
+def _resume(folder: RunFolder, changed: RunConfig | None, notices: Notices) -> Session:
+    path, config = folder.path, folder.config
     if changed is not None and (found := differences(config, _with_full_paths(changed))):
         wrong = {name: values for name, values in found.items() if name not in FREE_ON_RESUME}
         if wrong:
