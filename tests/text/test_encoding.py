@@ -316,7 +316,7 @@ def test_ids_that_differ_are_noticed_and_the_tokenizers_own_are_written(contrary
 
 
 def test_merges_out_of_order_rule_the_fast_encoder_out(trained, tmp_path):
-    model = json.loads(trained._library.to_str())["model"]
+    model = json.loads(trained.to_json())["model"]
     (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
     lines = "".join(f"{left} {right}\n" for left, right in reversed(model["merges"]))
     (tmp_path / "merges.txt").write_text(lines, encoding="utf-8")

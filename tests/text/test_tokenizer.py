@@ -175,7 +175,7 @@ def test_transformers_opens_the_folder_with_the_same_ids(trained, sample, tmp_pa
 
 
 def test_gpt2_files_give_the_same_tokenizer(trained, sample, tmp_path):
-    model = json.loads(trained._library.to_str())["model"]
+    model = json.loads(trained.to_json())["model"]
     (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
     lines = "".join(f"{left} {right}\n" for left, right in model["merges"])
     (tmp_path / "merges.txt").write_text("#version: 0.2\n" + lines, encoding="utf-8")
@@ -193,7 +193,7 @@ def test_files_that_are_no_tokenizer_are_refused_each_with_its_reason(trained, t
     file = tmp_path / "tokenizer.json"
     assert refused(Tokenizer.load, file).key == "text.tokenizer_missing"
     assert refused(Tokenizer.load, tmp_path).key == "text.tokenizer_missing"
-    whole = trained._library.to_str()
+    whole = trained.to_json()
     for content, key in [
         ("", "text.tokenizer_broken"),
         (whole[: len(whole) // 2], "text.tokenizer_broken"),
@@ -208,7 +208,7 @@ def test_files_that_are_no_tokenizer_are_refused_each_with_its_reason(trained, t
 
 def test_tokenizers_that_lose_text_are_refused(trained, tmp_path):
     def changed(**parts):
-        library = tokenizers.Tokenizer.from_str(trained._library.to_str())
+        library = tokenizers.Tokenizer.from_str(trained.to_json())
         for name, part in parts.items():
             setattr(library, name, part)
         library.save(str(tmp_path / "tokenizer.json"))
