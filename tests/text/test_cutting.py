@@ -1,44 +1,54 @@
+import random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clinometer.text.corpus import END_OF_TEXT
 from clinometer.text.cutting import last_safe_cut, safe_pieces
+from clinometer.text.tokenizer import train_bpe
 
 MORE = ("e\u0301", "7", "<|", "|>")
 SPECIAL = (END_OF_TEXT, "<|end|>", "<|end|><|end|>", "<| a b |>")
-alphabet = st.sampled_from(
-    [
-        *SPECIAL,
-        *" \n\r\t\v\x1c\x85\xa0\u2028\u3000",
-        *"aZ7'.,!é坡度，。",
-        "'s",
-        "'re",
-        "🧗🏽‍♀️",
-        "e\u0301",
-        "<|",
-        "|>",
-    ]
-)
-texts = st.lists(alphabet, max_size=60).map("".join) | st.text(max_size=60)
+SIGNS = [
+    *SPECIAL,
+    *" \n\r\t\v\x1c\x85\xa0\u2028\u3000",
+    *"aZ7'.,!é坡度，。",
+    "'s",
+    "'re",
+    "🧗🏽‍♀️",
+    "e\u0301",
+    "<|",
+    "|>",
+]
+texts = st.lists(st.sampled_from(SIGNS), max_size=60).map("".join) | st.text(max_size=60)
+
+
+@pytest.fixture(scope="module")
+def eager():
+    """A tokenizer that has merged whatever may stand together, so that a wrong cut changes ids."""
+    generator = random.Random(0)
+    text = "".join(generator.choices(SIGNS, k=100_000))
+    return train_bpe([text], 3000, special_tokens=SPECIAL)
+
+
+@settings(deadline=None, max_examples=300)
+@given(texts)
+def test_ids_of_the_two_sides_of_a_cut_are_the_ids_of_the_whole(eager, text):
+    whole = eager.encode(text)
+    cuts = {last_safe_cut(text, eager.special_tokens, end) for end in range(len(text) + 1)}
+    for cut in cuts:
+        assert eager.encode(text[:cut]) + eager.encode(text[cut:]) == whole
 
 
 @settings(deadline=None, max_examples=500)
-@given(texts, st.integers(0, 60))
-def test_ids_of_the_two_sides_of_a_cut_are_the_ids_of_the_whole(trained, text, end):
-    cut = last_safe_cut(text, trained.special_tokens, min(end, len(text)))
-    assert 0 <= cut <= min(end, len(text))
-    assert trained.encode(text[:cut]) + trained.encode(text[cut:]) == trained.encode(text)
-
-
-@settings(deadline=None, max_examples=500)
-@given(st.lists(texts, max_size=6), st.integers(1, 12))
-def test_ids_of_pieces_are_the_ids_of_the_whole(trained, chunks, characters):
-    pieces = list(safe_pieces(chunks, trained.special_tokens, characters=characters))
-    assert "".join(pieces) == "".join(chunks)
+@given(texts, st.integers(1, 12), st.integers(1, 12))
+def test_ids_of_pieces_are_the_ids_of_the_whole(eager, text, arriving, characters):
+    chunks = [text[start : start + arriving] for start in range(0, len(text), arriving)]
+    pieces = list(safe_pieces(chunks, eager.special_tokens, characters=characters))
+    assert "".join(pieces) == text
     assert "" not in pieces
-    ids = [token_id for piece in pieces for token_id in trained.encode(piece)]
-    assert ids == trained.encode("".join(chunks))
+    assert [token_id for piece in pieces for token_id in eager.encode(piece)] == eager.encode(text)
 
 
 def test_real_text_is_cut_into_pieces_of_the_size_wanted(sample, trained):
