@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -239,3 +240,12 @@ def test_pieces_of_a_corpus_train_the_tokenizer_of_the_whole_text(tmp_path, samp
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     assert len(text) > 1 << 20
     assert train_bpe(open_corpus(tmp_path / "a.txt").texts(), 600).hash == train_bpe([text], 600).hash
+
+
+def test_a_tokenizer_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
+    def forbidden(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "stat", forbidden)
+    monkeypatch.setattr(Path, "read_text", forbidden)
+    assert "Permission denied" in refused(Tokenizer.load, tmp_path / "x").values["reason"]

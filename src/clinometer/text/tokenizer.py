@@ -145,7 +145,7 @@ class Tokenizer:
         import tokenizers
 
         path = Path(path)
-        file = path / TOKENIZER_FILE if path.is_dir() else path
+        file = path / TOKENIZER_FILE if os.path.isdir(path) else path  # is_dir() may raise
         text = _read(file)
         try:
             json.loads(text)
