@@ -91,11 +91,15 @@ def open_corpus(spec: str | Path) -> Corpus:
         if path.exists():
             with _opened(path) as stream:  # a pipe, such as the shell's <(command), can be read only once
                 return _spooled(stream, spec)
+    except InputError:
+        raise
     except (OSError, ValueError) as error:  # a name too long, a NUL in it, a loop of links, no permission
         raise InputError("text.unreadable", path=spec, reason=_reason(error)) from error
     if any(sign in spec for sign in "*?["):
         found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
-        files = [name for name in found if not name.is_dir()]
+        # ** follows links to folders, which may lead in a circle: each file counts once.
+        once = {os.path.realpath(name): name for name in reversed(found) if not name.is_dir()}
+        files = sorted(once.values())
         if not files:
             raise InputError("text.no_match", pattern=spec)
         return _of_files(spec, files)

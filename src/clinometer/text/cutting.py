@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 # The classes are narrow on purpose: Python's Unicode tables and the encoders' need not be of one year.
 _BOUNDARY = re.compile(r"(?<=\S)(?=[ \n\r\t])|(?<=[A-Za-z一-龥])(?=[，。！？；：、,.;:!?])")
-_WINDOW = 4096
+_WINDOW = 128
 
 
 def last_safe_cut(text: str, special_tokens: Sequence[str] = (), end: int | None = None) -> int:

@@ -31,7 +31,7 @@ Part = tuple[Side, str, bool]
 
 SHARD_TOKENS = 1 << 27
 _BATCH_CHARACTERS = 1 << 20
-_CHECK_EVERY = 32
+_CHECK_EVERY = 8
 
 
 def encode_corpus(

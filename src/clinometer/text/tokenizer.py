@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 TOKENIZER_FILE = "tokenizer.json"
 NUM_BYTES = 256
+_LONGEST_WORD = 1 << 12
 
 
 class Tokenizer:
@@ -116,6 +117,10 @@ class Tokenizer:
             return None
         return ranks
 
+    def to_json(self) -> str:
+        """The text of tokenizer.json."""
+        return self._library.to_str(pretty=True)
+
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and what transformers' AutoTokenizer needs to open the folder."""
         folder = Path(folder)
@@ -128,7 +133,7 @@ class Tokenizer:
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _write(folder / TOKENIZER_FILE, self._library.to_str(pretty=True))
+            _write(folder / TOKENIZER_FILE, self.to_json())
             _write(folder / "tokenizer_config.json", json.dumps(config, indent=2))
             _write(folder / "special_tokens_map.json", json.dumps(end, indent=2))
         except OSError as error:
@@ -140,7 +145,7 @@ class Tokenizer:
         import tokenizers
 
         path = Path(path)
-        file = path / TOKENIZER_FILE if path.is_dir() else path
+        file = path / TOKENIZER_FILE if os.path.isdir(path) else path  # is_dir() may raise
         text = _read(file)
         try:
             json.loads(text)
@@ -255,9 +260,12 @@ def _training_pieces(texts: Iterable[str], special_tokens: Sequence[str]) -> Ite
             start = 0
             while len(part) - start > 1 << 17:
                 window = part[start : start + (1 << 17)]
-                cut = last_safe_cut(window) or 1 << 12
-                yield window[:cut]
-                start += cut
+                cut = last_safe_cut(window)
+                if cut:
+                    yield window[:cut]
+                else:
+                    yield from (window[at : at + _LONGEST_WORD] for at in range(0, 1 << 17, _LONGEST_WORD))
+                start += cut or 1 << 17
             yield part[start:]
 
 
