@@ -90,8 +90,7 @@ def adamw_fused_(
     - λ' = lr·λ/lr': what multiplies θ is then still lr·λ;
     - ε' = ε/√(1−β₂ᵗ): torch adds ε after the bias correction, and √(1−β₂ᵗ) multiplies it back.
 
-    All tensors share device, dtype and step count. lr' must not be zero: lr = 0 and lr·λ = 1 belong to the
-    reference.
+    All tensors share device, dtype and step count. lr·λ = 1 belongs to the reference: lr' is 0, λ' infinite.
     """
     # Filled on the device: nothing is copied from the host, so nothing waits.
     count = torch.full((), float(step), dtype=torch.float32, device=thetas[0].device)
@@ -106,7 +105,7 @@ def adamw_fused_(
         lr=fused_lr,
         beta1=beta1,
         beta2=beta2,
-        weight_decay=lr * weight_decay / fused_lr,
+        weight_decay=lr * weight_decay / fused_lr if lr != 0 else 0.0,
         eps=eps / math.sqrt(1 - beta2**step),
         amsgrad=False,
         maximize=False,
@@ -181,8 +180,7 @@ class AdamW(Optimizer):
             "eps": float(group["eps"]),
             "weight_decay": float(group["weight_decay"]),
         }
-        fused_lr = numbers["lr"] * (1 - numbers["lr"] * numbers["weight_decay"])
-        kernel_allowed = group["fused"] is not False and fused_lr != 0
+        kernel_allowed = group["fused"] is not False and numbers["lr"] * numbers["weight_decay"] != 1
 
         together: dict[tuple[Hashable, int], list[tuple[Tensor, ...]]] = {}
         for parameter, grad in pairs:
