@@ -26,12 +26,17 @@ def replay(
     return theta, m, v
 
 
-def ulps(got: Tensor, want: Tensor, old: Tensor) -> float:
-    """The largest |got − want| in units in the last place of max(|old|, |got|), in `got`'s dtype."""
-    scale = torch.maximum(old.abs(), got.abs()).clamp_min(torch.finfo(got.dtype).tiny)
-    _, exponent = torch.frexp(scale)  # scale = mantissa · 2^exponent, mantissa in [½, 1)
-    ulp = torch.finfo(got.dtype).eps * 2.0 ** (exponent.double() - 1)
-    return ((got.double() - want).abs() / ulp).max().item()
+def ulp_of(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The unit in the last place of numbers of this size in `dtype`."""
+    finfo = torch.finfo(dtype)
+    _, exponent = torch.frexp(scale.double().clamp_min(finfo.tiny))  # mantissa in [½, 1) times 2^exponent
+    return finfo.eps * 2.0 ** (exponent.double() - 1)
+
+
+def ulps(got: Tensor, want: Tensor, old: Tensor) -> Tensor:
+    """|got − want| in units in the last place of max(|old|, |got|), in `got`'s dtype."""
+    scale = torch.maximum(old.abs(), got.abs())
+    return (got.double() - want).abs() / ulp_of(scale, got.dtype)
 
 
 def test_ulps_counts_neighbouring_floats() -> None:
@@ -54,34 +59,57 @@ SETTINGS = {
 @PATHS
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_thousand_steps_agree_with_the_float64_replay_to_4_ulp(setting: str, fused: bool | None) -> None:
+    """The reference everywhere; float32 arithmetic wherever a weight is not smaller than one update.
+
+    Where it is, and the gradient happens to cancel the momentum, what is left in θ is the rounding of the old
+    momentum (2.4 ulp of it), which max(|θ_old|, |θ_new|) does not see: under heavy decay, torch's own AdamW
+    was 93 ulp from its own replay. There the bound is 4 ulp of the weight and 2.4 of the update.
+    """
     options, size = SETTINGS[setting]
     generator = torch.Generator().manual_seed(7)
-    shapes = [(33, 17), (64,), ()]
+    shapes = [(33, 17), (64,), (), (129, 130)]  # the last is too large to be joined with the others
     parameters = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
     optimizer = AdamW(parameters, **options, fused=fused)
     base = optimizer.param_groups[0]["lr"]
-    worst, moved = {"theta": 0.0, "exp_avg": 0.0, "exp_avg_sq": 0.0}, 0.0
+    worst = dict.fromkeys(("theta", "theta beyond an update", "of the bound", "exp_avg", "exp_avg_sq"), 0.0)
+    moved = 0.0
     for t in range(1, 1001):
         group = optimizer.param_groups[0]
         group["lr"] = base * (0.55 + 0.45 * math.cos(t / 50))
         before = []
         for p in parameters:
             p.grad = size * torch.randn(p.shape, generator=generator)
-            state = optimizer.state[p]
-            moments = (state["exp_avg"].clone(), state["exp_avg_sq"].clone()) if state else (p * 0, p * 0)
-            before.append((p.detach().clone(), *(moment.detach() for moment in moments), p.grad.clone()))
+            state = optimizer.state.get(p, {})
+            m, v = (state.get(key, torch.zeros_like(p)).clone() for key in ("exp_avg", "exp_avg_sq"))
+            before.append((p.detach().clone(), m.detach(), v.detach()))
         optimizer.step()
-        for p, (theta, m, v, g) in zip(parameters, before, strict=True):
-            want = replay(theta, m, v, g, t, group)
-            state = optimizer.state[p]
+        for p, (theta, m, v) in zip(parameters, before, strict=True):
+            want = replay(theta, m, v, p.grad, t, group)
+            got, state = p.detach(), optimizer.state[p]
             assert state["step"].item() == t
-            worst["theta"] = max(worst["theta"], ulps(p.detach(), want[0], theta))
-            worst["exp_avg"] = max(worst["exp_avg"], ulps(state["exp_avg"], want[1], m))
-            worst["exp_avg_sq"] = max(worst["exp_avg_sq"], ulps(state["exp_avg_sq"], want[2], v))
-            moved = max(moved, (p.detach() - theta).abs().max().item())
-    print(setting, worst)
+            beta1, beta2 = group["betas"]
+            lr_t = group["lr"] * math.sqrt(1 - beta2**t) / (1 - beta1**t)
+            update = lr_t * torch.maximum(m.abs(), want[1].abs()) / (want[2].sqrt() + group["eps"])
+            size_of_theta = torch.maximum(theta.abs(), got.abs())
+            error = (got.double() - want[0]).abs()
+            in_ulps = ulps(got, want[0], theta)
+            bound = 4 * ulp_of(size_of_theta, got.dtype) + 2.4 * ulp_of(update, got.dtype)
+            figures = {
+                "theta": in_ulps,
+                "theta beyond an update": in_ulps.where(size_of_theta >= update, 0.0),
+                "of the bound": error / bound,
+                "exp_avg": ulps(state["exp_avg"], want[1], m),
+                "exp_avg_sq": ulps(state["exp_avg_sq"], want[2], v),
+            }
+            worst = {key: max(worst[key], figure.max().item()) for key, figure in figures.items()}
+            moved = max(moved, (got - theta).abs().max().item())
+    print(setting, fused, worst)
     assert moved > 1e-5
-    assert max(worst.values()) <= 4.0, worst
+    assert worst["theta beyond an update"] <= 4.0
+    assert worst["of the bound"] <= 1.0
+    assert max(worst["exp_avg"], worst["exp_avg_sq"]) <= 2.5
+    if fused is False:
+        assert max(worst.values()) <= 0.51
 
 
 @PATHS
@@ -99,9 +127,9 @@ def test_the_corners_of_the_algebra_still_follow_the_formula(
     optimizer = AdamW([p], lr=lr, weight_decay=weight_decay, fused=fused)
     optimizer.step()
     want = replay(theta, theta * 0, theta * 0, g, 1, optimizer.param_groups[0])
-    assert ulps(p.detach(), want[0], theta) <= 4
-    assert ulps(optimizer.state[p]["exp_avg"], want[1], theta * 0) <= 4
-    assert ulps(optimizer.state[p]["exp_avg_sq"], want[2], theta * 0) <= 4
+    assert ulps(p.detach(), want[0], theta).max() <= 4
+    assert ulps(optimizer.state[p]["exp_avg"], want[1], theta * 0).max() <= 4
+    assert ulps(optimizer.state[p]["exp_avg_sq"], want[2], theta * 0).max() <= 4
 
 
 @PATHS
@@ -134,7 +162,7 @@ def test_one_step_differs_from_torch_by_what_the_two_formulas_predict(t: int, fu
 
 
 def test_without_decay_and_eps_it_is_torchs_adamw() -> None:
-    theta, g = torch.randn(100, dtype=torch.float64), torch.randn(100, dtype=torch.float64)
+    theta, g = torch.linspace(1, 2, 100, dtype=torch.float64), torch.linspace(1, 3, 100, dtype=torch.float64)
     results = []
     for kind in (AdamW, torch.optim.AdamW):
         p = torch.nn.Parameter(theta.clone())
@@ -143,7 +171,7 @@ def test_without_decay_and_eps_it_is_torchs_adamw() -> None:
             p.grad = g * p.detach()
             optimizer.step()
         results.append(p.detach())
-    assert (results[0] - theta).abs().min() > 1e-3
+    assert (results[0] - theta).abs().min() > 0.04
     assert (results[0] - results[1]).abs().max() < 1e-14
 
 
@@ -164,13 +192,14 @@ def test_fast_path_and_reference_agree_to_rounding_in_every_dtype(dtype: torch.d
         reference.step()
         assert fast.state[p]["exp_avg"].dtype == fast.state[p]["exp_avg_sq"].dtype == dtype
         assert fast.state[p]["step"].dtype == torch.float32
-        worst = max(worst, ulps(p.detach(), q.detach().double(), old))
+        worst = max(worst, ulps(p.detach(), q.detach().double(), old).max().item())
         assert not torch.equal(p, old)
         with torch.no_grad():  # each step by itself: rounding apart must not add up
             q.copy_(p)
             for key, value in fast.state[p].items():
                 reference.state[q][key].copy_(value)
-    assert worst <= (4 if dtype in (torch.float32, torch.float64) else 1)
+    # float32: the reference is exact to rounding. float64: both carry float64's own errors, 4 ulp each.
+    assert worst <= {torch.float32: 4, torch.float64: 8}.get(dtype, 1)
 
 
 def test_a_gradient_with_other_strides_meets_the_right_weights() -> None:
@@ -187,10 +216,10 @@ def test_the_fast_path_really_calls_torchs_kernel_once(monkeypatch: pytest.Monke
     calls = []
     kernel = torch._fused_adamw_
     monkeypatch.setattr(torch, "_fused_adamw_", lambda *a, **k: (calls.append(len(a[0])), kernel(*a, **k)))
-    parameters = [torch.nn.Parameter(torch.randn(5)) for _ in range(7)]
+    parameters = [torch.nn.Parameter(torch.randn(size)) for size in (20000, 5, 30000, 6, 7)]
     for p in parameters:
-        p.grad = torch.ones(5)
+        p.grad = torch.ones_like(p)
     AdamW(parameters).step()
-    assert calls == [7]
+    assert calls == [3]  # the two large ones, and the small ones joined
     AdamW(parameters, fused=False).step()
-    assert calls == [7]
+    assert calls == [3]

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from torch.optim.optimizer import ParamsT
 
 from clinometer.messages import InputError
 from clinometer.optim.arguments import require_betas, require_nonnegative
-from clinometer.optim.fusing import shared_kernel, with_grad
+from clinometer.optim.fusing import shared_kernel, with_grad, with_small_joined
 
 
 def adamw_reference_(
@@ -70,7 +71,6 @@ def adamw_fused_(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
     step: int,
     *,
     lr: float,
@@ -90,9 +90,10 @@ def adamw_fused_(
     - λ' = lr·λ/lr': what multiplies θ is then still lr·λ;
     - ε' = ε/√(1−β₂ᵗ): torch adds ε after the bias correction, and √(1−β₂ᵗ) multiplies it back.
 
-    All tensors stand at the same step count `step`, which `steps` holds as tensors on their device.
-    lr' must not be zero: lr = 0 and lr·λ = 1 belong to the reference.
+    All tensors share device, dtype and step count. lr·λ = 1 belongs to the reference: lr' is 0, λ' infinite.
     """
+    # Filled on the device: nothing is copied from the host, so nothing waits.
+    count = torch.full((), float(step), dtype=torch.float32, device=thetas[0].device)
     fused_lr = lr * (1 - lr * weight_decay)
     torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]
         thetas,
@@ -100,11 +101,11 @@ def adamw_fused_(
         exp_avgs,
         exp_avg_sqs,
         [],
-        steps,
+        [count] * len(thetas),
         lr=fused_lr,
         beta1=beta1,
         beta2=beta2,
-        weight_decay=lr * weight_decay / fused_lr,
+        weight_decay=lr * weight_decay / fused_lr if lr != 0 else 0.0,
         eps=eps / math.sqrt(1 - beta2**step),
         amsgrad=False,
         maximize=False,
@@ -179,27 +180,23 @@ class AdamW(Optimizer):
             "eps": float(group["eps"]),
             "weight_decay": float(group["weight_decay"]),
         }
-        fused_lr = numbers["lr"] * (1 - numbers["lr"] * numbers["weight_decay"])
-        kernel_allowed = group["fused"] is not False and fused_lr != 0
+        kernel_allowed = group["fused"] is not False and numbers["lr"] * numbers["weight_decay"] != 1
 
         together: dict[tuple[Hashable, int], list[tuple[Tensor, ...]]] = {}
         for parameter, grad in pairs:
             state = self._state_of(parameter)
-            count, exp_avg, exp_avg_sq = state["step"], state["exp_avg"], state["exp_avg_sq"]
-            count += 1
-            step = int(count.item())
+            exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
+            state["step"] += 1
+            step = int(state["step"].item())
             kernel = shared_kernel(parameter, grad, exp_avg, exp_avg_sq) if kernel_allowed else None
             if kernel is None:
                 adamw_reference_(parameter, grad, exp_avg, exp_avg_sq, step, **numbers)
             else:
-                together.setdefault((kernel, step), []).append((parameter, grad, exp_avg, exp_avg_sq, count))
+                together.setdefault((kernel, step), []).append((parameter, grad, exp_avg, exp_avg_sq))
 
         for (_, step), batch in together.items():
-            thetas, grads, exp_avgs, exp_avg_sqs, counts = (
-                list(column) for column in zip(*batch, strict=True)
-            )
-            counts = _on_device(counts, step, thetas[0].device)
-            adamw_fused_(thetas, grads, exp_avgs, exp_avg_sqs, counts, step, **numbers)
+            columns = [list(column) for column in zip(*batch, strict=True)]
+            with_small_joined(partial(adamw_fused_, step=step, **numbers), columns)
 
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state[parameter]
@@ -208,10 +205,3 @@ class AdamW(Optimizer):
             state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         return state
-
-
-def _on_device(counts: list[Tensor], step: int, device: torch.device) -> list[Tensor]:
-    if device.type == "cpu":
-        return counts
-    # Filled on the device: nothing is copied from the host, so nothing waits.
-    return [torch.full((), float(step), dtype=torch.float32, device=device)] * len(counts)

@@ -19,6 +19,7 @@ from torch.optim import Muon, Optimizer
 
 from clinometer.messages import InputError, say
 from clinometer.optim.adamw import AdamW
+from clinometer.optim.arguments import require_fraction, require_nonnegative
 from clinometer.optim.sgd import SGD
 
 OPTIMIZERS = ("adamw", "sgd", "muon")
@@ -49,6 +50,11 @@ def make_optimizers(
     named = _distinct(named_parameters)
     if not named:
         raise InputError("optim.no_parameters")
+    # Muon has its own checks, in its own words.
+    require_nonnegative("lr", lr, "1e-3")
+    require_nonnegative("weight_decay", weight_decay, "0.01")
+    if momentum is not None:
+        require_fraction("momentum", momentum, "0.9")
 
     optimizers: list[Optimizer] = []
     if name == "muon":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from clinometer.messages import InputError
 
 _DEVICES = ("cpu", "cuda")
+_SMALL = 16384
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -52,6 +53,27 @@ def shared_kernel(parameter: Tensor, *others: Tensor) -> Hashable | None:
             return None
     # A call takes the DTensors of one mesh, or plain tensors.
     return parameter.device, parameter.dtype, getattr(parameter, "device_mesh", None)
+
+
+def with_small_joined(update: Callable[..., None], columns: list[list[Tensor]]) -> None:
+    """Call `update(thetas, grads, *states)`, a fused kernel, with the small tensors of each column joined.
+
+    On the CPU the kernel starts its threads anew for every tensor, 64 weights or 64 million. Where the cores
+    are shared, each start can wait a time slice: 50 vectors took 266 ms, joined and copied back 1 ms.
+    """
+    first = columns[0][0]
+    small = [index for index, tensor in enumerate(columns[0]) if tensor.numel() <= _SMALL]
+    if first.device.type != "cpu" or hasattr(first, "device_mesh") or len(small) < 2:
+        update(*columns)
+        return
+    large = [index for index, tensor in enumerate(columns[0]) if tensor.numel() > _SMALL]
+    joined = [torch.cat([column[index].reshape(-1) for index in small]) for column in columns]
+    update(*([*(column[i] for i in large), whole] for column, whole in zip(columns, joined, strict=True)))
+    sizes = [columns[0][index].numel() for index in small]
+    for number, (column, whole) in enumerate(zip(columns, joined, strict=True)):
+        if number != 1:  # the gradients are only read
+            for index, piece in zip(small, whole.split(sizes), strict=True):
+                column[index].copy_(piece.view(column[index].shape))
 
 
 def widened(tensor: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ Sources: Robbins & Monro 1951; Sutskever et al. 2013, in torch.optim.SGD's form 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch.optim.optimizer import ParamsT
 
 from clinometer.messages import InputError
 from clinometer.optim.arguments import require_fraction, require_nonnegative
-from clinometer.optim.fusing import shared_kernel, widened, with_grad
+from clinometer.optim.fusing import shared_kernel, widened, with_grad, with_small_joined
 
 
 def sgd_reference_(
@@ -50,6 +51,32 @@ def sgd_reference_(
         momentum_buffer.copy_(b)
         g = g.add(b, alpha=momentum) if nesterov else b
     theta.copy_(new_theta.add(g, alpha=-lr))
+
+
+def sgd_fused_(
+    thetas: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor] | None = None,
+    *,
+    lr: float,
+    momentum: float,
+    nesterov: bool,
+    weight_decay: float,
+    is_first_step: bool,
+) -> None:
+    """The same step of many tensors in one call of torch's kernel, which is SGD in this very form."""
+    torch._fused_sgd_(  # pyright: ignore[reportPrivateImportUsage]
+        thetas,
+        grads,
+        momentum_buffers or [],
+        lr=lr,
+        momentum=momentum,
+        nesterov=nesterov,
+        weight_decay=weight_decay,
+        dampening=0.0,
+        maximize=False,
+        is_first_step=is_first_step,
+    )
 
 
 class SGD(Optimizer):
@@ -81,6 +108,7 @@ class SGD(Optimizer):
                 "momentum": momentum,
                 "nesterov": nesterov,
                 "weight_decay": weight_decay,
+                "dampening": 0.0,  # torch.optim.SGD needs the key in a state dict
                 "fused": fused,
             },
         )
@@ -134,20 +162,21 @@ class SGD(Optimizer):
                         parameter, memory_format=torch.preserve_format
                     )
                 buffers = [state["momentum_buffer"]]
-            kernel = None if group["fused"] is False else shared_kernel(parameter, grad, *buffers)
+            kernel = _kernel(parameter, grad, *buffers) if group["fused"] is not False else None
             if kernel is None:
                 sgd_reference_(parameter, grad, *buffers, is_first_step=is_first_step, **numbers)
             else:
                 together.setdefault((kernel, is_first_step), []).append((parameter, grad, *buffers))
 
         for (_, is_first_step), batch in together.items():
-            thetas, grads, *buffers_of = (list(column) for column in zip(*batch, strict=True))
-            torch._fused_sgd_(  # pyright: ignore[reportPrivateImportUsage]
-                thetas,
-                grads,
-                buffers_of[0] if buffers_of else [],
-                dampening=0.0,
-                maximize=False,
-                is_first_step=is_first_step,
-                **numbers,
-            )
+            columns = [list(column) for column in zip(*batch, strict=True)]
+            with_small_joined(partial(sgd_fused_, is_first_step=is_first_step, **numbers), columns)
+
+
+def _kernel(parameter: Tensor, *others: Tensor) -> Hashable | None:
+    # torch 2.13's _fused_sgd_ has no rule for DTensors, and on the CPU it is wrong in half precision (a test
+    # shows it), though not for float32 and float64.
+    half_on_cpu = parameter.device.type == "cpu" and parameter.dtype in (torch.float16, torch.bfloat16)
+    if half_on_cpu or hasattr(parameter, "device_mesh"):
+        return None
+    return shared_kernel(parameter, *others)
