@@ -51,7 +51,9 @@ BATCH = 16
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--nanogpt", type=Path, required=True)
     parser.add_argument("--text", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
@@ -83,7 +85,10 @@ def race(nanogpt: Path, text: Path, rounds: int) -> None:
             their_losses.append(float(out.rsplit("val loss ", 1)[1].split()[0]))
 
             # Nothing of ours is warm either: corpus cache and compiled kernels are made anew each time.
-            cold = {"CLINOMETER_CACHE": f"{scratch}/c{number}", "TORCHINDUCTOR_CACHE_DIR": f"{scratch}/i{number}"}
+            cold = {
+                "CLINOMETER_CACHE": f"{scratch}/c{number}",
+                "TORCHINDUCTOR_CACHE_DIR": f"{scratch}/i{number}",
+            }
             folder = Path(scratch, f"run{number}")
             start = time.perf_counter()
             run(
@@ -133,7 +138,9 @@ def throughput(nanogpt: Path, rounds: int, steps: int, shape: dict[str, int]) ->
     best = max(peers, key=lambda n: statistics.median(f["tokens_per_second"] for f in results[n]))
     for name in ("clinometer float32", "clinometer bf16"):
         print(f"  {name} / {best}: {ratio(name, best):.2f}×")
-    print(f"  clinometer bf16 / nanoGPT bf16 compiled: {ratio('clinometer bf16', 'nanoGPT bf16 compiled'):.2f}×")
+    print(
+        f"  clinometer bf16 / nanoGPT bf16 compiled: {ratio('clinometer bf16', 'nanoGPT bf16 compiled'):.2f}×"
+    )
 
 
 def worker(side: str, precision: str, form: str, shape: dict[str, int], nanogpt: Path, steps: int) -> None:

@@ -167,13 +167,13 @@ def generate_command(
     ids = trained.tokenizer.encode(prompt) or begin_with(trained.tokenizer, trained.separated, "")
     window, dropped = fit_prompt(torch.tensor([ids], device=where), trained.model.config)
     console.print(
-        say("generate.from", step=trained.step, path=run, seed=seed, count=len(ids)),
+        say("cli.from_checkpoint", step=trained.step, path=run, seed=seed),
         style="dim",
         highlight=False,
     )
     if dropped:
         kept = window.shape[-1]
-        console.print(say("generate.dropped", dropped=dropped, kept=kept), style="yellow", highlight=False)
+        console.print(say("cli.prompt_cut", dropped=dropped, kept=kept), style="yellow", highlight=False)
     on_terminal = sys.stdout.isatty()
     out = sys.stdout
     stream = trained.tokenizer.decode_stream()
@@ -209,14 +209,14 @@ def export_command(console: Console, run: Path, to: Path, checkpoint: str) -> in
     eot = trained.tokenizer.end_of_text_id if trained.separated else None
     export_llama(trained.model, trained.model.config, to, end_of_text_id=eot)
     trained.tokenizer.save(to)
-    console.print(say("export.done", path=to, step=trained.step), highlight=False, soft_wrap=True)
+    console.print(say("cli.exported", path=to, step=trained.step), highlight=False, soft_wrap=True)
     return 0
 
 
 def import_command(console: Console, source: Path, run: Path, corpus: str) -> int:
     """Make a run of a Llama-type model that somebody else trained."""
     folder = import_run(source, run, RunConfig(data=DataConfig(corpus=corpus)))
-    console.print(say("export.imported", path=folder.path), highlight=False, soft_wrap=True)
+    console.print(say("cli.imported", path=folder.path), highlight=False, soft_wrap=True)
     return 0
 
 
