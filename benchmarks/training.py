@@ -5,7 +5,7 @@
 loss     whole process, from nothing to validation loss 1.8857: nanoGPT's README CPU command against
          `clinometer train` on the same bytes
 speed    tokens/s at d_model 512, 4 layers, 16 heads, context 256, vocabulary 10,000, batch 16
-memory   largest resident memory of the same processes; with --large at vocabulary 50,257, width 768, 12 layers
+memory   largest resident memory of the same processes; --large: vocabulary 50,257, width 768, 12 layers
 
 Each worker is a process of its own; the two sides alternate (A B A B …) and medians are compared.
 """
@@ -91,11 +91,17 @@ def race(nanogpt: Path, text: Path, rounds: int) -> None:
             }
             folder = Path(scratch, f"run{number}")
             start = time.perf_counter()
-            run(
-                [sys.executable, "-m", "clinometer", "train", "--corpus", str(text), "--run", str(folder)]
-                + OUR_SETTINGS,
-                env=cold,
-            )
+            command = [
+                sys.executable,
+                "-m",
+                "clinometer",
+                "train",
+                "--corpus",
+                str(text),
+                "--run",
+                str(folder),
+            ]
+            run([*command, *OUR_SETTINGS], env=cold)
             ours.append(time.perf_counter() - start)
             rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
             our_losses.append([r["validation_loss"] for r in rows if "validation_loss" in r][-1])
@@ -238,8 +244,8 @@ def machine() -> str:
 
     from clinometer.training.precision import bfloat16_is_fast, processor_name
 
-    fast, why = bfloat16_is_fast(torch.device("cpu"))
-    return f"{processor_name()}, {os.cpu_count()} cores, torch {torch.__version__}, bf16 {'fast' if fast else 'slow'} ({why})"
+    _, bfloat16 = bfloat16_is_fast(torch.device("cpu"))
+    return f"{processor_name()}, {os.cpu_count()} cores, torch {torch.__version__}, bfloat16: {bfloat16}"
 
 
 if __name__ == "__main__":
