@@ -14,7 +14,8 @@ from cyclopts.config import Dict
 
 from clinometer import __version__
 from clinometer.messages import InputError, say, set_language
-from clinometer.training.config import SECTIONS, RunConfig, config_from, read_toml
+from clinometer.training.config import SECTIONS, RunConfig, config_from
+from clinometer.training.settings_file import read_toml
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -173,6 +173,15 @@ def test_a_run_folder_that_exists_is_not_overwritten(call, corpus, tmp_path):
     assert_refused(call("train", "--corpus", corpus, "--run", "full", *SMALL), "full")
 
 
+def test_text_from_standard_input_is_kept_so_that_the_run_can_go_on(clinometer, corpus, tmp_path):
+    text = corpus.read_text(encoding="utf-8")
+    done = clinometer("train", "--corpus", "-", "--run", "run", *small("--training.steps=2"), input=text)
+    assert done.returncode == 0, done.stderr
+    done = clinometer("train", "--run", "run", "--resume", "--training.steps=3", input="")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "corpus.txt").read_text(encoding="utf-8") == text
+
+
 def test_resuming_from_nothing_is_explained(call, tmp_path):
     assert_refused(call("train", "--run", "nothing", "--resume"), "nothing")
     (tmp_path / "other").mkdir()

@@ -17,8 +17,8 @@ from clinometer.training.config import (
     TrainingConfig,
     config_from,
     differences,
-    read_toml,
 )
+from clinometer.training.settings_file import read_toml
 
 
 def written(tmp_path, text):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,10 +93,14 @@ def start(config: RunConfig, path: Path, notices: Notices) -> Session:
 
     Raises `InputError` for a folder in use, a bad corpus or tokenizer, a device that is not there.
     """
-    corpus = open_corpus(config.data.corpus)
+    from_stdin = config.data.corpus == "-"
+    corpus = None if from_stdin else open_corpus(config.data.corpus)
     existed = path.exists()
     folder = RunFolder.create(path, _with_full_paths(config))
     try:
+        if corpus is None:  # standard input cannot be read again on resume: the run keeps it
+            config = _keep_standard_input(config, folder)
+            corpus = open_corpus(config.data.corpus)
         return _prepare(config, folder, corpus, notices, state=None, last=None)
     except InputError:
         # Nothing was learned yet: a wrong setting must not cost a "run folder exists" on the next try.
@@ -264,6 +270,16 @@ def cache_folder(folder: RunFolder) -> Path:
     return folder.path / "cache"
 
 
+def _keep_standard_input(config: RunConfig, folder: RunFolder) -> RunConfig:
+    """The same configuration with its text in the run's own folder."""
+    kept = folder.path.absolute() / "corpus.txt"
+    with kept.open("wb") as file:
+        shutil.copyfileobj(sys.stdin.buffer, file)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, corpus=str(kept)))
+    write_whole(folder.config_file, config.to_toml())
+    return config
+
+
 def _with_full_paths(config: RunConfig) -> RunConfig:
     """The same configuration, meaning the same from whatever folder it is read."""
     data = {}
@@ -276,8 +292,6 @@ def _with_full_paths(config: RunConfig) -> RunConfig:
 
 
 def _remove_unstarted(folder: RunFolder, existed: bool) -> None:
-    import shutil
-
     folder.unlock()
     if existed:  # the user's own empty folder: leave it, empty
         for entry in folder.path.iterdir():

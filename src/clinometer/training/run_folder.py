@@ -23,7 +23,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from clinometer.messages import InputError
-from clinometer.training.config import RunConfig, config_from, read_toml
+from clinometer.training.config import RunConfig, config_from
+from clinometer.training.settings_file import read_toml
 
 
 class RunFolder:
