@@ -178,7 +178,10 @@ def _with_help(command: Any, name: str) -> Any:
         if parameter == "settings":
             annotations[parameter] = Annotated[_settings_type() | None, Parameter(name="*")]
         elif parameter != "return":
-            annotations[parameter] = Annotated[hint, Parameter(help=say(f"cli.{name}.{parameter}"))]
+                        # A lone "-" is standard input, and a prompt may begin with one.
+            dash = parameter in ("corpus", "prompt")
+            told = Parameter(help=say(f"cli.{name}.{parameter}"), allow_leading_hyphen=dash, negative=())
+            annotations[parameter] = Annotated[hint, told]
 
     command.__annotations__ = annotations
     return command

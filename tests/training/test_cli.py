@@ -10,6 +10,7 @@ import time
 import pytest
 
 from clinometer import cli
+from clinometer.messages import set_language
 from clinometer.training import checkpoint
 from clinometer.training.run_folder import RunFolder
 from tests.training.conftest import SMALL, small
@@ -29,7 +30,8 @@ def call(tmp_path, monkeypatch, capsys):
         out, err = capsys.readouterr()
         return stop.value.code, out, err
 
-    return run
+    yield run
+    set_language(None)
 
 
 def assert_refused(result, *words):
@@ -134,7 +136,7 @@ def long_text(words):
     [
         (None, [], ["corpus.txt"]),
         (b"", [], ["empty"]),
-        (b"\x7fELF\x00\x00" + bytes(2000), [], ["binary"]),
+        (b"\x7fELF\x00\x00" + bytes(2000), [], ["zero byte"]),
         (b"good text " * 50 + b"\xff\xfe" + b" more" * 50, [], ["UTF-8", "500"]),
         (b"x", [], []),
         (b"a few words", [], ["16"]),
