@@ -63,6 +63,7 @@ def build_app() -> App:
         group_commands=Group(say("cli.commands"), sort_key=0),
         group_parameters=Group(say("cli.parameters"), sort_key=1),
         help_epilogue=say("cli.epilogue"),
+        help_format="plaintext",
     )
     for name, command in (
         ("train", train),

@@ -27,7 +27,7 @@ from clinometer.training.trained import import_run, load_run
 DEMO = RunConfig(
     model=ModelConfig(context_length=128, d_model=192, num_layers=4, num_heads=6),
     data=DataConfig(vocab_size=2048),
-    optim=OptimConfig(lr=3e-3),
+    optim=OptimConfig(lr=6e-3),
     training=TrainingConfig(
         steps=400, batch_size=16, sample_tokens=120, sample_prompt="def ", eval_batches=8
     ),
