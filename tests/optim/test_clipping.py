@@ -60,6 +60,12 @@ def test_clipping_is_torchs(max_norm: float) -> None:
     assert exact_norm([p.grad for p in ours]) == pytest.approx(min(total.item(), max_norm), rel=2e-6)
 
 
+def test_the_millionth_in_the_denominator_is_torchs() -> None:
+    parameters = with_gradients([torch.tensor([1e-6], dtype=torch.float64)])
+    clip_grad_norm_(parameters, 1e-6)
+    assert parameters[0].grad.item() == pytest.approx(0.5e-6, rel=1e-9)
+
+
 def test_a_norm_below_the_limit_changes_no_bit() -> None:
     parameters = with_gradients(some_gradients())
     clip_grad_norm_(parameters, 1e4)

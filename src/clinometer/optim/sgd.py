@@ -2,7 +2,7 @@
 
     θ ← θ − lr · g
 
-and with weight decay λ and momentum μ (b starts as the first gradient):
+and with weight decay λ and momentum μ (b starts at zero):
 
     g ← g + λ θ
     b ← μ b + g
@@ -36,7 +36,6 @@ def sgd_reference_(
     momentum: float,
     nesterov: bool,
     weight_decay: float,
-    is_first_step: bool,
 ) -> None:
     """One SGD step of one tensor, in place; `momentum_buffer` is None exactly when `momentum` is 0.
 
@@ -47,7 +46,7 @@ def sgd_reference_(
     if weight_decay != 0:
         g = g.add(new_theta, alpha=weight_decay)
     if momentum_buffer is not None:
-        b = g if is_first_step else momentum * widened(momentum_buffer) + g
+        b = momentum * widened(momentum_buffer) + g
         momentum_buffer.copy_(b)
         g = g.add(b, alpha=momentum) if nesterov else b
     theta.copy_(new_theta.add(g, alpha=-lr))
@@ -62,7 +61,6 @@ def sgd_fused_(
     momentum: float,
     nesterov: bool,
     weight_decay: float,
-    is_first_step: bool,
 ) -> None:
     """The same step of many tensors in one call of torch's kernel, which is SGD in this very form."""
     torch._fused_sgd_(  # pyright: ignore[reportPrivateImportUsage]
@@ -75,7 +73,7 @@ def sgd_fused_(
         weight_decay=weight_decay,
         dampening=0.0,
         maximize=False,
-        is_first_step=is_first_step,
+        is_first_step=False,
     )
 
 
@@ -150,27 +148,25 @@ class SGD(Optimizer):
             "weight_decay": float(group["weight_decay"]),
         }
 
-        together: dict[tuple[Hashable, bool], list[tuple[Tensor, ...]]] = {}
+        together: dict[Hashable, list[tuple[Tensor, ...]]] = {}
         for parameter, grad in pairs:
             buffers: list[Tensor] = []
-            is_first_step = False
             if numbers["momentum"] != 0:
                 state = self.state[parameter]
-                is_first_step = state.get("momentum_buffer") is None
-                if is_first_step:
+                if state.get("momentum_buffer") is None:
                     state["momentum_buffer"] = torch.zeros_like(
                         parameter, memory_format=torch.preserve_format
                     )
                 buffers = [state["momentum_buffer"]]
             kernel = _kernel(parameter, grad, *buffers) if group["fused"] is not False else None
             if kernel is None:
-                sgd_reference_(parameter, grad, *buffers, is_first_step=is_first_step, **numbers)
+                sgd_reference_(parameter, grad, *buffers, **numbers)
             else:
-                together.setdefault((kernel, is_first_step), []).append((parameter, grad, *buffers))
+                together.setdefault(kernel, []).append((parameter, grad, *buffers))
 
-        for (_, is_first_step), batch in together.items():
+        for batch in together.values():
             columns = [list(column) for column in zip(*batch, strict=True)]
-            with_small_joined(partial(sgd_fused_, is_first_step=is_first_step, **numbers), columns)
+            with_small_joined(partial(sgd_fused_, **numbers), columns)
 
 
 def _kernel(parameter: Tensor, *others: Tensor) -> Hashable | None:
