@@ -179,7 +179,7 @@ def _with_help(command: Any, name: str) -> Any:
         if parameter == "settings":
             annotations[parameter] = Annotated[_settings_type() | None, Parameter(name="*")]
         elif parameter != "return":
-                        # A lone "-" is standard input, and a prompt may begin with one.
+            # A lone "-" is standard input, and a prompt may begin with one.
             dash = parameter in ("corpus", "prompt")
             told = Parameter(help=say(f"cli.{name}.{parameter}"), allow_leading_hyphen=dash, negative=())
             annotations[parameter] = Annotated[hint, told]

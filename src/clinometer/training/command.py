@@ -245,8 +245,9 @@ def gradient_table(session: Session) -> Table:
     session.model.zero_grad()
     forward_backward(session)
     table = Table(title=say("demo.table", step=session.step), title_justify="left")
-    for key, justify in (("weight", "left"), ("shape", "right"), ("norm", "right"), ("ratio", "right")):
-        table.add_column(say(f"demo.{key}"), justify=justify)
+    table.add_column(say("demo.weight"))
+    for key in ("shape", "norm", "ratio"):
+        table.add_column(say(f"demo.{key}"), justify="right")
     for name, parameter in session.model.named_parameters():
         assert parameter.grad is not None
         norm, size = float(parameter.grad.norm()), float(parameter.detach().norm())

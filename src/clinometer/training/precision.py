@@ -114,12 +114,12 @@ def matmul_rate(device: torch.device, precision: str, size: int = 1024, seconds:
     # Its own generator: a measurement must not move the run's random numbers.
     generator = torch.Generator(device=device).manual_seed(0)
     a = torch.randn(size, size, device=device, generator=generator).to(dtype)
-    a @ a
+    torch.matmul(a, a)
     best, spent = 0.0, 0.0
     while spent < seconds:
         _wait(device)
         start = time.perf_counter()
-        a @ a
+        torch.matmul(a, a)
         _wait(device)
         elapsed = time.perf_counter() - start
         spent += elapsed
