@@ -127,7 +127,7 @@ def throughput(nanogpt: Path, rounds: int, steps: int, shape: dict[str, int]) ->
         for name, side in sides.items():
             command = [sys.executable, "-m", "benchmarks.training", "--worker", *side]
             command += ["--shape", json.dumps(shape), "--nanogpt", str(nanogpt), "--steps", str(steps)]
-            out = run(command, env=allocator() if side[0] == "ours" else {})
+            out = run(command, env=our_settings() if side[0] == "ours" else {})
             results[name].append(json.loads(out.splitlines()[-1]))
     print(f"\nTraining step, {shape}, batch {BATCH} ({rounds} rounds of {steps} steps, medians)")
     for name, found in results.items():
@@ -223,11 +223,11 @@ def prepare_characters(checkout: Path, text: Path) -> None:
     run([sys.executable, "prepare.py"], cwd=folder)
 
 
-def allocator() -> dict[str, str]:
+def our_settings() -> dict[str, str]:
     """What `clinometer train` sets for its own process; see clinometer.cli."""
-    from clinometer.cli import ALLOCATOR
+    from clinometer.cli import PROCESS_SETTINGS
 
-    return ALLOCATOR
+    return PROCESS_SETTINGS
 
 
 def run(command: list[str], env: dict[str, str] | None = None, cwd: Path | None = None) -> str:

@@ -20,13 +20,17 @@ from clinometer.training.settings_file import read_toml
 if TYPE_CHECKING:
     from rich.console import Console
 
-ALLOCATOR = {
+PROCESS_SETTINGS = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(64 << 30),
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "OMP_WAIT_POLICY": "passive",
 }
-"""glibc hands big blocks back to the system and pays for fresh pages at every step; keeping them makes
-training on a CPU a fifth to two fifths faster. Read by glibc at start, so `train` starts itself once more."""
+"""Read by the C library and OpenMP when a process starts, so `train` starts itself once more with them.
+
+glibc hands big blocks back to the system and pays for fresh pages at every step; keeping them makes training
+on a CPU a fifth to two fifths faster. OpenMP's threads spin while they wait for each other: where another
+program wants a core too, that made steps over ten times slower (docs/log.md)."""
 
 
 def main() -> NoReturn:
@@ -86,7 +90,7 @@ def train(
     resume: bool = False,
     settings: Annotated[RunConfig | None, Parameter(name="*")] = None,
 ) -> int:
-    _restart_with_allocator()
+    _restart_with_settings()
     from clinometer.training import command
 
     if resume and run is None:
@@ -145,7 +149,7 @@ def doctor() -> int:
 
 
 def demo(*, run: Path | None = None, quick: bool = False) -> int:
-    _restart_with_allocator()
+    _restart_with_settings()
     from clinometer.training import command
 
     return command.demo_command(_console(), run, quick)
@@ -245,12 +249,14 @@ def _take_language(arguments: list[str]) -> list[str]:
     return arguments
 
 
-def _restart_with_allocator() -> None:
-    """Start this process again with glibc told to keep its pages; not where the user has set these."""
-    if sys.platform != "linux" or any(name in os.environ for name in ALLOCATOR) or "LD_PRELOAD" in os.environ:
+def _restart_with_settings() -> None:
+    """Start this process again with PROCESS_SETTINGS, those that the user has set left as they are."""
+    if sys.platform != "linux" or "LD_PRELOAD" in os.environ:  # a preloaded allocator has its own
         return
-    os.environ.update(ALLOCATOR)
-    os.execv(sys.executable, [sys.executable, "-m", "clinometer", *sys.argv[1:]])
+    missing = {name: value for name, value in PROCESS_SETTINGS.items() if name not in os.environ}
+    if missing:
+        os.environ.update(missing)
+        os.execv(sys.executable, [sys.executable, "-m", "clinometer", *sys.argv[1:]])
 
 
 def _console(*, stderr: bool = False) -> Console:

@@ -21,7 +21,8 @@ def call(tmp_path, monkeypatch, capsys):
     """Run a command in this process, in an empty folder: (exit code, standard output, standard error)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "300")
-    monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")  # the user's own setting: no restart
+    for name, value in cli.PROCESS_SETTINGS.items():  # set already: no restart
+        monkeypatch.setenv(name, value)
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["clinometer", *map(str, arguments)])

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -100,16 +101,19 @@ def run_session(session: Session, display: RunDisplay) -> int:
         flops_per_token=model.flops_per_token(),
         peak=matmul_rate(torch.device(choices.device), choices.precision),
     )
-    began = time.perf_counter()
+    before, began = session.step, time.perf_counter()
     try:
         outcome = train(session, display)
     finally:
         display.end()
-    _say_outcome(session, display, outcome, time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    _say_outcome(session, display, outcome, seconds, (session.step - before) * tokens_per_step / seconds)
     return outcome.value
 
 
-def _say_outcome(session: Session, display: RunDisplay, outcome: Outcome, seconds: float) -> None:
+def _say_outcome(
+    session: Session, display: RunDisplay, outcome: Outcome, seconds: float, tokens_per_second: float
+) -> None:
     path = session.folder.path
     saved = checkpoints(session.folder.checkpoints)[-1]
     if outcome is Outcome.DONE:
@@ -120,7 +124,7 @@ def _say_outcome(session: Session, display: RunDisplay, outcome: Outcome, second
             "train.done",
             steps=session.step,
             time=clock(seconds),
-            speed=short_count(display.tokens_per_second()),
+            speed=short_count(tokens_per_second),
             loss=display.loss,
             validation=best,
             path=saved,
@@ -244,7 +248,7 @@ def gradient_table(session: Session) -> Table:
     """Every weight's gradient on the batch that would come next: its norm, and that over the weight's."""
     session.model.zero_grad()
     forward_backward(session)
-    table = Table(title=say("demo.table", step=session.step), title_justify="left")
+    table = Table(title=say("demo.table", step=session.step), title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column(say("demo.weight"))
     for key in ("shape", "norm", "ratio"):
         table.add_column(say(f"demo.{key}"), justify="right")
