@@ -37,13 +37,13 @@ OUR_SETTINGS = [
     "--model.num-layers=4",
     "--model.num-heads=4",
     "--optim.name=muon",
-    "--optim.lr=6e-3",
+    "--optim.lr=1e-2",
     "--training.batch-size=12",
-    "--training.steps=450",
-    "--training.eval-every=450",
+    "--training.steps=300",
+    "--training.eval-every=300",
     "--training.eval-batches=40",
     "--training.sample-tokens=0",
-    "--training.checkpoint-every=450",
+    "--training.checkpoint-every=300",
 ]
 SHAPE = {"d_model": 512, "num_layers": 4, "num_heads": 16, "context_length": 256, "vocab_size": 10_000}
 LARGE = {"d_model": 768, "num_layers": 12, "num_heads": 12, "context_length": 256, "vocab_size": 50_257}

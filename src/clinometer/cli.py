@@ -24,13 +24,13 @@ PROCESS_SETTINGS = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(64 << 30),
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-    "OMP_WAIT_POLICY": "passive",
+    "GOMP_SPINCOUNT": "1000",
 }
 """Read by the C library and OpenMP when a process starts, so `train` starts itself once more with them.
 
 glibc hands big blocks back to the system and pays for fresh pages at every step; keeping them makes training
-on a CPU a fifth to two fifths faster. OpenMP's threads spin while they wait for each other: where another
-program wants a core too, that made steps over ten times slower (docs/log.md)."""
+on a CPU a fifth to two fifths faster. OpenMP's threads spin while they wait for each other; spinning briefly
+costs nothing on an idle machine and doubles the speed where another program wants a core (docs/log.md)."""
 
 
 def main() -> NoReturn:
