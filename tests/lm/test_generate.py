@@ -270,6 +270,19 @@ def test_an_interrupted_step_can_be_taken_again():
     assert torch.equal(torch.stack([*made, *generation], dim=1), expected)
 
 
+def test_a_step_that_met_nan_can_be_asked_again():
+    model = small_model()
+    expected = tokens(generate(model, [1, 2, 3], 8, temperature=0))
+    generation = generate(model, [1, 2, 3], 8, temperature=0)
+    made = [next(generation)]
+    hook = model.register_forward_hook(lambda _, __, logits: logits * math.nan)
+    for _ in range(2):
+        with pytest.raises(InputError):
+            next(generation)
+    hook.remove()
+    assert torch.equal(torch.stack([*made, *generation], dim=1), expected)
+
+
 def test_bfloat16_weights_and_autocast_generate_with_a_bfloat16_cache():
     prompt = torch.randint(0, CONFIG.vocab_size, (2, 5))
     half = small_model().to(torch.bfloat16)
@@ -317,6 +330,7 @@ def test_no_tokens_asked_none_made():
         ("generate.top_p", [1], {"top_p": math.nan}),
         ("generate.max_new_tokens", [1], {"max_new_tokens": -1}),
         ("generate.stop_id", [1], {"stop_id": 61}),
+        ("generate.stop_id", [1], {"stop_id": 2.5}),
         ("generate.two_sources", [1], {"seed": 1, "generator": torch.Generator()}),
         ("generate.empty_prompt", [], {}),
         ("generate.empty_prompt", torch.ones(2, 0, dtype=torch.long), {}),
