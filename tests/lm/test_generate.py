@@ -79,7 +79,7 @@ def test_the_cache_is_filled_in_place_and_says_when_it_is_full():
 def test_top_k_and_top_p_keep_what_transformers_keeps_bit_for_bit(dtype):
     processors = pytest.importorskip("transformers").generation.logits_process
     for top_k in (None, 1, 2, 7, 40, 41, 1000):
-        for top_p in (None, 1e-6, 0.1, 0.5, 0.9, 0.999, 1.0):
+        for top_p in (None, 1e-20, 1e-6, 0.1, 0.5, 0.9, 0.999, 1.0):
             for temperature in (0.3, 1.0, 2.5):
                 logits = torch.randn(5, 40, dtype=dtype) * 3
                 logits[0, 5:9] = logits[0].max()  # equals
@@ -122,6 +122,14 @@ def test_sampling_draws_from_exactly_the_filtered_distribution(ties):
         frequencies = torch.bincount(drawn, minlength=30) / 100_000
         assert float((frequencies - expected).abs().max()) < 7e-3
         assert float(frequencies[expected == 0].sum()) == 0
+
+
+@pytest.mark.parametrize(("drawn", "token"), [(0.0, 1), (0.25, 1), (0.5, 2), (1.0, 2)])
+def test_no_random_number_chooses_a_token_of_probability_zero(monkeypatch, drawn, token):
+    """1.0 stands for a product that rounds up to the whole; 0.5 is the border itself."""
+    monkeypatch.setattr(torch, "rand", lambda shape, dtype, **_: torch.full(shape, drawn, dtype=dtype))
+    logits = torch.tensor([[-math.inf, 1.0, 1.0, -math.inf]])
+    assert int(sample(logits)) == token
 
 
 def test_temperature_zero_takes_the_first_of_the_largest():
