@@ -79,7 +79,7 @@ def test_the_cache_is_filled_in_place_and_says_when_it_is_full():
 def test_top_k_and_top_p_keep_what_transformers_keeps_bit_for_bit(dtype):
     processors = pytest.importorskip("transformers").generation.logits_process
     for top_k in (None, 1, 2, 7, 40, 41, 1000):
-        for top_p in (None, 1e-6, 0.1, 0.5, 0.9, 0.999, 1.0):
+        for top_p in (None, 1e-20, 1e-6, 0.1, 0.5, 0.9, 0.999, 1.0):
             for temperature in (0.3, 1.0, 2.5):
                 logits = torch.randn(5, 40, dtype=dtype) * 3
                 logits[0, 5:9] = logits[0].max()  # equals
@@ -122,6 +122,14 @@ def test_sampling_draws_from_exactly_the_filtered_distribution(ties):
         frequencies = torch.bincount(drawn, minlength=30) / 100_000
         assert float((frequencies - expected).abs().max()) < 7e-3
         assert float(frequencies[expected == 0].sum()) == 0
+
+
+@pytest.mark.parametrize(("drawn", "token"), [(0.0, 1), (0.25, 1), (0.5, 2), (1.0, 2)])
+def test_no_random_number_chooses_a_token_of_probability_zero(monkeypatch, drawn, token):
+    """1.0 stands for a product that rounds up to the whole; 0.5 is the border itself."""
+    monkeypatch.setattr(torch, "rand", lambda shape, dtype, **_: torch.full(shape, drawn, dtype=dtype))
+    logits = torch.tensor([[-math.inf, 1.0, 1.0, -math.inf]])
+    assert int(sample(logits)) == token
 
 
 def test_temperature_zero_takes_the_first_of_the_largest():
@@ -270,6 +278,19 @@ def test_an_interrupted_step_can_be_taken_again():
     assert torch.equal(torch.stack([*made, *generation], dim=1), expected)
 
 
+def test_a_step_that_met_nan_can_be_asked_again():
+    model = small_model()
+    expected = tokens(generate(model, [1, 2, 3], 8, temperature=0))
+    generation = generate(model, [1, 2, 3], 8, temperature=0)
+    made = [next(generation)]
+    hook = model.register_forward_hook(lambda _, __, logits: logits * math.nan)
+    for _ in range(2):
+        with pytest.raises(InputError):
+            next(generation)
+    hook.remove()
+    assert torch.equal(torch.stack([*made, *generation], dim=1), expected)
+
+
 def test_bfloat16_weights_and_autocast_generate_with_a_bfloat16_cache():
     prompt = torch.randint(0, CONFIG.vocab_size, (2, 5))
     half = small_model().to(torch.bfloat16)
@@ -317,6 +338,7 @@ def test_no_tokens_asked_none_made():
         ("generate.top_p", [1], {"top_p": math.nan}),
         ("generate.max_new_tokens", [1], {"max_new_tokens": -1}),
         ("generate.stop_id", [1], {"stop_id": 61}),
+        ("generate.stop_id", [1], {"stop_id": 2.5}),
         ("generate.two_sources", [1], {"seed": 1, "generator": torch.Generator()}),
         ("generate.empty_prompt", [], {}),
         ("generate.empty_prompt", torch.ones(2, 0, dtype=torch.long), {}),

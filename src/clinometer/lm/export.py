@@ -55,7 +55,10 @@ def export_llama(
     than an earlier export, or one without `overwrite`.
     """
     folder = Path(folder).resolve()
-    _check_target(folder, overwrite)
+    try:
+        _check_target(folder, overwrite)
+    except OSError as error:
+        raise InputError("export.cannot_write", path=folder, reason=error.strerror or error) from error
     V = config.vocab_size
     if end_of_text_id is not None and not 0 <= end_of_text_id < V:
         raise InputError("export.end_of_text", value=end_of_text_id, vocab_size=V, last=V - 1)
@@ -179,7 +182,7 @@ def _is_export(folder: Path) -> bool:
 
 def _commit(unfinished: Path, folder: Path) -> None:
     """Give the finished folder its name; what had it before is deleted last."""
-    for path in unfinished.iterdir():
+    for path in filter(Path.is_file, unfinished.rglob("*")):
         with path.open("rb") as file:
             os.fsync(file.fileno())
     replaced = None

@@ -195,7 +195,12 @@ class Generation(Iterator[Tensor]):
             raise StopIteration
         # Entered and left in every step: a mode held across a yield would leak into the caller's code.
         with torch.inference_mode(), _evaluating(self._modules):
-            ids = sample(self._next_logits(), **self._sampling)
+            try:
+                ids = sample(self._next_logits(), **self._sampling)
+            except BaseException:
+                if self._cache is not None:
+                    self._cache.clear()  # it may be half filled, and a caller may go on after Ctrl-C
+                raise
             self._remaining -= 1
             if self._stop_id is not None:
                 ids = torch.where(self._stopped, self._stop_id, ids)
@@ -212,11 +217,7 @@ class Generation(Iterator[Tensor]):
             return self._model(self._window[:, : self._length])[:, -1]
         start = self._cache.length
         new = self._window[:, start : self._length]
-        try:
-            return self._model(new, self._cache, start, last_only=True)[:, -1]
-        except BaseException:
-            self._cache.clear()  # only some layers have appended; a caller may go on after Ctrl-C
-            raise
+        return self._model(new, self._cache, start, last_only=True)[:, -1]
 
     def _extend(self, ids: Tensor) -> None:
         if self._length == self._window.shape[1]:
@@ -262,7 +263,7 @@ def generate(
     """
     _check_settings(max_new_tokens, temperature, top_k, top_p, seed, generator)
     V = model.config.vocab_size
-    if stop_id is not None and not 0 <= stop_id < V:
+    if stop_id is not None and not (_is_whole(stop_id) and 0 <= stop_id < V):
         raise InputError("generate.stop_id", value=stop_id, vocab_size=V, last=V - 1)
     parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     prompt = torch.as_tensor(token_ids, device=None if parameter is None else parameter.device)
