@@ -72,6 +72,8 @@ def build_app() -> App:
     for name, command in (
         ("train", train),
         ("generate", generate),
+        ("diagnose", diagnose),
+        ("check", check),
         ("export", export),
         ("import", import_),
         ("doctor", doctor),
@@ -148,11 +150,23 @@ def doctor() -> int:
     return doctor_command(_console())
 
 
+def diagnose(target: str) -> int:
+    from clinometer.training.instrument import diagnose_command
+
+    return diagnose_command(_console(), target)
+
+
+def check(target: str) -> int:
+    from clinometer.training.instrument import check_command
+
+    return check_command(_console(), target)
+
+
 def demo(*, run: Path | None = None, quick: bool = False) -> int:
     _restart_with_settings()
-    from clinometer.training import command
+    from clinometer.training.demo import demo_command
 
-    return command.demo_command(_console(), run, quick)
+    return demo_command(_console(), run, quick)
 
 
 def _layer_configuration(app: App, commands: tuple[str, ...], arguments: Any) -> None:

@@ -196,6 +196,13 @@ def test_no_pickle_is_written(saved):
     assert sorted(p.name for p in saved.iterdir()) == sorted(FILES)
 
 
+def test_others_may_read_a_checkpoint_if_they_may_read_our_files(saved):
+    (saved / "ordinary").touch()
+    modes = {(saved / name).stat().st_mode for name in (*FILES, "ordinary")}
+    (saved / "ordinary").unlink()
+    assert len(modes) == 1
+
+
 def copy_of(saved, tmp_path_factory):
     import shutil
 

@@ -9,41 +9,9 @@ import time
 
 import pytest
 
-from clinometer import cli
-from clinometer.messages import set_language
 from clinometer.training import checkpoint
 from clinometer.training.run_folder import RunFolder
-from tests.training.conftest import SMALL, small
-
-
-@pytest.fixture
-def call(tmp_path, monkeypatch, capsys):
-    """Run a command in this process, in an empty folder: (exit code, standard output, standard error)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "300")
-    for name, value in cli.PROCESS_SETTINGS.items():  # set already: no restart
-        monkeypatch.setenv(name, value)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["clinometer", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capsys.readouterr()
-        return stop.value.code, out, err
-
-    yield run
-    set_language(None)
-
-
-def assert_refused(result, *words):
-    """Exit code 2, one paragraph, no traceback, and the words that matter."""
-    code, _, err = result
-    assert code == 2, result
-    assert "Traceback" not in err
-    assert len(err.strip().split("\n\n")) == 1
-    for word in words:
-        assert str(word) in err, err
-
+from tests.training.conftest import SMALL, assert_refused, small
 
 # Wrong use
 

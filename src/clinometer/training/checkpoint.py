@@ -225,7 +225,10 @@ def _fitting(path: Path, weights: dict[str, Tensor], model: nn.Module) -> dict[s
 
 
 def _save(path: Path, tensors: dict[str, Tensor]) -> None:
+    path.touch()
+    mode = path.stat().st_mode  # safetensors replaces the file by one that only its owner may read
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    path.chmod(mode)
     with path.open("rb+") as file:
         os.fsync(file.fileno())
 

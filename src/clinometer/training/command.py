@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 import secrets
 import sys
 import time
 from pathlib import Path
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from clinometer.lm.export import export_llama
 from clinometer.lm.generate import fit_prompt, generate
 from clinometer.messages import say
 from clinometer.training.checkpoint import checkpoints
-from clinometer.training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainingConfig
+from clinometer.training.config import DataConfig, RunConfig
 from clinometer.training.display import RunDisplay, clock, printable, short_count
-from clinometer.training.loop import Outcome, forward_backward, train
+from clinometer.training.loop import Outcome, train
 from clinometer.training.precision import choose_device, matmul_rate
 from clinometer.training.prepare import Session, begin_with, resume, start
 from clinometer.training.run_folder import RunFolder
 from clinometer.training.trained import import_run, load_run
-
-DEMO = RunConfig(
-    model=ModelConfig(context_length=128, d_model=192, num_layers=4, num_heads=6),
-    data=DataConfig(vocab_size=2048),
-    optim=OptimConfig(lr=6e-3),
-    training=TrainingConfig(
-        steps=280, compile="off", sample_tokens=120, sample_prompt="def ", eval_batches=8
-    ),
-)
-"""About a minute on two cores."""
 
 
 def configuration_of(run: Path) -> RunConfig:
@@ -211,8 +198,7 @@ def export_command(console: Console, run: Path, to: Path, checkpoint: str) -> in
     """Write a folder that transformers opens."""
     trained = load_run(run, checkpoint)
     eot = trained.tokenizer.end_of_text_id if trained.separated else None
-    export_llama(trained.model, trained.model.config, to, end_of_text_id=eot)
-    trained.tokenizer.save(to)
+    export_llama(trained.model, trained.model.config, to, end_of_text_id=eot, also=trained.tokenizer.save)
     console.print(say("cli.exported", path=to, step=trained.step), highlight=False, soft_wrap=True)
     return 0
 
@@ -222,40 +208,3 @@ def import_command(console: Console, source: Path, run: Path, corpus: str) -> in
     folder = import_run(source, run, RunConfig(data=DataConfig(corpus=corpus)))
     console.print(say("cli.imported", path=folder.path), highlight=False, soft_wrap=True)
     return 0
-
-
-def demo_command(console: Console, run: Path | None, quick: bool) -> int:
-    """Train a small model on Python's own source, and look at its gradients."""
-    config = DEMO
-    if quick:
-        config = dataclasses.replace(
-            config, training=dataclasses.replace(DEMO.training, steps=40, batch_size=8)
-        )
-    console.print(say("demo.begin"), highlight=False)
-    display = RunDisplay(console)
-    session = start(config, run or next_run_folder("demo"), display)
-    try:
-        code = run_session(session, display)
-        if code == 0:
-            console.print(gradient_table(session))
-            console.print(say("demo.end", run=session.folder.path), highlight=False, soft_wrap=True)
-        return code
-    finally:
-        session.close()
-
-
-def gradient_table(session: Session) -> Table:
-    """Every weight's gradient on the batch that would come next: its norm, and that over the weight's."""
-    session.model.zero_grad()
-    forward_backward(session)
-    table = Table(title=say("demo.table", step=session.step), title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column(say("demo.weight"))
-    for key in ("shape", "norm", "ratio"):
-        table.add_column(say(f"demo.{key}"), justify="right")
-    for name, parameter in session.model.named_parameters():
-        assert parameter.grad is not None
-        norm, size = float(parameter.grad.norm()), float(parameter.detach().norm())
-        shape = "×".join(str(n) for n in parameter.shape)
-        table.add_row(name, shape, f"{norm:.3e}", f"{norm / size:.1e}" if size else "")
-    session.model.zero_grad()
-    return table

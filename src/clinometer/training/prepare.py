@@ -155,14 +155,7 @@ def _prepare(
     last: Path | None,
 ) -> Session:
     tokenizer = _tokenizer(config, folder, corpus, notices)
-    notices.notice("train.encoding", corpus=corpus.name)
-    data = encode_corpus(
-        corpus,
-        tokenizer,
-        cache_folder(folder) / "tokens",
-        fraction=config.data.validation_fraction,
-        progress=lambda done, total: notices.progress("train.encoding_bar", done, total),
-    )
+    data = _encode(config, folder, corpus, tokenizer, notices)
     seen = {"content": data.header.content_hash, "tokenizer": tokenizer.hash}
     if state is not None and state["data"] not in (
         None,
@@ -221,6 +214,26 @@ def _prepare(
         session.skipped_in_a_row = state["skipped_in_a_row"]
         session.best_loss, session.best_step = state["best_loss"], state["best_step"]
     return session
+
+
+def open_tokens(path: Path, tokenizer: Tokenizer, notices: Notices) -> tuple[TokenData, RunConfig]:
+    """The tokens of the run in `path`, from the cache or encoded again; the run itself is not touched."""
+    folder = RunFolder.open(path)
+    config = folder.config
+    return _encode(config, folder, open_corpus(config.data.corpus), tokenizer, notices), config
+
+
+def _encode(
+    config: RunConfig, folder: RunFolder, corpus: Corpus, tokenizer: Tokenizer, notices: Notices
+) -> TokenData:
+    notices.notice("train.encoding", corpus=corpus.name)
+    return encode_corpus(
+        corpus,
+        tokenizer,
+        cache_folder(folder) / "tokens",
+        fraction=config.data.validation_fraction,
+        progress=lambda done, total: notices.progress("train.encoding_bar", done, total),
+    )
 
 
 def _tokenizer(config: RunConfig, folder: RunFolder, corpus: Corpus, notices: Notices) -> Tokenizer:

@@ -1,0 +1,137 @@
+"""`clinometer diagnose` and `check`, on a run's model or on what a function in a file returns."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from clinometer.gradients.check import check_gradients
+from clinometer.gradients.diagnosis import diagnose
+from clinometer.messages import InputError
+from clinometer.text import sampler
+from clinometer.training.display import RunDisplay
+from clinometer.training.prepare import Notices, open_tokens
+from clinometer.training.trained import load_run
+
+CHECKED_SEQUENCES = 1
+CHECKED_TOKENS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What is looked at: tensors, the closure that makes their loss, and who steps them, if that is known."""
+
+    params: Any
+    closure: Callable[[], Any]
+    optimizer: Any = None
+
+
+def diagnose_command(console: Console, target: str) -> int:
+    """Print the diagnosis; 1 if something is very likely wrong."""
+    given = read_target(target, RunDisplay(console))
+    result = diagnose(given.params, given.closure, optimizer=given.optimizer)
+    console.print(result)
+    return 0 if result.healthy else 1
+
+
+def check_command(console: Console, target: str) -> int:
+    """Print the check; 1 if a gradient is not the derivative of the loss."""
+    display = RunDisplay(console)
+    given = read_target(target, display, short=True)
+    try:
+        result = check_gradients(
+            given.params,
+            given.closure,
+            progress=lambda done, total: display.progress("demo.check_bar", done, total),
+        )
+    finally:
+        display.end()
+    console.print(result)
+    return 0 if result.passed else 1
+
+
+def read_target(target: str, notices: Notices, *, short: bool = False) -> Target:
+    """`RUN`, a run's folder, or `file.py:function`, whose function returns (params, closure[, optimizer]).
+
+    Raises `InputError` if there is no such run, file or function, if its code fails, or if it returns
+    something else.
+    """
+    file, colon, function = target.rpartition(":")
+    if colon and file.endswith(".py"):
+        return _from_file(Path(file), function)
+    if target.endswith(".py"):
+        raise InputError("instrument.which_function", file=target)
+    return _from_run(Path(target), notices, short)
+
+
+def _from_run(path: Path, notices: Notices, short: bool) -> Target:
+    """The run's newest model, on the batch that comes after its checkpoint, in float32 and uncompiled."""
+    trained = load_run(path, "last")
+    tokens, config = open_tokens(path, trained.tokenizer, notices)
+    arrays = sampler.batch(
+        tokens.train,
+        context_length=config.model.context_length,
+        batch_size=config.training.batch_size,
+        seed=config.training.seed,
+        step=trained.step,
+    )
+    token_ids, targets = (torch.from_numpy(a) for a in arrays)
+    if short:  # the check runs in float64, some hundred times
+        token_ids, targets = (t[:CHECKED_SEQUENCES, :CHECKED_TOKENS] for t in (token_ids, targets))
+    model = trained.model.train()
+    return Target(params=model, closure=lambda: model.loss(token_ids, targets))
+
+
+def _from_file(path: Path, function: str) -> Target:
+    if not path.is_file():
+        raise InputError("instrument.no_file", path=path)
+    module = _load(path)
+    make = getattr(module, function, None)
+    if not callable(make):
+        names = [
+            n
+            for n, v in vars(module).items()
+            if callable(v) and getattr(v, "__module__", "") == module.__name__
+        ]
+        raise InputError(
+            "instrument.no_function", path=path, function=function, known=", ".join(names) or "-"
+        )
+    given = _run(path, make)
+    if isinstance(given, tuple) and len(given) in (2, 3) and callable(given[1]):
+        return Target(params=given[0], closure=given[1], optimizer=given[2] if len(given) == 3 else None)
+    raise InputError("instrument.returns", function=function, path=path, type=type(given).__name__)
+
+
+def _load(path: Path) -> ModuleType:
+    """The file as a module, run as `python file.py` would find its neighbours, but not as `__main__`."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent.absolute()))
+    sys.modules[path.stem] = module
+    loader = spec.loader
+    _run(path, lambda: loader.exec_module(module))
+    return module
+
+
+def _run(path: Path, call: Callable[[], Any]) -> Any:
+    """The call's result; an exception in the user's file becomes a sentence with its line."""
+    try:
+        return call()
+    except InputError:
+        raise
+    except Exception as error:
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        line = getattr(error, "lineno", None) or (lines[-1] if lines else "?")
+        kind = type(error).__name__
+        raise InputError("instrument.failed", path=path, line=line, error=f"{kind}: {error}") from error

@@ -1,0 +1,116 @@
+"""The instrument on the command line: on a run, on a file, and on what is neither."""
+
+import textwrap
+
+import pytest
+
+from tests.training.conftest import SMALL, assert_refused
+
+BROKEN = """
+import torch
+from helper_of_this_file import WIDTH
+
+class Encoder(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Linear(WIDTH, WIDTH)
+        self.second = torch.nn.Linear(WIDTH, 1)
+
+    def forward(self, x):
+        h = self.first(x)
+        h = h.detach()
+        return self.second(torch.tanh(h)).pow(2).mean()
+
+def broken():
+    model = Encoder()
+    x = torch.randn(5, WIDTH)
+    return model, lambda: model(x)
+
+def healthy():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1))
+    x = torch.randn(5, 3)
+    return model, lambda: model(x).pow(2).mean(), torch.optim.SGD(model.parameters(), lr=0.1)
+
+class Wrong(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 3
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2
+
+def wrong():
+    w = torch.ones(4, requires_grad=True)
+    return {"w": w}, lambda: Wrong.apply(w).pow(2).sum()
+
+def nothing():
+    return None
+
+def fails():
+    return 1 / 0
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    (tmp_path / "helper_of_this_file.py").write_text("WIDTH = 4\n")
+    path = tmp_path / "a_training_script.py"
+    path.write_text(textwrap.dedent(BROKEN))
+    return path
+
+
+def test_a_broken_file_is_diagnosed_to_its_line_with_exit_code_1(call, script):
+    line = script.read_text().splitlines().index("        h = h.detach()") + 1
+    code, out, _ = call("diagnose", f"{script}:broken")
+    assert code == 1
+    assert f"a_training_script.py:{line}" in out
+    assert "h = h.detach()" in out
+    assert "first.weight" in out
+    code, out, _ = call("--language", "zh", "diagnose", f"{script}:broken")
+    assert code == 1
+    assert f"a_training_script.py:{line}" in out
+    assert "梯度" in out
+
+
+def test_a_healthy_file_has_exit_code_0(call, script):
+    assert call("diagnose", f"{script}:healthy")[0] == 0
+    assert call("check", f"{script}:healthy")[0] == 0
+
+
+def test_a_wrong_backward_is_found_with_exit_code_1(call, script):
+    code, out, _ = call("check", f"{script}:wrong")
+    assert code == 1
+    assert "Wrong" in out
+    assert "w" in out
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("{script}", ["function"]),
+        ("{script}:missing", ["missing", "broken, healthy"]),
+        ("{script}:nothing", ["nothing", "NoneType", "(params, closure)"]),
+        ("{script}:fails", ["ZeroDivisionError", "line"]),
+        ("nowhere.py:f", ["nowhere.py"]),
+        ("no/run", ["no/run"]),
+    ],
+)
+def test_what_cannot_be_looked_at_is_explained(call, script, target, words):
+    for command in ("diagnose", "check"):
+        assert_refused(call(command, target.format(script=script)), *words)
+
+
+def test_a_file_that_does_not_parse_is_explained_with_its_line(call, tmp_path):
+    (tmp_path / "bad.py").write_text("x = 1\ndef f(:\n")
+    assert_refused(call("diagnose", f"{tmp_path / 'bad.py'}:f"), "bad.py", "line 2", "SyntaxError")
+
+
+def test_a_trained_run_is_healthy_and_its_gradients_are_right(call, corpus):
+    assert call("train", "--corpus", corpus, "--run", "run", *SMALL, "--training.steps=3")[0] == 0
+    code, out, _ = call("diagnose", "run")
+    assert code == 0, out
+    assert "12 " in out  # tensors of a one-layer model
+    code, out, _ = call("check", "run")
+    assert code == 0, out
