@@ -1,0 +1,149 @@
+"""Tensors and containers as they were: kept bit for bit, and put back only where they differ.
+
+Bits are compared and written through an alias of the storage as whole numbers. So NaN payloads, −0.0,
+complex, quantised and 8-bit formats and inference tensors need no case of their own, and a tensor that
+nobody wrote to is not written to: a graph the user holds stays valid.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)
+_WORDS = ((8, torch.int64), (4, torch.int32), (2, torch.int16), (1, torch.uint8))
+
+
+def dense_parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The strided tensors in memory that `tensor` is made of; none for one without memory (meta, fake)."""
+    if is_traceable_wrapper_subclass(tensor):  # DTensor, torchao's, jagged nested tensors
+        for attribute in tensor.__tensor_flatten__()[0]:
+            part = getattr(tensor, attribute)
+            if isinstance(part, Tensor):
+                yield from dense_parts(part)
+    elif tensor.layout is torch.sparse_coo:
+        yield from (tensor._indices(), tensor._values())
+    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        yield from (tensor.crow_indices(), tensor.col_indices(), tensor.values())
+    elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        yield from (tensor.ccol_indices(), tensor.row_indices(), tensor.values())
+    elif tensor.layout is torch.strided and not tensor.is_nested and _has_memory(tensor):
+        yield tensor
+
+
+class KeptBits:
+    """The stretch of a storage that a strided tensor lies in."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.storage = tensor.untyped_storage()
+        item = tensor.element_size()
+        reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        self.start = tensor.storage_offset() * item
+        self.end = self.start + ((reach + 1) * item if tensor.numel() else 0)
+        self.key = (self.storage._cdata, self.start, self.end)
+        self.copy: Tensor | None = None
+
+    def take(self) -> None:
+        """Copy the bits; a storage that holds no memory just now (FSDP's freed shards) has none."""
+        if self.start < self.end <= self.storage.nbytes():
+            self.copy = self._alias().clone()
+
+    def restore(self) -> None:
+        if self.copy is None:
+            return
+        if self.storage.nbytes() < self.end:
+            self.storage.resize_(int(self.end))
+        now = self._alias()
+        if not torch.equal(now, self.copy):
+            now.copy_(self.copy)
+
+    def _alias(self) -> Tensor:
+        size, dtype = next((n, d) for n, d in _WORDS if self.start % n == 0 and self.end % n == 0)
+        alias = torch.empty(0, dtype=dtype, device=self.storage.device)
+        return alias.set_(self.storage, self.start // size, ((self.end - self.start) // size,), (1,))  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+
+class KeptTensor:
+    """One tensor: its memory, bits, version, `requires_grad`, and which `.grad` it had."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.leaf = tensor.is_leaf
+        self.requires_grad = tensor.requires_grad
+        self.grad = tensor.grad if has_grad(tensor) else None
+        wrapper = is_traceable_wrapper_subclass(tensor) or tensor.layout is not torch.strided
+        self.shell = None if wrapper else tensor.data
+        self.bits = [KeptBits(part) for part in dense_parts(tensor)]
+        self._version = None if tensor.is_inference() else _unsafe_preserve_version_counter(tensor)
+
+    def restore(self) -> None:
+        """The tensor is again what it was, its `.grad` aside; bits are restored by their keeper."""
+        tensor = self.tensor
+        if self.shell is not None and _place(tensor) != _place(self.shell):
+            tensor.data = self.shell
+        if self.leaf and not tensor.is_leaf:
+            tensor.detach_()
+        if self.leaf and tensor.requires_grad != self.requires_grad:
+            tensor.requires_grad_(self.requires_grad)
+
+    def restore_grad(self) -> None:
+        if has_grad(self.tensor) and self.tensor.grad is not self.grad:
+            self.tensor.grad = self.grad
+
+    def restore_version(self) -> None:
+        """The bits are those of that version, so a graph that saved it may still be used."""
+        if self._version is not None and self.tensor._version != self._version.prev_versions[0]:
+            self._version.__exit__()
+
+
+class KeptContainer:
+    """What a dict, list, set or deque held, by identity."""
+
+    def __init__(self, container: Any) -> None:
+        self.container = container
+        self.items = _items(container)
+
+    def restore(self) -> None:
+        now = _items(self.container)
+        if len(now) == len(self.items) and all(a is b for a, b in zip(now, self.items, strict=True)):
+            return
+        self.container.clear()
+        if isinstance(self.container, dict):
+            self.container.update(zip(self.items[::2], self.items[1::2], strict=True))
+        elif isinstance(self.container, set):
+            self.container.update(self.items)
+        else:
+            self.container.extend(self.items)
+
+
+def has_grad(tensor: Tensor) -> bool:
+    """Whether `.grad` may be read without a warning."""
+    return tensor.is_leaf or tensor.retains_grad
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    return not tensor.is_meta and tensor.untyped_storage().device.type != "meta"  # fake: meta inside
+
+
+def _items(container: Any) -> list[Any]:
+    if isinstance(container, dict):
+        return [x for pair in container.items() for x in pair]
+    return list(container)
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    storage = tensor.untyped_storage()
+    return (
+        storage._cdata,
+        tensor.storage_offset(),
+        tensor.shape,
+        tensor.stride(),
+        tensor.dtype,
+        tensor.device,
+    )

@@ -1,0 +1,46 @@
+"""Random numbers, drawn again: the same dropout masks for every run of a closure."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+class RandomState:
+    """Where every global generator stood: torch's on CPU and CUDA, Python's, NumPy's if it is imported."""
+
+    def __init__(self) -> None:
+        self._cpu = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+        self._python = random.getstate()
+        numpy = _numpy()
+        self._numpy = numpy.random.get_state() if numpy else None
+
+    def restore(self) -> None:
+        """Every generator stands again where it stood."""
+        torch.set_rng_state(self._cpu)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state_all(self._cuda)
+        random.setstate(self._python)
+        if self._numpy is not None and (numpy := _numpy()):
+            numpy.random.set_state(self._numpy)
+
+
+@contextmanager
+def same_random_numbers() -> Iterator[None]:
+    """Blocks that follow each other draw the same numbers: each puts the generators back where it began."""
+    state = RandomState()
+    try:
+        yield
+    finally:
+        state.restore()
+
+
+def _numpy() -> Any:
+    module = sys.modules.get("numpy")
+    return module if hasattr(module, "random") else None
