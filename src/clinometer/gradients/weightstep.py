@@ -274,14 +274,13 @@ def _sense(gradient: float, change: float) -> str:
 
 def _pair(before: float, after: float) -> tuple[str, str]:
     """Two numbers, written with the digits (6 to 12) that tell them apart by at least two."""
-    texts: tuple[str, ...] = ()
+    one = two = ""
     for digits in range(6, 13):
-        texts = tuple(f"{x:#.{digits}g}".replace("-", MINUS) for x in (before, after))
-        if before == after or abs(before - after) >= 100 * 10.0 ** _last_digit(
-            max(abs(before), abs(after)), digits
-        ):
+        one, two = (f"{x:#.{digits}g}".replace("-", MINUS) for x in (before, after))
+        last = 10.0 ** _last_digit(max(abs(before), abs(after)), digits)
+        if before == after or abs(before - after) >= 100 * last:
             break
-    return texts[0], texts[1]
+    return one, two
 
 
 def _last_digit(size: float, digits: int) -> int:
