@@ -28,7 +28,10 @@ class Finding:
     """"none", "zero", "partly-zero", "non-finite", or "loop"."""
     severity: Severity
     key: str
-    """Where its sentences are: `{key}.what`, and where they exist `{key}.why` and `{key}.remedy`."""
+    """Where its sentences are: `{key}.what`, and where they exist `{key}.why` and `{key}.remedy`.
+
+    With a single name, `{key}.what_one` is used where it exists, and so for the other two.
+    """
     names: tuple[str, ...] = ()
     where: Where | None = None
     values: Mapping[str, Any] = field(default_factory=dict)
@@ -36,8 +39,8 @@ class Finding:
 
     def say(self, part: str, language: str | None = None) -> str:
         """The sentence "what", "why" or "remedy" of this finding; "" if it has none."""
-        key = f"{self.key}.{part}"
-        return say(key, language, **self._values()) if key in sentences("en") else ""
+        key = self._key(part)
+        return say(key, language, **self._values()) if key else ""
 
     def document(self, language: str | None = None) -> Document:
         """The finding as VOICE.md shows it: what, the line, why, the tensors, the remedy."""
@@ -78,8 +81,12 @@ class Finding:
         return Line(tuple(spans), indent=4, hang=2)
 
     def _spans(self, part: str, language: str | None) -> tuple[Any, ...]:
-        key = f"{self.key}.{part}"
-        return sentence(key, language, **self._values()) if key in sentences("en") else ()
+        key = self._key(part)
+        return sentence(key, language, **self._values()) if key else ()
+
+    def _key(self, part: str) -> str | None:
+        forms = [f"{self.key}.{part}_one"] if len(self.names) == 1 else []
+        return next((key for key in [*forms, f"{self.key}.{part}"] if key in sentences("en")), None)
 
     def _values(self) -> dict[str, Any]:
         first = {"name": self.names[0]} if self.names else {}
