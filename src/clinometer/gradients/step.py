@@ -23,7 +23,8 @@ from torch.optim import Optimizer
 
 from clinometer.gradients.anatomy import StepAnatomy
 from clinometer.gradients.closure import Closure, eagerly, evaluate
-from clinometer.gradients.formulas import FORMULAS, Held, claims
+from clinometer.gradients.formulas import FORMULAS, Held, claims, wide
+from clinometer.gradients.keeping import has_grad
 from clinometer.gradients.measures import Moved, fitting
 from clinometer.gradients.randomness import RandomState
 from clinometer.gradients.subject import Subject
@@ -94,7 +95,7 @@ class _Watch:
         self._raw = {
             name: tensor.grad.detach().clone()
             for name, tensor in self.subject.tensors.items()
-            if tensor.is_leaf and tensor.grad is not None
+            if has_grad(tensor) and tensor.grad is not None
         }
 
     def _before_step(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -127,7 +128,7 @@ class _Watch:
         self._losses = []
         for name, tensor in self.subject.tensors.items():
             self._before[name] = tensor.detach().clone()
-            grad = tensor.grad if tensor.is_leaf else None
+            grad = tensor.grad if has_grad(tensor) else None
             if id(tensor) not in options or grad is None:
                 continue
             grad = grad.detach().clone() if scale is None else grad.detach() / scale
@@ -157,7 +158,7 @@ class _Watch:
 
     def _norm_of_all(self) -> float:
         grads = [p.grad for group in self.optimizer.param_groups for p in group["params"]]
-        squares = [g.detach().double().square().sum().item() for g in grads if g is not None]
+        squares = [wide(g).square().sum().item() for g in grads if g is not None]
         return sum(squares) ** 0.5
 
     def end(self, anatomy: StepAnatomy) -> None:
@@ -214,8 +215,8 @@ class _Watch:
         raw = self._raw.get(name)
         if raw is None or raw.shape != held.grad.shape or getattr(self.optimizer, "grad_scale", None):
             return None, self._clip
-        norm = float(torch.linalg.vector_norm(raw.double()))
-        factor = float(torch.linalg.vector_norm(held.grad.double())) / norm if norm else 1.0
+        norm = float(torch.linalg.vector_norm(wide(raw)))
+        factor = float(torch.linalg.vector_norm(wide(held.grad))) / norm if norm else 1.0
         # A gradient that shrank to 1/2, 1/4, … was unscaled by a GradScaler, whose scales are powers of two.
         if torch.equal(raw, held.grad) or (factor < 1 and math.frexp(factor)[0] == 0.5):
             return None, self._clip

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from clinometer.gradients.document import Document, Line, Spans, Table, dim, fault, name, number, sentence
 from clinometer.gradients.formulas import FORMULAS, Replay, wide
-from clinometer.gradients.measures import Moved, misses, ulp
+from clinometer.gradients.measures import ULP_ALLOWED, Moved, ulps_apart
 from clinometer.gradients.report import Result
 from clinometer.gradients.wording import MINUS, format_number
 from clinometer.messages import say
@@ -109,17 +108,13 @@ class WeightStep(Result):
 
     @property
     def ulp(self) -> float | None:
-        """|after − replayed| in units of the last place of max(|before|, |after|)."""
-        if self.replayed is None:
-            return None
-        size = torch.tensor(max(abs(self.before), abs(self.after)), dtype=torch.float64)
-        apart = abs(self.after - self.replayed) if self.after != self.replayed else 0.0
-        return apart / float(ulp(size, self._part.before.dtype))
+        """|after − replayed| in units of the last place of the largest number that went into it."""
+        return None if self._replay is None else float(ulps_apart(self._part, self._replay).max())
 
     @property
     def faithful(self) -> bool | None:
         """Whether this weight is what the formula gives, within rounding."""
-        return None if self._replay is None else not bool(misses(self._part, self._replay).any())
+        return None if self.ulp is None else self.ulp <= ULP_ALLOWED
 
     @property
     def momentum_share(self) -> float | None:
