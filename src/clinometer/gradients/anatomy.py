@@ -55,14 +55,13 @@ class TensorStep(Result):
         """What the optimizer most likely does instead of its formula, as a sentence's key and a factor."""
         if self.faithful is not False or self.formula is None or self.moved.before.numel() > _SLIPS_TRIED:
             return None
-        if (ratio := constant_ratio(self.moved, FORMULAS[self.formula])) is not None:
-            return "factor", ratio
         if self.formula.startswith("adam"):
             others = {key: f for key, f in FORMULAS.items() if key.startswith("adam") and key != self.formula}
             key, missed = fitting(self.moved, SLIPS | others)[0]
             if missed == 0:
                 return key, 1.0
-        return None
+        ratio = constant_ratio(self.moved, FORMULAS[self.formula])
+        return None if ratio is None else ("factor", ratio)
 
     def __getitem__(self, index: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One weight where the index says one entry, else the part; raises InputError outside the tensor."""

@@ -61,8 +61,7 @@ def attribute(
                 if not loss.requires_grad:
                     raise InputError("attribution.no_graph")
                 watched.armed = True
-                # Tensor.backward would take the mode off while it runs.
-                torch.autograd.backward(loss)
+                loss.backward()
         finally:
             watched.remove_hooks()
         grads = {key: _gradient(key, tensor) for key, tensor in tensors.items()}

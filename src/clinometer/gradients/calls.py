@@ -25,6 +25,9 @@ SUBTRACTIONS = frozenset(("sub", "__sub__", "subtract", "__rsub__"))
 MULS = frozenset(("mul", "__mul__", "__rmul__", "mul_", "__imul__", "multiply"))
 DIVISIONS = frozenset(("div", "__truediv__", "true_divide"))
 NEGATIONS = frozenset(("neg", "__neg__", "negative"))
+OPENED = frozenset(("multi_head_attention_forward", "backward"))
+"""Python functions that would hide what they call: attention's products, and the forwards that reentrant
+checkpointing runs in a backward."""
 LOOKS = frozenset(
     """size dim ndim shape dtype device numel nelement is_floating_point is_complex requires_grad layout
     is_sparse is_cuda is_leaf grad_fn __len__ stride storage_offset data_ptr is_contiguous element_size detach
@@ -88,8 +91,12 @@ def plain_loss(
 
 
 def opened_up(function: Any) -> Any:
-    """A function of torch.nn.functional that does not hand itself to the mode, so its inside is seen."""
-    scope = {**function.__globals__, "has_torch_function": lambda _: False}
+    """The same Python function of torch, not handing itself to the mode, so that its inside is seen."""
+    scope = {
+        **function.__globals__,
+        "has_torch_function": lambda _: False,
+        "has_torch_function_unary": lambda _: False,
+    }
     opened = types.FunctionType(
         function.__code__, scope, function.__name__, function.__defaults__, function.__closure__
     )

@@ -186,6 +186,8 @@ def overlap(first: Use, second: Use, mask: Tensor | None) -> Tensor | None:
     """⟨what a position adds in one use, what it adds in the other⟩; None where that is not cheap to tell."""
     if isinstance(first, Product) and isinstance(second, Lookup):
         first, second = second, first
+    if first.lead == second.lead and _apart(first.placement, second.placement):
+        return torch.zeros(first.lead, dtype=torch.float64)
     plain = first.placement.positions is None and second.placement.positions is None and mask is None
     if not plain or first.lead != second.lead:
         return None
@@ -209,6 +211,14 @@ def overlap(first: Use, second: Use, mask: Tensor | None) -> Tensor | None:
         if y2 == first.lead_axes + first.w_axes[0]:
             return scale * (delta * delta2).sum(-1) * (x * x2).sum(-1)
     return None
+
+
+def _apart(first: Placement, second: Placement) -> bool:
+    """Whether two chunks have no entry of the parameter in common."""
+    if first.positions is None or second.positions is None:
+        return False
+    a, b = (torch.aminmax(p.positions) for p in (first, second) if p.positions is not None)
+    return bool(a.max < b.min or b.max < a.min)
 
 
 def _select(tensor: Tensor, axes: str, fixed: dict[str, int]) -> tuple[Tensor, str]:

@@ -26,6 +26,7 @@ from clinometer.gradients.calls import (
     MATMULS,
     MULS,
     NEGATIONS,
+    OPENED,
     SUBTRACTIONS,
     VIEWS,
     Arguments,
@@ -69,15 +70,15 @@ class Watched(TorchFunctionMode):
         name = name_of(func)
         if name == "embedding" and self.ids is None and len(args) > 1:
             self._note_ids(args[0])
+        if name in OPENED:
+            with self:
+                return opened_up(func)(*args, **kwargs)
         known = [t for t in tensors_in((args, kwargs)) if id(t) in self._known]
         if not known or name in LOOKS:
             return func(*args, **kwargs)
         if name == "linear_cross_entropy":
             with self:
                 return plain_loss(*args, **kwargs)
-        if name == "multi_head_attention_forward":
-            with self:
-                return opened_up(func)(*args, **kwargs)
         out = func(*args, **kwargs)
         if not self._follow(func, name, known, args, kwargs, out):
             for tensor in known:

@@ -55,7 +55,8 @@ class WeightStep(Result):
         self._context = context
         self._part = moved.part(index)
         self.name = moved.name
-        self.index = tuple(int(i) for i in (index if isinstance(index, tuple) else (index,)))
+        index = index if isinstance(index, tuple) else (index,)
+        self.index = tuple(int(i) % size for i, size in zip(index, moved.before.shape, strict=True))
         self.status = moved.status
         self.step = context.step_of(moved)
         self.before = _float(self._part.before)
