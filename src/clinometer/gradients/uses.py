@@ -34,7 +34,6 @@ from clinometer.gradients.calls import (
     name_of,
     needs_grad,
     opened_up,
-    plain_loss,
     tensors_in,
 )
 from clinometer.gradients.contraction import Lookup, Placement, Product, Use
@@ -77,8 +76,8 @@ class Watched(TorchFunctionMode):
         if not known or name in LOOKS:
             return func(*args, **kwargs)
         if name == "linear_cross_entropy":
-            with self:
-                return plain_loss(*args, **kwargs)
+            with self:  # without options it is a product and a cross-entropy, which can be seen
+                return opened_up(func)(*args, **{**kwargs, "options": None})
         out = func(*args, **kwargs)
         if not self._follow(func, name, known, args, kwargs, out):
             for tensor in known:

@@ -230,7 +230,7 @@ class WeightStep(Result):
         if self._part.held is not None and self._part.held.option("maximize") and sense != "stayed":
             sense = "maximized"
         spans = [*sentence(f"step.sense.{sense}", language)]
-        gap = say("step.gap", language)
+        gap = say("step.joined", language, first="", second="")
         if self._replay is None:
             return [*spans, gap, *sentence("step.unknown", language, optimizer=context.optimizer)]
         if self._replay.numbers.get("beta1") or self._replay.numbers.get("momentum"):
