@@ -343,6 +343,20 @@ def test_a_use_that_does_not_reach_the_loss_adds_nothing():
     assert found.complete
 
 
+def test_a_copy_through_which_no_gradient_comes_back_is_no_use_of_the_weight():
+    w = leaf(6, D)
+
+    def closure():
+        with torch.no_grad():
+            frozen = w.clone().t()
+        still = torch.cat([w.detach(), w.data])
+        return curved(F.linear(x, w)) + curved((w * x[0, 0]) @ frozen) + curved(F.linear(x, still) * w[0, 0])
+
+    found = attribute({"w": w}, closure, "w", (4, 1))
+    assert [use.op for use in found.uses][:1] == ["linear"]
+    assert len([use for use in found.uses if use.op == "linear"]) == 1
+
+
 def test_wrong_uses_are_refused_with_a_remedy():
     w, frozen = leaf(6, D), torch.ones(3)
     params = {"w": w, "frozen": frozen, "idle": leaf(2)}

@@ -45,6 +45,11 @@ class TensorStep(Result):
             raise InputError("step.part_of_matrix", name=self.name, optimizer=self._context.optimizer)
         return measure(self.moved, FORMULAS[self.formula] if self.formula else None)
 
+    @cached_property
+    def predicted(self) -> float:
+        """Σ⟨g, Δθ⟩ of this tensor; costs no replay."""
+        return measure(self.moved, None).predicted
+
     @property
     def faithful(self) -> bool | None:
         """Whether every entry is what the formula gives, within rounding; None without a formula."""
@@ -159,7 +164,7 @@ class StepAnatomy(Result):
         context.formula, context.losses, context.whole = formula, losses, whole
         context.skipped, self._note = skipped, None
         self._tensors = {key: TensorStep(m, context) for key, m in moved.items()}
-        context.predict = lambda: sum(t.measures.predicted for t in self.entries().values())
+        context.predict = lambda: sum(t.predicted for t in self.entries().values())
 
     @property
     def optimizer(self) -> str:
@@ -188,7 +193,7 @@ class StepAnatomy(Result):
     @property
     def predicted(self) -> float:
         """Σ⟨g, Δθ⟩: the change of the loss, to first order, of the tensors looked at."""
-        return self.measures.predicted
+        return sum(tensor.predicted for tensor in self.entries().values())
 
     @property
     def loss_change(self) -> float | None:

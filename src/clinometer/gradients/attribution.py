@@ -10,8 +10,9 @@ from torch import Tensor
 
 from clinometer.gradients.closure import Closure, eagerly, evaluate
 from clinometer.gradients.contraction import Use, overlap
-from clinometer.gradients.pushes import Attribution, Attributions, Contribution, Text, stacked
+from clinometer.gradients.pushes import Attribution, Attributions, Contribution, stacked
 from clinometer.gradients.subject import Subject
+from clinometer.gradients.tokens import Text
 from clinometer.gradients.untouched import untouched
 from clinometer.gradients.uses import Watched
 from clinometer.messages import InputError

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import unicodedata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,14 +12,14 @@ from torch import Tensor
 
 from clinometer.gradients.document import BLANK, Document, Line, Span, code, dim, name, note, number, sentence
 from clinometer.gradients.report import Result
+from clinometer.gradients.tokens import Text
 from clinometer.gradients.where import Where
 from clinometer.gradients.wording import cell_width, format_count, format_number, shorten
-from clinometer.messages import InputError, say
+from clinometer.messages import say
 
 _SHOWN = 10
 _LISTED = 4
 """Of the strongest, so many a side are written out."""
-_TEXT_COLUMNS = 24
 
 
 @dataclass
@@ -46,40 +45,6 @@ class Push(NamedTuple):
     text: str
     use: int | None
     """Which use it belongs to, where it does not fit the tokens."""
-
-
-class Text:
-    """The tokens of the batch and how to read them."""
-
-    def __init__(self, tokens: Any, decode: Callable[[int], str] | None) -> None:
-        self.ids: Tensor | None = None
-        self._decode = decode
-        self._read: dict[int, str] = {}
-        if tokens is not None:
-            try:
-                self.ids = torch.as_tensor(tokens).detach().cpu()
-            except (TypeError, ValueError) as error:
-                raise InputError("attribution.tokens", type=type(tokens).__name__) from error
-
-    @property
-    def shape(self) -> tuple[int, ...] | None:
-        return None if self.ids is None else tuple(self.ids.shape)
-
-    @property
-    def readable(self) -> bool:
-        """Whether a way to text was given."""
-        return self._decode is not None and self.ids is not None
-
-    def at(self, position: tuple[int, ...]) -> str:
-        """The token's text as one line, "#1234" without a way to text, "" without tokens."""
-        if self.ids is None:
-            return ""
-        token = int(self.ids[position])
-        if self._decode is None:
-            return f"#{token}"
-        if token not in self._read:
-            self._read[token] = _one_line(str(self._decode(token)))
-        return self._read[token]
 
 
 class Attribution(Result):
@@ -351,16 +316,6 @@ def _said(push: Push) -> Span:
     place = ":".join(map(str, push.position))
     value = format_number(push.value, sign=True, place="")
     return code(" ".join(part for part in (read, use, place, value) if part))
-
-
-def _one_line(text: str) -> str:
-    shown = "".join(
-        c.encode("unicode_escape").decode() if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") else c
-        for c in text
-    )
-    while cell_width(shown) > _TEXT_COLUMNS:
-        shown = shown[: len(shown) - 2] + "…" if not shown.endswith("…") else shown[:-2] + "…"
-    return shown
 
 
 def _slice(part: Any) -> str:

@@ -23,7 +23,8 @@ from torch.optim import Optimizer
 
 from clinometer.gradients.anatomy import StepAnatomy
 from clinometer.gradients.closure import Closure, eagerly, evaluate
-from clinometer.gradients.formulas import FORMULAS, Held, claims, wide
+from clinometer.gradients.formulas import FORMULAS, claims
+from clinometer.gradients.held import Held, wide
 from clinometer.gradients.keeping import has_grad
 from clinometer.gradients.measures import Moved, fitting
 from clinometer.gradients.randomness import RandomState

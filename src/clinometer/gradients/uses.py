@@ -110,7 +110,7 @@ class Watched(TorchFunctionMode):
         return all(self._use(name, tensor, args, kwargs, out) for tensor in known)
 
     def _know(self, tensor: Tensor, placement: Placement) -> None:
-        if id(tensor) not in self._known:
+        if tensor.requires_grad and id(tensor) not in self._known:  # else no gradient comes back
             self._known[id(tensor)] = (tensor, placement)
 
     def _positions(self, tensor: Tensor) -> Tensor:

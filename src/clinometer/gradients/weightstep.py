@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from clinometer.gradients.document import Document, Line, Spans, Table, dim, fault, name, number, sentence
-from clinometer.gradients.formulas import FORMULAS, Replay, wide
+from clinometer.gradients.formulas import FORMULAS
+from clinometer.gradients.held import Replay, wide
 from clinometer.gradients.measures import ULP_ALLOWED, Moved, ulps_apart
 from clinometer.gradients.report import Result
 from clinometer.gradients.wording import MINUS, format_number
