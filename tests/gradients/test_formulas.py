@@ -81,6 +81,20 @@ def test_twenty_steps_are_replayed_within_four_ulp(cls, options, dtype, scale):
     assert worst <= 4.0
 
 
+@pytest.mark.parametrize("how", [{"foreach": True}, {"fused": True}])
+@pytest.mark.parametrize("scale", [0.02, 0.0])
+def test_a_million_weights_raise_no_false_alarm(how, scale):
+    # The tail of the roundings: 5.1 ulp of the update itself, where a weight starts at zero.
+    p = torch.nn.Parameter(scale * torch.randn(1000, 1000))
+    optimizer = torch.optim.AdamW([p], lr=1e-3, **how)
+    for _ in range(3):
+        p.grad = 1e-3 * torch.randn(1000, 1000) * 10 ** torch.randn(1000, 1000)
+        with explain_step(optimizer, {"p": p}) as anatomy:
+            optimizer.step()
+        assert anatomy.faithful is True
+        assert 0.5 < anatomy.measures.worst_ulp < 2.5
+
+
 @pytest.mark.parametrize("name", ["adam", "adamw", "adamw-amsgrad", "adamw-ours", "sgd-nesterov", "muon"])
 def test_the_state_that_the_replay_gives_is_the_state_the_optimizer_holds(name):
     cls, options = VARIANTS[name]

@@ -110,7 +110,7 @@ class WeightStep(Result):
 
     @property
     def ulp(self) -> float | None:
-        """|after − replayed| in units of the last place of the largest number that went into it."""
+        """|after − replayed| in ulp of the weight, and of its update where that is larger."""
         return None if self._replay is None else float(ulps_apart(self._part, self._replay).max())
 
     @property
