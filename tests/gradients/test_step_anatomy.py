@@ -381,3 +381,35 @@ def test_wrong_uses_are_refused_with_a_remedy():
     with pytest.raises(KeyError, match=r"nearest name is '0\.weight'"):
         anatomy["0.weigh"]
     assert anatomy["0.weight"][-1, -1].index == (15, 7)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_gradients_that_are_not_finite_are_followed_without_an_accusation(bad, language):
+    params = {"w": nn.Parameter(torch.randn(3, 2)), "none": nn.Parameter(torch.zeros(0, 3))}
+    optimizer = torch.optim.AdamW(list(params.values()), lr=1e-2)
+    for value in (1.0, bad, bad):
+        for p in params.values():
+            p.grad = torch.ones_like(p)
+        params["w"].grad[1, 1] = value
+        with explain_step(optimizer, params) as anatomy:
+            optimizer.step()
+    assert anatomy.faithful is True
+    weight = anatomy["w"][1, 1]
+    assert weight.clip is None
+    assert weight.to_dict()["after"] == "NaN"
+    assert "diagnose" in weight.render(language)
+    for result in (anatomy, anatomy["w"], weight, anatomy["w"][0, 0], anatomy["none"]):
+        assert "nan" not in result.render(language, 80)
+        json.dumps(result.to_dict(), allow_nan=False)
+
+
+def test_sparse_gradients_are_replayed():
+    model = nn.Embedding(10, 3, sparse=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.tensor([1, 2, 2])).sum().backward()
+    with explain_step(optimizer, model) as anatomy:
+        optimizer.step()
+    assert anatomy.faithful is True
+    assert anatomy["weight"][2, 0].gradient == 2.0
+    assert anatomy["weight"][0, 0].change == 0.0

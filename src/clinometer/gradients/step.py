@@ -94,7 +94,7 @@ class _Watch:
     def note_gradients(self) -> None:
         """Gradients as they are now count as those before clipping."""
         self._raw = {
-            name: tensor.grad.detach().clone()
+            name: _dense(tensor.grad).clone()
             for name, tensor in self.subject.tensors.items()
             if has_grad(tensor) and tensor.grad is not None
         }
@@ -132,7 +132,7 @@ class _Watch:
             grad = tensor.grad if has_grad(tensor) else None
             if id(tensor) not in options or grad is None:
                 continue
-            grad = grad.detach().clone() if scale is None else grad.detach() / scale
+            grad = _dense(grad).clone() if scale is None else _dense(grad) / scale
             state = {
                 key: value.detach().clone() if isinstance(value, Tensor) else value
                 for key, value in self.optimizer.state.get(tensor, {}).items()
@@ -219,7 +219,9 @@ class _Watch:
         norm = float(torch.linalg.vector_norm(wide(raw)))
         factor = float(torch.linalg.vector_norm(wide(held.grad))) / norm if norm else 1.0
         # A gradient that shrank to 1/2, 1/4, … was unscaled by a GradScaler, whose scales are powers of two.
-        if torch.equal(raw, held.grad) or (factor < 1 and math.frexp(factor)[0] == 0.5):
+        if torch.equal(raw.nan_to_num(), held.grad.nan_to_num()) or (
+            factor < 1 and math.frexp(factor)[0] == 0.5
+        ):
             return None, self._clip
         return raw, factor
 
@@ -265,6 +267,10 @@ def _looks_like_one(value: Any) -> bool:
 def _found_inf(optimizer: Any) -> bool:
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(torch.as_tensor(found).any())
+
+
+def _dense(grad: Tensor) -> Tensor:
+    return grad.detach() if grad.layout is torch.strided else grad.detach().to_dense()
 
 
 def _copied(value: Any) -> Any:

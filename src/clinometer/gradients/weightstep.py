@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -86,7 +87,9 @@ class WeightStep(Result):
     def clip(self) -> float | None:
         """gradient_used / gradient, where the two differ."""
         raw, used = self.gradient, self.gradient_used
-        return used / raw if raw and used is not None and raw != used else None
+        if not raw or used is None or raw == used or not math.isfinite(raw):
+            return None
+        return used / raw
 
     @cached_property
     def quantities(self) -> dict[str, dict[str, Any]]:
@@ -228,12 +231,18 @@ class WeightStep(Result):
             key = f"step.{self.status.replace('-', '_')}{'_moved' if self.change else ''}"
             return [*sentence(key, language, names=name(self.name), optimizer=context.optimizer)]
         sense = _sense(self.gradient or 0.0, self.change)
-        if self._part.held is not None and self._part.held.option("maximize") and sense != "stayed":
+        if (
+            self._part.held is not None
+            and self._part.held.option("maximize")
+            and sense not in ("stayed", "not_finite")
+        ):
             sense = "maximized"
         spans = [*sentence(f"step.sense.{sense}", language)]
         gap = say("step.joined", language, first="", second="")
         if self._replay is None:
             return [*spans, gap, *sentence("step.unknown", language, optimizer=context.optimizer)]
+        if sense == "not_finite":
+            return spans
         if self._replay.numbers.get("beta1") or self._replay.numbers.get("momentum"):
             share = percent(self.momentum_share or 0.0)
             spans += [gap, *sentence("step.momentum_share", language, share=share)]
@@ -249,6 +258,8 @@ def title(context: StepContext, moved: Moved, place: str) -> Callable[[str | Non
 
 def percent(share: float) -> str:
     """ "86 %"; small shares keep a digit, so that only nothing is "0 %"."""
+    if math.isnan(share):
+        return "NaN"
     percents = 100 * share
     text = "0" if share == 0 else f"{percents:.0f}" if percents >= 9.95 else f"{percents:.1f}"
     return f"{'< 0.1' if share and text == '0.0' else text} %"
@@ -260,6 +271,8 @@ def ulps(count: float) -> str:
 
 
 def _sense(gradient: float, change: float) -> str:
+    if not (math.isfinite(gradient) and math.isfinite(change)):
+        return "not_finite"
     if change == 0:
         return "stayed"
     if gradient == 0:
@@ -271,6 +284,8 @@ def _sense(gradient: float, change: float) -> str:
 
 def _pair(before: float, after: float) -> tuple[str, str]:
     """Two numbers, written with the digits (6 to 12) that tell them apart by at least two."""
+    if not (math.isfinite(before) and math.isfinite(after)):
+        return format_number(before, place=""), format_number(after, place="")
     one = two = ""
     for digits in range(6, 13):
         one, two = (f"{x:#.{digits}g}".replace("-", MINUS) for x in (before, after))
