@@ -124,6 +124,9 @@ class AdamW(Optimizer):
     and on loading a state with `amsgrad` or `maximize`, which this form does not have.
     """
 
+    formula = "adamw-after"
+    """What it claims to compute, for `explain_step`, which holds it to that."""
+
     def __init__(
         self,
         params: ParamsT,

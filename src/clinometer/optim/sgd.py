@@ -89,6 +89,9 @@ class SGD(Optimizer):
     and on loading a state with `dampening` or `maximize`, which this form does not have.
     """
 
+    formula = "sgd"
+    """What it claims to compute, for `explain_step`, which holds it to that."""
+
     def __init__(
         self,
         params: ParamsT,
