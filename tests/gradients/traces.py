@@ -52,7 +52,11 @@ def trace_of(module, optimizer=None):
             (path, [(k, id(v)) for k, v in vars(part).items()]) for path, part in module.named_modules()
         ],
         "hooks": hooks_of(module),
-        "random": (bits(torch.get_rng_state()), random.getstate(), repr(numpy.random.get_state(legacy=False))),
+        "random": (
+            bits(torch.get_rng_state()),
+            random.getstate(),
+            repr(numpy.random.get_state(legacy=False)),
+        ),
         "switches": (
             torch.is_grad_enabled(),
             torch.get_default_dtype(),

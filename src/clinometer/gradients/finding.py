@@ -33,11 +33,13 @@ class Finding:
     where: Where | None = None
     values: Mapping[str, Any] = field(default_factory=dict)
     """What stands in the sentences' places; `count` and `name` are there without being given."""
+    variant: str = ""
+    """Sentences of its own, where it has some: `{key}.{variant}.why` is preferred to `{key}.why`."""
 
     def say(self, part: str, language: str | None = None) -> str:
         """The sentence "what", "why" or "remedy" of this finding; "" if it has none."""
-        key = f"{self.key}.{part}"
-        return say(key, language, **self._values()) if key in sentences("en") else ""
+        key = self._key(part)
+        return say(key, language, **self._values()) if key else ""
 
     def document(self, language: str | None = None) -> Document:
         """The finding as VOICE.md shows it: what, the line, why, the tensors, the remedy."""
@@ -60,6 +62,7 @@ class Finding:
             "cause": self.cause,
             "status": self.status,
             "severity": self.severity,
+            "variant": self.variant,
             "names": list(self.names),
             "where": None if self.where is None else self.where.to_dict(),
             "values": dict(self.values),
@@ -78,8 +81,15 @@ class Finding:
         return Line(tuple(spans), indent=4, hang=2)
 
     def _spans(self, part: str, language: str | None) -> tuple[Any, ...]:
-        key = f"{self.key}.{part}"
-        return sentence(key, language, **self._values()) if key in sentences("en") else ()
+        key = self._key(part)
+        return sentence(key, language, **self._values()) if key else ()
+
+    def _key(self, part: str) -> str:
+        """The most particular sentence there is: of this variant, and for a single tensor."""
+        known = sentences("en")
+        ends = [f"{part}_one", part] if len(self.names) == 1 else [part]
+        owners = [f"{self.key}.{self.variant}", self.key] if self.variant else [self.key]
+        return next((key for owner in owners for end in ends if (key := f"{owner}.{end}") in known), "")
 
     def _values(self) -> dict[str, Any]:
         first = {"name": self.names[0]} if self.names else {}

@@ -1,0 +1,257 @@
+"""Why is it zero: the node where the gradient died, read while it happens, and what kind of node it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clinometer.gradients.finding import EXPLAINED, FAULT, Severity
+from clinometer.gradients.flow import Event, Flow, largest
+from clinometer.gradients.graph import Node, is_custom, operation, same_values
+from clinometer.gradients.source import definition_of
+from clinometer.gradients.subject import Subject
+from clinometer.gradients.why_none import Reason
+
+RELU = {"Relu", "Threshold", "LeakyRelu", "Prelu", "RreluWithNoise"}
+SMOOTH = {
+    "Gelu", "Silu", "Elu", "Softplus", "Sigmoid", "Tanh", "Hardswish", "Hardsigmoid", "Mish", "LogSigmoid", "Celu",
+    "Selu", "Softmax", "SafeSoftmax", "LogSoftmax", "Erf", "Glu", "Softshrink", "Hardshrink", "Logsumexp", "Atan",
+}  # fmt: skip
+CLAMP = {"Clamp", "ClampMin", "ClampMax", "Hardtanh", "Maximum", "Minimum"}
+STEP = {"Round", "Floor", "Ceil", "Sign", "Trunc", "Sgn", "Heaviside", "FloorDivide", "Frac"}
+MASK = {"MaskedFill", "Where", "MaskedScatter", "MaskedSelect", "IndexFill", "NativeDropout", "FusedDropout"}
+PRODUCT = {
+    "Mm",
+    "Addmm",
+    "Bmm",
+    "Baddbmm",
+    "Convolution",
+    "Linear",
+    "Mv",
+    "Dot",
+    "Addmv",
+    "ConvolutionOverrideable",
+}
+PICK = {
+    "Embedding", "EmbeddingBag", "Index", "IndexSelect", "Gather", "Slice", "Select", "Narrow", "TakeAlongDim",
+    "EmbeddingDenseBackward", "Split", "SplitWithSizes", "Unbind", "Chunk", "Diagonal", "AsStrided", "Take",
+}  # fmt: skip
+LOSS = {
+    "MseLoss", "L1Loss", "SmoothL1Loss", "HuberLoss", "NllLoss", "NllLossForward", "NllLoss2D", "NllLossNd",
+    "BinaryCrossEntropy", "BinaryCrossEntropyWithLogits", "KlDiv", "MultiMarginLoss", "MultilabelMarginLoss",
+    "SoftMarginLoss", "CtcLoss", "PoissonNllLoss",
+}  # fmt: skip
+HINGES = {
+    "margin_ranking_loss", "hinge_embedding_loss", "cosine_embedding_loss", "triplet_margin_loss", "mse_loss", "l1_loss",
+    "triplet_margin_with_distance_loss", "multi_margin_loss", "multilabel_margin_loss", "cross_entropy", "nll_loss",
+    "smooth_l1_loss", "huber_loss",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Clue:
+    """What a node that swallowed a gradient looks like."""
+
+    cause: str
+    variant: str = ""
+    severity: Severity = FAULT
+    values: tuple[tuple[str, Any], ...] = ()
+
+
+def read_clue(
+    node: Node, position: int, into: Sequence[Tensor | None], out: Sequence[Tensor | None]
+) -> Clue | None:
+    """The cause, from the kind of node and what it saved; called while the backward passes it."""
+    if into[position] is None:
+        return None
+    name = operation(node)
+    gradient = next((g for g in out if g is not None), None)
+    size = largest(gradient) or 0.0
+    if is_custom(node):
+        return Clue("zeroed", "function", FAULT, (("function", type(node)._forward_cls.__name__),))
+    if _underflows(name, into[position], gradient, size):
+        return Clue("underflow", "", FAULT, (("dtype", str(_dtype(into[position])).removeprefix("torch.")),))
+    if name in LOSS:
+        return Clue("zero-loss-gradient", "ignored" if _all_ignored(node) else "minimum")
+    if name in RELU:
+        return Clue("dead-activation", "relu")
+    if name in SMOOTH:
+        return Clue("dead-activation", "saturated")
+    if name in CLAMP:
+        return Clue("clamped", "clamp")
+    if name in STEP:
+        return Clue("clamped", "round")
+    if name in MASK:
+        return Clue("masked", "mask")
+    if name in PICK:
+        return Clue("absent-rows", "none", EXPLAINED)
+    if name == "Mul":
+        return _product_with(node, position)
+    if name in PRODUCT or name == "Div":
+        return Clue("zero-weight-downstream", "product", EXPLAINED)
+    if name == "Pow" and getattr(node, "_saved_exponent", None) == 0:
+        return Clue("masked", "zero", FAULT)
+    if name in ("Exp", "Exp2", "Pow", "Prod", "Abs", "Cumprod"):
+        return Clue("underflow" if name.startswith("Exp") else "zero-weight-downstream", "forward", EXPLAINED)
+    return Clue("structural", "", EXPLAINED)
+
+
+def why_zero(name: str, subject: Subject, flow: Flow, loss: float, healthy_siblings: bool) -> Reason:
+    """Why the whole gradient of a tensor is zero."""
+    node = flow.graph.leaves.get(id(subject.tensors[name]))
+    origins = [] if node is None else flow.origins(node, lambda size: size == 0)
+    chosen = next(((e, i) for e, i in origins if e.clues.get(i) is not None), None)
+    if node is None or chosen is None:
+        if node is not None and _arrived(node, flow) and subject.tensors[name]._backward_hooks:
+            return Reason("zero", "zeroed", EXPLAINED, "hook", group=0)
+        return Reason("zero", "structural", EXPLAINED, "cancels", group=name)
+    event, position = chosen
+    clue: Clue = event.clues[position]
+    where = flow.trace.places.get(event.node) or _place_above(event.node, flow)
+    cause, variant, severity, values = clue.cause, clue.variant, clue.severity, dict(clue.values)
+    op = where.op if where is not None else ""
+    values.setdefault("op", op or operation(event.node).lower())
+    if cause == "zeroed":
+        where = definition_of(type(event.node)._forward_cls.backward) or where
+    elif cause == "zero-weight-downstream":
+        cause, variant, severity, values = _product(event, position, node, subject, flow, values)
+    if variant == "zero_constant":
+        variant, cause = ("mask", "masked") if "dropout" in op else (variant, cause)
+        if "dropout" in op:
+            variant = "dropout"
+    if op in HINGES and cause in ("clamped", "dead-activation", "structural"):
+        cause, variant = "zero-loss-gradient", "minimum"
+    if cause == "zero-loss-gradient" and variant == "minimum":
+        severity = EXPLAINED if loss == 0 else FAULT
+        variant = variant if loss == 0 else "flat"
+    if healthy_siblings and severity == FAULT and cause in ("masked", "dead-activation"):
+        severity, variant = EXPLAINED, "choice"
+    return Reason("zero", cause, severity, variant, where, values, group=event.node)
+
+
+def _product_with(node: Node, position: int) -> Clue:
+    """A product with zero: with a constant it was switched off, with something learned it may come back."""
+    other = 1 - position
+    below = node.next_functions[other][0] if other < len(node.next_functions) else None
+    if below is None:
+        scalar = getattr(node, "_saved_other" if position == 0 else "_saved_self", None)
+        if isinstance(scalar, Tensor) and scalar.numel() > 1:
+            return Clue("masked", "zero_constant")
+        return Clue("masked", "zero")
+    return Clue("zero-weight-downstream", "product", EXPLAINED)
+
+
+def _product(
+    event: Event, position: int, leaf: Node, subject: Subject, flow: Flow, values: dict[str, Any]
+) -> tuple[str, str, Severity, dict[str, Any]]:
+    """A product whose other factor is zero: a weight that begins at zero, or an input that is."""
+    factor = _other_factor(event.node, position)
+    weight = _leaf_through(factor)
+    if weight is not None and largest(weight) == 0:
+        for name, tensor in subject.tensors.items():
+            if tensor is weight:
+                stuck = not weight.requires_grad or largest(weight.grad) in (0, None)
+                values["weight"] = name
+                return (
+                    "zero-weight-downstream",
+                    "stuck" if stuck else "named",
+                    FAULT if stuck else EXPLAINED,
+                    values,
+                )
+        return "zero-weight-downstream", "product", EXPLAINED, values
+    if factor is None:
+        return "absent-rows", "inputs", EXPLAINED, values
+    for below in _below(factor):
+        name = operation(below)
+        if name in RELU and below in flow.dead and all(bool(d.all()) for d in flow.dead[below]):
+            where = flow.trace.places.get(below)
+            values["line"] = where.label if where else ""
+            return "dead-activation", "input", FAULT, values
+        if name in PRODUCT:
+            break
+    return "zero-weight-downstream", "product", EXPLAINED, values
+
+
+def _other_factor(node: Node, position: int) -> Node | None:
+    """The node that made the other factor of a product; None when it is data or a constant."""
+    edges = list(range(len(node.next_functions)))
+    name = operation(node)
+    if name in ("Addmm", "Baddbmm", "Addmv"):
+        edges = edges[1:]
+    elif name == "Convolution":
+        edges = edges[:2]
+    rest = [i for i in edges if i != position]
+    return node.next_functions[rest[0]][0] if rest else None
+
+
+def _leaf_through(node: Node | None) -> Tensor | None:
+    while node is not None:
+        variable = getattr(node, "variable", None)
+        if variable is not None and not node.next_functions:
+            return variable
+        if not (same_values(node) or operation(node) in ("ToCopy", "Expand")):
+            return None
+        node = node.next_functions[0][0]
+    return None
+
+
+def _below(node: Node, most: int = 24) -> list[Node]:
+    found, stack = [], [node]
+    while stack and len(found) < most:
+        now = stack.pop(0)
+        found.append(now)
+        stack += [below for below, _ in now.next_functions if below is not None]
+    return found
+
+
+def _arrived(node: Node, flow: Flow) -> bool:
+    for consumer, position in flow.above(node):
+        event = flow.events.get(consumer)
+        if event is None or (position < len(event.into) and event.into[position]):
+            return True
+    return False
+
+
+def _place_above(node: Node, flow: Flow) -> Any:
+    """The call a node belongs to when it made several: the nearest node towards the loss that has one."""
+    seen, queue = {node}, [node]
+    while queue:
+        for consumer, _ in flow.graph.consumers.get(queue.pop(0), ()):
+            if (where := flow.trace.places.get(consumer)) is not None:
+                return where
+            if consumer not in seen:
+                seen.add(consumer)
+                queue.append(consumer)
+    return None
+
+
+def _underflows(name: str, into: Tensor | None, out: Tensor | None, size: float) -> bool:
+    """Whether a number was there that the type of the result cannot hold."""
+    dtype = _dtype(into)
+    if out is None or dtype is None or not dtype.is_floating_point:
+        return False
+    tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # the smallest number above zero
+    if name == "ToCopy":
+        return size < tiny
+    if name in RELU | CLAMP | STEP | MASK | PICK | LOSS:
+        return False
+    return dtype in (torch.float16, torch.bfloat16) and size < 4096 * tiny
+
+
+def _dtype(tensor: Tensor | None) -> torch.dtype | None:
+    return None if tensor is None else tensor.dtype
+
+
+def _all_ignored(node: Node) -> bool:
+    target = getattr(node, "_saved_target", None)
+    ignore = getattr(node, "_saved_ignore_index", None)
+    if not isinstance(target, Tensor) or ignore is None:
+        return False
+    # The saved number is unsigned: −100 comes as 2⁶⁴ − 100.
+    signed = ignore - 2**64 if ignore >= 2**63 else ignore
+    return bool((target == signed).all()) or not math.prod(target.shape)
