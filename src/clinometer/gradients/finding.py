@@ -34,7 +34,8 @@ class Finding:
     values: Mapping[str, Any] = field(default_factory=dict)
     """What stands in the sentences' places; `count` and `name` are there without being given."""
     variant: str = ""
-    """Sentences of its own, where it has some: `{key}.{variant}.why` is preferred to `{key}.why`."""
+    """Sentences of its own: `{key}.{variant}.why` is preferred to `{key}.why`. One with its own `what`
+    says everything itself."""
 
     def say(self, part: str, language: str | None = None) -> str:
         """The sentence "what", "why" or "remedy" of this finding; "" if it has none."""
@@ -88,7 +89,8 @@ class Finding:
         """The most particular sentence there is: of this variant, and for a single tensor."""
         known = sentences("en")
         ends = [f"{part}_one", part] if len(self.names) == 1 else [part]
-        owners = [f"{self.key}.{self.variant}", self.key] if self.variant else [self.key]
+        variant = f"{self.key}.{self.variant}"
+        owners = [variant] if f"{variant}.what" in known else [variant, self.key]
         return next((key for owner in owners for end in ends if (key := f"{owner}.{end}") in known), "")
 
     def _values(self) -> dict[str, Any]:

@@ -7,13 +7,17 @@ from typing import Any
 
 from torch import Tensor
 
+from clinometer.gradients.wording import words
+
 Node = Any
 """torch.autograd.graph.Node: torch's nodes only look like it, they are not instances."""
 
-_SAME_VALUES = (
-    "View", "UnsafeView", "ReshapeAlias", "T", "Transpose", "Permute", "Unsqueeze", "Squeeze", "Alias", "Clone",
-    "Reshape", "Movedim", "Swapaxes", "Unflatten", "Flatten", "Identity", "LiftFresh",
-)  # fmt: skip
+_SAME_VALUES = words(
+    """
+    View UnsafeView ReshapeAlias T Transpose Permute Unsqueeze Squeeze Alias Clone Reshape Movedim
+    Swapaxes Unflatten Flatten Identity LiftFresh
+    """
+)
 
 
 class Graph:

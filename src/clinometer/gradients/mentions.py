@@ -7,6 +7,7 @@ an `if`, a layer dropped at random are all as they should be.
 from __future__ import annotations
 
 import inspect
+import sys
 from types import CodeType
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from clinometer.gradients.subject import Subject
 from clinometer.gradients.tracing import Trace, each_bit
+from clinometer.gradients.where import is_machinery
 
 _NO_FORWARD = {
     "__init__",
@@ -83,8 +85,8 @@ def _parallel(container: str, subject: Subject, trace: Trace) -> bool:
 
 def _mentioned(holder: nn.Module, attribute: str) -> bool:
     for cls in type(holder).__mro__:
-        if cls is nn.Module:
-            break
+        if is_machinery(getattr(sys.modules.get(cls.__module__), "__file__", None) or ""):
+            continue  # torch's own layers leave nothing out
         for key, value in vars(cls).items():
             function = getattr(value, "__func__", value)
             if key in _NO_FORWARD or not inspect.isfunction(inspect.unwrap(function)):

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clinometer.gradients.wording import words
+
 _ESCAPES = {
     "item": "item",
     "tolist": "tolist",
@@ -21,29 +23,24 @@ _ESCAPES = {
     "__dlpack__": "numpy",
 }
 _VIEWS = {"T", "mT", "H", "mH", "real", "imag"}
-_QUIET = {
-    "size", "dim", "numel", "nelement", "stride", "storage_offset", "element_size", "ndimension", "is_contiguous",
-    "is_floating_point", "is_complex", "is_signed", "is_inference", "is_nonzero", "type_as", "get_device",
-    "register_hook", "register_post_accumulate_grad_hook", "retain_grad", "__len__", "__bool__", "__hash__",
-    "__repr__", "__format__", "__str__", "__index__", "__contains__", "data_ptr", "untyped_storage", "storage",
-    "is_pinned", "is_shared", "has_names", "is_same_size", "equal", "allclose", "is_tensor", "is_set_to", "_is_view",
-    "dim_order", "requires_grad_", "share_memory_", "__dir__", "__reduce_ex__", "type", "result_type", "can_cast",
-    "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like",
-    "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "empty", "zeros", "ones", "full", "arange",
-    "rand", "randn", "randint", "randperm", "linspace", "eye", "set_printoptions", "is_storage", "get_default_dtype",
-    "_has_compatible_shallow_copy_type", "is_grad_enabled", "_assert", "broadcast_shapes", "__deepcopy__",
-}  # fmt: skip
-_QUIET -= {"type", "new_tensor", "full", "type_as"}
-_WRITERS = {
-    "__setitem__",
-    "__iadd__",
-    "__isub__",
-    "__imul__",
-    "__itruediv__",
-    "__ipow__",
-    "__iand__",
-    "__ior__",
-}
+_QUIET = words(
+    """
+    size dim numel nelement stride storage_offset element_size ndimension is_contiguous
+    is_floating_point is_complex is_signed is_inference is_nonzero get_device register_hook
+    register_post_accumulate_grad_hook retain_grad __len__ __bool__ __hash__ __repr__ __format__ __str__
+    __index__ __contains__ data_ptr untyped_storage storage is_pinned is_shared has_names is_same_size
+    equal allclose is_tensor is_set_to _is_view dim_order requires_grad_ share_memory_ __dir__
+    __reduce_ex__ result_type can_cast zeros_like ones_like empty_like full_like rand_like
+    randn_like randint_like new_zeros new_ones new_empty new_full empty zeros ones
+    arange rand randn randint randperm linspace eye set_printoptions is_storage get_default_dtype
+    _has_compatible_shallow_copy_type is_grad_enabled _assert broadcast_shapes __deepcopy__
+    """
+)
+_WRITERS = words(
+    """
+    __setitem__ __iadd__ __isub__ __imul__ __itruediv__ __ipow__ __iand__ __ior__
+    """
+)
 _LOST_BY = {
     "detach": "detach",
     "detach_": "detach",

@@ -57,10 +57,10 @@ def seen_calls(
     hooks = [module_hooks.register_module_forward_pre_hook(came)]
     try:
         hooks.append(module_hooks.register_module_forward_hook(went, always_call=True))
-        Function.apply = classmethod(seen_apply)
+        Function.apply = classmethod(seen_apply)  # pyright: ignore[reportAttributeAccessIssue]
         nn.Parameter.__new__ = staticmethod(seen_make)
         torch.inference_mode.__enter__ = seen_enter
-        torch.inference_mode.__exit__ = seen_leave
+        torch.inference_mode.__exit__ = seen_leave  # pyright: ignore[reportAttributeAccessIssue]
         yield
     finally:
         Function.apply = apply

@@ -118,18 +118,24 @@ class Trace(TorchFunctionMode):
         if kind == "backward":
             self.own_backward = self.own_backward or self._where("backward")
             return func(*args, **{**kwargs, "retain_graph": True})
-        out = func(*args, **kwargs)
         ins = list(operations.tensors_in(args, kwargs))
+        came = 0
+        if name.endswith("_"):  # what is written over no longer knows, afterwards, what it came from
+            for tensor in ins:
+                came |= self.live(tensor)
+        out = func(*args, **kwargs)
         if self._inside:
             self._inside[-1].note(self, ins)
             return out
         if kind == "escape":
             self._escape(name, ins)
             return out
-        self._note(name, kind, ins, out, kwargs)
+        self._note(name, kind, ins, out, kwargs, came)
         return out
 
-    def _note(self, name: str, kind: str, ins: list[Tensor], out: Any, kwargs: Mapping[str, Any]) -> None:
+    def _note(
+        self, name: str, kind: str, ins: list[Tensor], out: Any, kwargs: Mapping[str, Any], came: int
+    ) -> None:
         written = operations.written_by(name, kind, ins, kwargs)
         outs = list(operations.tensors_in((out,), {}))
         where = self._where(name)
@@ -149,7 +155,7 @@ class Trace(TorchFunctionMode):
                 if self.on_node is not None:
                     self.on_node(node)
         if suspect:
-            self._judge(name, kind, ins, outs, written, where)
+            self._judge(name, kind, ins, outs, written, where, came)
         elif self._cells:
             self._carry(ins, outs, written)
         if self.after_call is not None:

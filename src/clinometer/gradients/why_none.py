@@ -54,7 +54,8 @@ def why_none(name: str, subject: Subject, trace: Trace, flow: Flow | None, loss:
     reaching = trace.cuts_in(loss)
     to_loss = [cut for i, cut in enumerate(trace.cuts) if cut.live & bit and reaching >> i & 1]
     if loss.grad_fn is None:
-        found = _first(to_loss) or _first(trace.cuts)
+        # A loss made anew from a number has no cut in it: then the number's way out is the place.
+        found = _first(to_loss) or (trace.escapes[-1] if trace.escapes else _first(trace.cuts))
         where = found.where if found else None
         return Reason("none", "loss-without-graph", FAULT, found.kind if found else "", where, group=0)
     if to_loss:
@@ -67,8 +68,7 @@ def why_none(name: str, subject: Subject, trace: Trace, flow: Flow | None, loss:
         return _cut(stray[0])
     if bit in trace.first_use:
         where = trace.first_use[bit]
-        skip = may_be_skipped(name, subject, trace)
-        return Reason("none", "not-reaching-loss", EXPLAINED if skip else FAULT, "", where)
+        return Reason("none", "not-reaching-loss", FAULT, "", where)
     if skip := may_be_skipped(name, subject, trace):
         return Reason("none", "unused", EXPLAINED, skip, group=skip)
     return Reason("none", "unused", FAULT, group=0)

@@ -1,4 +1,4 @@
-"""Why is it NaN or infinite: the first call of the forward, or the first node of the backward, that made it so."""
+"""Why is it NaN or infinite: the first call of the forward, or node of the backward, that made it so."""
 
 from __future__ import annotations
 
@@ -18,34 +18,39 @@ from clinometer.gradients.subject import Subject
 from clinometer.gradients.where import Where
 from clinometer.gradients.why_none import Reason
 from clinometer.gradients.why_zero import Clue, _place_above
+from clinometer.gradients.wording import words
 
 TRAPS = {
-    "Sqrt": "sqrt", "Rsqrt": "sqrt", "Pow": "pow", "LinalgVectorNorm": "norm", "Norm": "norm", "Cdist": "norm",
-    "PairwiseDistance": "norm", "Log": "log", "Log2": "log", "Log10": "log", "Log1P": "log", "Xlogy": "log",
-    "Div": "division", "Reciprocal": "division", "Acos": "acos", "Asin": "acos", "Atanh": "acos", "Acosh": "acos",
-    "Std": "std", "Var": "std", "StdMean": "std", "Logsumexp": "softmax", "Softmax": "softmax",
-    "LogSoftmax": "softmax", "Logit": "log", "BinaryCrossEntropy": "log", "Atan2": "division", "Prod": "division",
-    "Cumprod": "division", "LinalgMatrixNorm": "norm", "Hypot": "norm",
+    "Sqrt": "sqrt", "Rsqrt": "sqrt", "Pow": "pow", "LinalgVectorNorm": "norm", "Norm": "norm",
+    "Cdist": "norm", "PairwiseDistance": "norm", "Log": "log", "Log2": "log", "Log10": "log",
+    "Log1P": "log", "Xlogy": "log", "Div": "division", "Reciprocal": "division", "Acos": "acos",
+    "Asin": "acos", "Atanh": "acos", "Acosh": "acos", "Std": "std", "Var": "std", "StdMean": "std",
+    "Logsumexp": "softmax", "Softmax": "softmax", "LogSoftmax": "softmax", "Logit": "log",
+    "BinaryCrossEntropy": "log", "Atan2": "division", "Prod": "division", "Cumprod": "division",
+    "LinalgMatrixNorm": "norm", "Hypot": "norm",
 }  # fmt: skip
-_INFINITE = {
-    "log", "log_", "log2", "log10", "log1p", "div", "true_divide", "__truediv__", "__rtruediv__", "__rdiv__",
-    "reciprocal", "rsqrt", "atanh", "logit", "div_", "xlogy", "__itruediv__", "divide", "binary_cross_entropy",
-    "nll_loss", "log_softmax", "cross_entropy",
-}  # fmt: skip
+_INFINITE = words(
+    """
+    log log_ log2 log10 log1p div true_divide __truediv__ __rtruediv__ __rdiv__ reciprocal rsqrt atanh
+    logit div_ xlogy __itruediv__ divide binary_cross_entropy nll_loss log_softmax cross_entropy
+    """
+)
 _NAMES = {
-    "__truediv__": "division", "div": "division", "__rtruediv__": "division", "__rdiv__": "division", "div_": "division",
-    "true_divide": "division", "reciprocal": "division", "rsqrt": "sqrt", "log1p": "log", "log2": "log",
-    "log10": "log", "logit": "log", "xlogy": "log", "log_": "log", "__itruediv__": "division", "divide": "division",
-    "log": "log", "sqrt": "sqrt", "sqrt_": "sqrt", "pow": "pow", "__pow__": "pow", "__rpow__": "pow", "softmax": "softmax",
-    "_safe_softmax": "softmax", "acos": "acos", "arccos": "acos", "asin": "acos", "arcsin": "acos",
-    "std": "std", "var": "std", "mean": "mean",
-    "cross_entropy": "loss", "nll_loss": "loss", "mse_loss": "loss", "l1_loss": "loss",
+    "__truediv__": "division", "div": "division", "__rtruediv__": "division", "__rdiv__": "division",
+    "div_": "division", "true_divide": "division", "reciprocal": "division", "rsqrt": "sqrt",
+    "log1p": "log", "log2": "log", "log10": "log", "logit": "log", "xlogy": "log", "log_": "log",
+    "__itruediv__": "division", "divide": "division", "log": "log", "sqrt": "sqrt", "sqrt_": "sqrt",
+    "pow": "pow", "__pow__": "pow", "__rpow__": "pow", "softmax": "softmax", "_safe_softmax": "softmax",
+    "acos": "acos", "arccos": "acos", "asin": "acos", "arcsin": "acos", "std": "std", "var": "std",
+    "mean": "mean", "cross_entropy": "loss", "nll_loss": "loss", "mse_loss": "loss", "l1_loss": "loss",
     "binary_cross_entropy": "log",
 }  # fmt: skip
-_MASKS = {
-    "masked_fill", "masked_fill_", "full", "full_like", "tensor", "where", "fill_", "__setitem__", "new_full", "triu",
-    "triu_", "tril", "tril_", "as_tensor", "finfo", "masked_scatter", "generate_square_subsequent_mask", "zeros",
-}  # fmt: skip
+_MASKS = words(
+    """
+    masked_fill masked_fill_ full full_like tensor where fill_ __setitem__ new_full triu triu_ tril
+    tril_ as_tensor finfo masked_scatter generate_square_subsequent_mask zeros
+    """
+)
 
 
 def read_clue(
