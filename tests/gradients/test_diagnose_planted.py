@@ -3,9 +3,9 @@
 import math
 
 import pytest
+from tests.gradients.planted import cut_paths, no_gradient, not_finite, zero_gradient
 
 from clinometer.gradients.diagnosis import diagnose
-from tests.gradients.planted import cut_paths, no_gradient, not_finite, zero_gradient
 
 PLANTED = [*cut_paths.FAULTS, *no_gradient.FAULTS, *zero_gradient.FAULTS, *not_finite.FAULTS]
 

@@ -181,7 +181,6 @@ def explain(
     loss = float(result.loss.detach())
     reasons: dict[str, Reason | str] = {}
     nonfinite = [n for n, size in result.sizes.items() if size is not None and not math.isfinite(size)]
-    siblings = _fine_siblings(result.sizes)
     for name, tensor in subject.tensors.items():
         size = result.sizes[name]
         if size is None or result.flow is None:
@@ -190,8 +189,10 @@ def explain(
             )
         elif not math.isfinite(size):
             continue  # below, when the forward has perhaps been run once more
+        elif size == 0 and not math.isfinite(loss):
+            reasons[name] = "zero"  # after a NaN in the forward nothing further follows from it
         elif size == 0:
-            reasons[name] = why_zero(name, subject, result.flow, loss, name in siblings)
+            reasons[name] = why_zero(name, subject, result.flow, loss, result.sizes)
         elif result.flow.graph.leaves.get(id(tensor)) in result.flow.cancelled:
             reasons[name] = Reason("zero", "structural", group=0, severity="explained", values={"size": size})
         elif name in result.lines:
@@ -242,28 +243,6 @@ def _finding(reason: Reason, names: tuple[str, ...]) -> Finding:
         reason.values,
         reason.variant,
     )
-
-
-def _fine_siblings(sizes: Mapping[str, float | None]) -> set[str]:
-    """Tensors of which another copy, the same name but for one number, has an ordinary gradient."""
-    found: set[str] = set()
-    patterns: dict[str, set[str]] = {}
-    for name, size in sizes.items():
-        if size:
-            for pattern in _patterns(name):
-                patterns.setdefault(pattern, set()).add(name)
-    for name in sizes:
-        if any(
-            "expert" in pattern.lower() and patterns.get(pattern, set()) - {name}
-            for pattern in _patterns(name)
-        ):
-            found.add(name)
-    return found
-
-
-def _patterns(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join([*parts[:i], "#", *parts[i + 1 :]]) for i, part in enumerate(parts) if part.isdigit()]
 
 
 __all__ = ["Diagnosis", "Entry", "Tensor", "diagnose"]

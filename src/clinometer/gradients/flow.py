@@ -33,11 +33,13 @@ class Event:
     """The same for each input."""
     clues: dict[int, Any]
     """For the inputs where it happened in this very node: what the clue function said."""
+    scalar: bool = False
+    """Whether all that came in is one number: the loss, or a term of it."""
 
     @property
     def arrived(self) -> float:
-        """The largest finite value that came in; 0 when only zeros did."""
-        return max((v for v in self.out if v is not None and math.isfinite(v)), default=0.0)
+        """The largest value that came in; 0 when only zeros did."""
+        return max((v if v == v else math.inf for v in self.out if v is not None), default=0.0)
 
     @property
     def sound(self) -> bool:
@@ -132,7 +134,7 @@ class Flow:
             self._cancels(node.next_functions[i][0], sizes[i], into[i], came, out)
         if ordinary:
             return
-        event = Event(node, came, sizes, {})
+        event = Event(node, came, sizes, {}, all(g is None or g.numel() == 1 for g in out))
         for i in edges:
             if i >= len(into):
                 continue

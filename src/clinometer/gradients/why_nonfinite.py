@@ -17,7 +17,7 @@ from clinometer.gradients.source import definition_of
 from clinometer.gradients.subject import Subject
 from clinometer.gradients.where import Where
 from clinometer.gradients.why_none import Reason
-from clinometer.gradients.why_zero import Clue, _place_above
+from clinometer.gradients.why_zero import Clue, place_above
 from clinometer.gradients.wording import words
 
 TRAPS = {
@@ -87,7 +87,7 @@ def why_nonfinite(name: str, subject: Subject, flow: Flow, source: Origin | None
 
 def backward_reason(event: Event, clue: Clue, flow: Flow) -> Reason:
     """The finding for the node where a finite gradient stopped being finite."""
-    where = flow.trace.places.get(event.node) or _place_above(event.node, flow)
+    where = flow.trace.places.get(event.node) or place_above(event.node, flow)
     if is_custom(event.node):
         where = definition_of(type(event.node)._forward_cls.backward) or where
     values = {"op": where.op if where else operation(event.node).lower(), **dict(clue.values)}
@@ -102,7 +102,7 @@ class Origin:
     where: Where | None
     nan: bool
     kind: str
-    """"made" by the call, "given" (a batch that already had it), "parameter" (a weight that had it), "mask"."""
+    """"made" by the call; in "given" data or a "parameter" already; "mask": infinity that is meant."""
     dtype: torch.dtype
     parameter: str = ""
 

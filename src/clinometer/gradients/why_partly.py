@@ -1,4 +1,4 @@
-"""Why rows or columns are zero while the rest is not: rows that were not looked up, units that were silent."""
+"""Why rows or columns are zero while the rest is not: rows nobody looked up, silent units."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from clinometer.gradients.finding import EXPLAINED
-from clinometer.gradients.flow import Flow, packed
+from clinometer.gradients.flow import Flow
 from clinometer.gradients.graph import Node, operation
 from clinometer.gradients.subject import Subject
 from clinometer.gradients.why_none import Reason
-from clinometer.gradients.why_zero import PICK, PRODUCT, RELU, _place_above
+from clinometer.gradients.why_zero import PICK, PRODUCT, RELU, place_above
 
 
 def zero_lines(gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -39,7 +39,7 @@ def _zero(gradient: Tensor, dim: int) -> Tensor | None:
     if len(suspects) * 2 > gradient.shape[dim]:
         mask = (gradient.amax(others) == 0) & (gradient.amin(others) == 0)
     else:
-        lines = packed(gradient.index_select(dim, suspects).movedim(dim, 0).flatten(1))
+        lines = gradient.index_select(dim, suspects).movedim(dim, 0).flatten(1)
         mask[suspects] = (lines.amax(1) == 0) & (lines.amin(1) == 0)
     return mask if bool(mask.any()) else None
 
@@ -57,7 +57,7 @@ def why_partly(
     values = {"zero": int(mask.sum()), "all": len(mask), "name": name}
     for consumer, _ in above:
         if operation(consumer) in PICK and rows is not None:
-            where = flow.trace.places.get(consumer) or _place_above(consumer, flow)
+            where = flow.trace.places.get(consumer) or place_above(consumer, flow)
             variant = "rows" if operation(consumer).startswith("Embedding") else "picked"
             return Reason("partly-zero", "absent-rows", EXPLAINED, variant, where, values, group=consumer)
     for consumer, _ in above:
@@ -70,7 +70,7 @@ def why_partly(
 
 
 def _dead(node: Node, flow: Flow) -> Reason:
-    where = flow.trace.places.get(node) or _place_above(node, flow)
+    where = flow.trace.places.get(node) or place_above(node, flow)
     dead = flow.dead[node][0]
     values = {"zero": int(dead.sum()), "all": len(dead)}
     return Reason("partly-zero", "dead-activation", EXPLAINED, "units", where, values, group=node)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clinometer.gradients.finding import EXPLAINED, FAULT, Severity
-from clinometer.gradients.flow import Event, Flow, largest
+from clinometer.gradients.flow import Flow, largest
 from clinometer.gradients.graph import Node, is_custom, operation, same_values
 from clinometer.gradients.source import definition_of
 from clinometer.gradients.subject import Subject
@@ -45,6 +45,9 @@ LOSS = words(
     BinaryCrossEntropyWithLogits KlDiv MultiMarginLoss MultilabelMarginLoss SoftMarginLoss CtcLoss
     PoissonNllLoss
     """
+)
+SUM = words(
+    "Sum Mean Add Sub Expand NativeLayerNorm NativeBatchNorm NativeGroupNorm Var Std Neg FusedRmsNorm"
 )
 HINGES = words(
     """
@@ -92,6 +95,8 @@ def read_clue(
         return Clue("masked", "mask")
     if name in PICK:
         return Clue("absent-rows", "none", EXPLAINED)
+    if name in ("Stack", "Cat"):  # the zeros came as a part of a gradient that is not zero as a whole
+        return Clue("zero-weight-downstream", "stacked", EXPLAINED)
     if name == "Mul":
         return _product_with(node, position)
     if name in PRODUCT or name == "Div":
@@ -100,40 +105,70 @@ def read_clue(
         return Clue("masked", "zero", FAULT)
     if name in ("Exp", "Exp2", "Pow", "Prod", "Abs", "Cumprod"):
         return Clue("underflow" if name.startswith("Exp") else "zero-weight-downstream", "forward", EXPLAINED)
-    return Clue("structural", "", EXPLAINED)
+    return Clue("structural", "cancels", EXPLAINED) if name in SUM else Clue("unknown", "", EXPLAINED)
 
 
-def why_zero(name: str, subject: Subject, flow: Flow, loss: float, healthy_siblings: bool) -> Reason:
-    """Why the whole gradient of a tensor is zero."""
+def why_zero(
+    name: str, subject: Subject, flow: Flow, loss: float, sizes: Mapping[str, float | None]
+) -> Reason:
+    """Why the whole gradient of a tensor is zero; `sizes` are the largest values of all gradients."""
     node = flow.graph.leaves.get(id(subject.tensors[name]))
     origins = [] if node is None else flow.origins(node, lambda size: size == 0)
     chosen = next(((e, i) for e, i in origins if e.clues.get(i) is not None), None)
     if node is None or chosen is None:
-        if node is not None and _arrived(node, flow) and subject.tensors[name]._backward_hooks:
+        if node is None or not _arrived(node, flow):
+            return Reason("zero", "unknown", EXPLAINED, group=0)
+        if subject.tensors[name]._backward_hooks:
             return Reason("zero", "zeroed", EXPLAINED, "hook", group=0)
-        return Reason("zero", "structural", EXPLAINED, "cancels", group=name)
+        return Reason("zero", "structural", EXPLAINED, "cancels", group=0)
     event, position = chosen
     clue: Clue = event.clues[position]
-    where = flow.trace.places.get(event.node) or _place_above(event.node, flow)
+    group: Any = event.node
+    where = flow.trace.places.get(event.node) or place_above(event.node, flow)
     cause, variant, severity, values = clue.cause, clue.variant, clue.severity, dict(clue.values)
     op = where.op if where is not None else ""
     values.setdefault("op", op or operation(event.node).lower())
+    nothing_learns = all(not size for size in sizes.values())
     if cause == "zeroed":
         where = definition_of(type(event.node)._forward_cls.backward) or where
-    elif cause == "zero-weight-downstream":
-        cause, variant, severity, values = _product(event, position, node, subject, flow, values)
-    if variant == "zero_constant":
-        variant, cause = ("mask", "masked") if "dropout" in op else (variant, cause)
-        if "dropout" in op:
-            variant = "dropout"
-    if op in HINGES and cause in ("clamped", "dead-activation", "structural"):
+    elif cause == "zero-weight-downstream" and variant == "product":
+        factor = _other_factor(event.node, position)
+        silent = _silent_below(factor, flow)
+        if silent is not None:
+            cause, variant, severity, group = "dead-activation", "relu", FAULT, silent
+            where = flow.trace.places.get(silent) or place_above(silent, flow)
+            values["op"] = where.op if where is not None else "relu"
+        else:
+            cause, variant, severity = _zero_factor(factor, subject, values)
+    elif variant == "zero_constant" and "dropout" in op:
+        variant = "dropout"
+    elif (
+        variant != "ignored"
+        and nothing_learns
+        and (op in HINGES or (loss == 0 and cause in ("clamped", "dead-activation")))
+    ):
         cause, variant = "zero-loss-gradient", "minimum"
+    elif nothing_learns and variant in ("zero", "round", "clamp") and event.scalar:
+        cause, variant = "zero-loss-gradient", "flat"
     if cause == "zero-loss-gradient" and variant == "minimum":
-        severity = EXPLAINED if loss == 0 else FAULT
-        variant = variant if loss == 0 else "flat"
-    if healthy_siblings and severity == FAULT and cause in ("masked", "dead-activation"):
-        severity, variant = EXPLAINED, "choice"
-    return Reason("zero", cause, severity, variant, where, values, group=event.node)
+        severity, variant = (EXPLAINED, variant) if loss == 0 else (FAULT, "flat")
+    if severity == FAULT and cause in ("masked", "dead-activation") and _is_one_of_many(name, sizes):
+        severity, variant, group = EXPLAINED, "choice", 0
+    return Reason("zero", cause, severity, variant, where, values, group)
+
+
+def _is_one_of_many(name: str, sizes: Mapping[str, float | None]) -> bool:
+    """Whether it belongs to an expert, and another expert's tensor of the same name does learn."""
+    parts = name.split(".")
+    if "expert" not in name.lower():
+        return False
+    for i, part in enumerate(parts):
+        if part.isdigit():
+            start, end = ".".join(parts[:i]) + ".", "." + ".".join(parts[i + 1 :])
+            for other, size in sizes.items():
+                if size and other.startswith(start) and other.endswith(end):
+                    return True
+    return False
 
 
 def _product_with(node: Node, position: int) -> Clue:
@@ -148,35 +183,32 @@ def _product_with(node: Node, position: int) -> Clue:
     return Clue("zero-weight-downstream", "product", EXPLAINED)
 
 
-def _product(
-    event: Event, position: int, leaf: Node, subject: Subject, flow: Flow, values: dict[str, Any]
-) -> tuple[str, str, Severity, dict[str, Any]]:
-    """A product whose other factor is zero: a weight that begins at zero, or an input that is."""
-    factor = _other_factor(event.node, position)
-    weight = _leaf_through(factor)
-    if weight is not None and largest(weight) == 0:
-        for name, tensor in subject.tensors.items():
-            if tensor is weight:
-                stuck = not weight.requires_grad or largest(weight.grad) in (0, None)
-                values["weight"] = name
-                return (
-                    "zero-weight-downstream",
-                    "stuck" if stuck else "named",
-                    FAULT if stuck else EXPLAINED,
-                    values,
-                )
-        return "zero-weight-downstream", "product", EXPLAINED, values
-    if factor is None:
-        return "absent-rows", "inputs", EXPLAINED, values
-    for below in _below(factor):
-        name = operation(below)
-        if name in RELU and below in flow.dead and all(bool(d.all()) for d in flow.dead[below]):
-            where = flow.trace.places.get(below)
-            values["line"] = where.label if where else ""
-            return "dead-activation", "input", FAULT, values
-        if name in PRODUCT:
+def _silent_below(factor: Node | None, flow: Flow) -> Node | None:
+    """The ReLU that made a factor zero, if one did."""
+    for below in [] if factor is None else _below(factor):
+        if below in flow.dead and all(bool(dead.all()) for dead in flow.dead[below]):
+            return below
+        if operation(below) in PRODUCT:
             break
-    return "zero-weight-downstream", "product", EXPLAINED, values
+    return None
+
+
+def _zero_factor(factor: Node | None, subject: Subject, values: dict[str, Any]) -> tuple[str, str, Severity]:
+    """A product whose other factor is zero: a weight that begins at zero, or an input that is."""
+    if factor is None:
+        return "absent-rows", "inputs", EXPLAINED
+    names = {id(tensor): name for name, tensor in subject.tensors.items()}
+    candidates = [_leaf_through(factor)]
+    for below in _below(factor):
+        if operation(below) in PRODUCT:
+            candidates += [_leaf_through(node) for node, _ in below.next_functions]
+            break
+    for weight in candidates:
+        if weight is not None and id(weight) in names and largest(weight.detach()) == 0:
+            values["weight"] = names[id(weight)]
+            stuck = weight.requires_grad and not largest(weight.grad)
+            return "zero-weight-downstream", "stuck" if stuck else "named", FAULT if stuck else EXPLAINED
+    return "zero-weight-downstream", "product", EXPLAINED
 
 
 def _other_factor(node: Node, position: int) -> Node | None:
@@ -219,7 +251,7 @@ def _arrived(node: Node, flow: Flow) -> bool:
     return False
 
 
-def _place_above(node: Node, flow: Flow) -> Any:
+def place_above(node: Node, flow: Flow) -> Any:
     """The call a node belongs to when it made several: the nearest node towards the loss that has one."""
     seen, queue = {node}, [node]
     while queue:

@@ -5,10 +5,9 @@ import copy
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tests.gradients.planted.registry import Registry
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-
-from tests.gradients.planted.registry import Registry
 
 FAULTS = Registry()
 fault, explained = FAULTS.fault, FAULTS.explained

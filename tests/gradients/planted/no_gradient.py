@@ -2,10 +2,9 @@
 
 import torch
 import torch.nn.functional as F
+from tests.gradients.planted.registry import Registry
 from torch import nn
 from torch.func import functional_call
-
-from tests.gradients.planted.registry import Registry
 
 FAULTS = Registry()
 fault, explained = FAULTS.fault, FAULTS.explained

@@ -2,9 +2,8 @@
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-
 from tests.gradients.planted.registry import Registry
+from torch import nn
 
 FAULTS = Registry()
 fault, explained = FAULTS.fault, FAULTS.explained
@@ -404,3 +403,14 @@ def hook_multiplies_by_zero():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
     model[0].weight.register_hook(lambda gradient: gradient * 0)
     return model, lambda: model(x()).mean()
+
+
+@fault("zero", "zero-loss-gradient", "*")
+def every_target_is_ignored_by_a_sum():
+    model = nn.Linear(4, 4)
+
+    def closure():
+        targets = torch.full((3,), -100)
+        return F.cross_entropy(model(x()), targets, reduction="sum")  # <- here
+
+    return model, closure
