@@ -76,8 +76,8 @@ def encoder_decoder(name: str, **config: Any) -> Callable[[], Built]:
 _SEQ2SEQ = {
     "vocab_size": 50, "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2,
     "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_position_embeddings": 32,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "forced_eos_token_id": 2,
-    "decoder_vocab_size": 50,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
+    "forced_eos_token_id": 2, "decoder_vocab_size": 50,
 }  # fmt: skip
 
 
@@ -223,7 +223,8 @@ def gru() -> Built:
 def convolutional() -> Built:
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 16, 3),
-        nn.GroupNorm(4, 16), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5), nn.Linear(16, 5),
+        nn.GroupNorm(4, 16), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5),
+        nn.Linear(16, 5),
     )  # fmt: skip
     images = torch.randn(4, 3, 16, 16)
     return model, lambda: F.cross_entropy(model(images), torch.tensor([0, 1, 2, 3]), label_smoothing=0.1)

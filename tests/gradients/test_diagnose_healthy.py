@@ -1,9 +1,9 @@
 """No healthy model is accused: torch's own modules, hand-written ones, and 37 of transformers'."""
 
 import pytest
+from tests.gradients.healthy import TORCH, TRANSFORMERS
 
 from clinometer.gradients.diagnosis import diagnose
-from tests.gradients.healthy import TORCH, TRANSFORMERS
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -3,11 +3,11 @@
 import math
 
 import pytest
-from tests.gradients.planted import cut_paths, no_gradient, not_finite, zero_gradient
+from tests.gradients.planted import cut_paths, loops, no_gradient, not_finite, zero_gradient
 
 from clinometer.gradients.diagnosis import diagnose
 
-PLANTED = [*cut_paths.FAULTS, *no_gradient.FAULTS, *zero_gradient.FAULTS, *not_finite.FAULTS]
+PLANTED = [*cut_paths.FAULTS, *no_gradient.FAULTS, *zero_gradient.FAULTS, *not_finite.FAULTS, *loops.FAULTS]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -16,10 +16,13 @@ def test_a_planted_fault_is_found_at_its_line(planted):
     params, closure, *rest = planted.build()
     found = diagnose(params, closure, optimizer=rest[0] if rest else None)
     text = found.render(width=100)
-    names = planted.concerned(list(found))
-    named = {n for n in found if found[n].cause == planted.cause and found[n].status == planted.status}
-    assert named == names, text
     matching = [f for f in found.findings if f.cause == planted.cause and f.status == planted.status]
+    assert matching, text
+    named = {name for f in matching for name in f.names} - {"loss"}
+    assert named == planted.concerned([*found, *named]), text
+    for name in named & set(found):
+        if planted.status != "loop":
+            assert (found[name].status, found[name].cause) == (planted.status, planted.cause)
     assert {f.severity for f in matching} == {planted.severity}, text
     finding = matching[0]
     if planted.line is not None:

@@ -123,3 +123,27 @@ def _deep_copying() -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+AMP = words(
+    """
+    mul __mul__ __rmul__ _amp_foreach_non_finite_check_and_unscale_ _foreach_norm vector_norm
+    linalg_vector_norm norm
+    """
+)
+"""Calls that may belong to a GradScaler or to clipping."""
+
+
+def amp_event(name: str, frame: Any) -> str:
+    """What a call of `AMP` means, by who calls it: "scaled", "unscaled", "clipped" or ""."""
+    if name.startswith("_amp"):
+        return "unscaled"
+    if "mul" in name:
+        return "scaled" if frame.f_code.co_filename.endswith("grad_scaler.py") else ""
+    for _ in range(6):
+        if frame is None:
+            break
+        if frame.f_code.co_name == "clip_grad_norm_":
+            return "clipped"
+        frame = frame.f_back
+    return ""

@@ -63,6 +63,8 @@ class Trace(TorchFunctionMode):
         """The node that a parameter's first use made."""
         self.own_backward: Where | None = None
         """Where the closure itself ran a backward."""
+        self.amp: dict[str, Where | None] = {}
+        """Where the closure "scaled" a loss, "unscaled" gradients, and "clipped" still scaled ones."""
         self.on_node: Callable[[Node], None] | None = None
         """Called with every node made; backward sets it, for graphs that are built while it runs."""
         self.after_call: Callable[[str, list[Tensor], list[Tensor], Where | None], None] | None = None
@@ -118,6 +120,8 @@ class Trace(TorchFunctionMode):
         if kind == "backward":
             self.own_backward = self.own_backward or self._where("backward")
             return func(*args, **{**kwargs, "retain_graph": True})
+        if name in operations.AMP:
+            self._note_amp(name)
         ins = list(operations.tensors_in(args, kwargs))
         came = 0
         if name.endswith("_"):  # what is written over no longer knows, afterwards, what it came from
@@ -231,7 +235,14 @@ class Trace(TorchFunctionMode):
 
     def _where(self, op: str) -> Where | None:
         module = next((self._paths[m] for m in reversed(self._modules) if m in self._paths), "")
-        return user_frame(sys._getframe(2), op=op, module=module)
+        return user_frame(sys._getframe(1), op=op, module=module)
+
+    def _note_amp(self, name: str) -> None:
+        event = operations.amp_event(name, sys._getframe(2))
+        if event == "clipped" and ("scaled" not in self.amp or "unscaled" in self.amp):
+            return
+        if event and event not in self.amp:
+            self.amp[event] = self._where("clip_grad_norm_" if event == "clipped" else event)
 
     # What the mode does not see; `seen_calls` calls these.
 

@@ -50,6 +50,7 @@ class Before:
         self._modes = _Modes()
         self._random = RandomState()
         self._tensors: list[KeptTensor] = []
+        self._by_id: dict[int, KeptTensor] = {}
         self._containers: list[KeptContainer] = []
         self._scripted: list[tuple[nn.Module, bool]] = []
         self._bits: dict[tuple[Any, ...], KeptBits] = {}
@@ -69,6 +70,16 @@ class Before:
         for kept in self._tensors:
             if has_grad(kept.tensor) and kept.tensor.grad is not None:
                 kept.tensor.grad = None
+
+    def grad_of(self, tensor: Tensor) -> Tensor | None:
+        """The `.grad` that was set aside."""
+        kept = self._by_id.get(id(tensor))
+        return None if kept is None else kept.grad
+
+    def differs(self, tensor: Tensor) -> bool:
+        """Whether the values of a kept tensor are other than they were."""
+        kept = self._by_id.get(id(tensor))
+        return kept is not None and any(self._bits[bits.key].differs() for bits in kept.bits)
 
     def rewind(self) -> None:
         """Random generators, buffers, modes and attributes as at the beginning, every `.grad` None.
@@ -136,6 +147,7 @@ class Before:
             return []
         kept = KeptTensor(tensor)
         self._tensors.append(kept)
+        self._by_id[id(tensor)] = kept
         if isinstance(tensor, nn.Parameter):
             self._values.add(id(tensor))
         for bits in kept.bits:
