@@ -95,10 +95,15 @@ def test_a_replay_draws_the_same_masks_every_time():
 
 def test_blocks_of_same_random_numbers_draw_the_same_also_after_an_exception():
     drawn = []
-    for _ in range(3):
-        with pytest.raises(RuntimeError), same_random_numbers():
+
+    def draw_and_fail():
+        with same_random_numbers():
             drawn.append((torch.rand(()).item(), random.random(), numpy.random.rand()))
             raise RuntimeError
+
+    for _ in range(3):
+        with pytest.raises(RuntimeError):
+            draw_and_fail()
     assert len(set(drawn)) == 1
 
 

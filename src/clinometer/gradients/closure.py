@@ -26,6 +26,7 @@ def evaluate(closure: Closure) -> Tensor:
         raise InputError("gradients.closure.loss_given")
     if not callable(closure):
         raise InputError("gradients.closure.not_callable", type=type(closure).__name__)
+    torch.clear_autocast_cache()  # under the caller's autocast, values changed since would not be seen
     with torch.inference_mode(False), torch.enable_grad():
         came = closure()
     loss = came

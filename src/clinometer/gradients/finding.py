@@ -28,7 +28,10 @@ class Finding:
     """"none", "zero", "partly-zero", "non-finite", or "loop"."""
     severity: Severity
     key: str
-    """Where its sentences are: `{key}.what`, and where they exist `{key}.why` and `{key}.remedy`."""
+    """Where its sentences are: `{key}.what`, and where they exist `{key}.why` and `{key}.remedy`.
+
+    With a single name, `{key}.what_one` is used where it exists, and so for the other two.
+    """
     names: tuple[str, ...] = ()
     where: Where | None = None
     values: Mapping[str, Any] = field(default_factory=dict)

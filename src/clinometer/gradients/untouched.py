@@ -41,6 +41,7 @@ def untouched(subject: Subject, *, closure: Any = None, optimizer: Any = None) -
         yield before
     finally:
         _uninterrupted(before.restore)
+        before.forget()
 
 
 class Before:
@@ -99,19 +100,28 @@ class Before:
             self._random.restore()
 
     def restore(self) -> None:
-        """Everything, in an order that may be begun again after an interruption."""
-        self._modes.restore()
+        """Everything, in an order that may be begun again after an interruption.
+
+        What cannot be put back does not keep the rest from it; its error is raised at the end.
+        """
         with torch.inference_mode(False), torch.no_grad():
-            self._restore_containers()
-            self.set_grads_aside()  # a .grad of another dtype or shape forbids giving the memory back
-            for kept in self._tensors:
-                kept.restore()
-            for bits in self._bits.values():
-                bits.restore()
-            for kept in self._tensors:
-                kept.restore_grad()
-                kept.restore_version()
-        self._random.restore()
+            errors = _each(
+                [self._restore_containers]
+                # A .grad of another dtype or shape would forbid giving a tensor its memory back.
+                + [self.set_grads_aside]
+                + [kept.restore for kept in self._tensors]
+                + [bits.restore for bits in self._bits.values()]
+                + [kept.restore_grad for kept in self._tensors]
+                + [kept.restore_version for kept in self._tensors]
+            )
+        errors += _each([self._modes.restore, self._random.restore])
+        if errors:
+            raise errors[0]
+
+    def forget(self) -> None:
+        """Let the copies go; nothing can be put back any more."""
+        for held in (self._tensors, self._containers, self._scripted, self._bits, self._seen):
+            held.clear()
 
     def _restore_containers(self) -> None:
         for container in self._containers:
@@ -213,8 +223,6 @@ class _Modes:
             d: (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")
         }
         self.autocast_cache = torch.is_autocast_cache_enabled()
-        # Casts cached by the user's forward belong to another graph.
-        self._clear_casts()
 
     def restore(self) -> None:
         torch.set_grad_enabled(self.grad)
@@ -224,12 +232,17 @@ class _Modes:
             torch.set_autocast_enabled(device, enabled)
             torch.set_autocast_dtype(device, dtype)
         torch.set_autocast_cache_enabled(self.autocast_cache)
-        self._clear_casts()
+        torch.clear_autocast_cache()  # a cast of values that were changed inside is not the user's
 
-    def _clear_casts(self) -> None:
-        """Left in the cache, a cast of our graph would be used, freed, in the user's next forward."""
-        if any(enabled for enabled, _ in self.autocast.values()):
-            torch.clear_autocast_cache()
+
+def _each(actions: list[Callable[[], None]]) -> list[Exception]:
+    errors = []
+    for action in actions:
+        try:
+            action()
+        except Exception as error:
+            errors.append(error)
+    return errors
 
 
 def _uninterrupted(action: Callable[[], None]) -> None:
