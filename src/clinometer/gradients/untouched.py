@@ -120,7 +120,7 @@ class Before:
 
     def forget(self) -> None:
         """Let the copies go; nothing can be put back any more."""
-        for held in (self._tensors, self._containers, self._scripted, self._bits, self._seen):
+        for held in (self._tensors, self._by_id, self._containers, self._scripted, self._bits, self._seen):
             held.clear()
 
     def _restore_containers(self) -> None:
