@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from tests.gradients.planted import cut_paths, loops, no_gradient, not_finite, zero_gradient
 from torch import nn
 from torch.nn.modules import module as module_hooks
 
 from clinometer.gradients.diagnosis import diagnose
-from tests.gradients.planted import cut_paths, loops, no_gradient, not_finite, zero_gradient
 
 PLANTED = [
     *cut_paths.FAULTS[::4],

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +20,10 @@ from clinometer.gradients.graph import Graph, Node, operation, same_values
 from clinometer.gradients.keeping import dense_parts
 from clinometer.gradients.tracing import Trace
 
-Clue = Callable[[Node, int, Sequence[Tensor | None], Sequence[Tensor | None]], Any]
-"""(node, which input, gradients of its inputs, gradients of its outputs) → what it looks like."""
+Read = Callable[[str], Any]
+"""What a node saved under a name; None when it saved nothing, or it may not be read."""
+Clue = Callable[[Node, int, Sequence[Tensor | None], Sequence[Tensor | None], Read], Any]
+"""(node, which input, gradients of its inputs, of its outputs, what it saved) → what it looks like."""
 
 
 @dataclass
@@ -64,22 +68,34 @@ class Flow:
 
     def run(self, loss: Tensor, keep_graph: bool) -> None:
         """The backward; afterwards no hook is left."""
-        try:
-            for node in self.graph.nodes:
-                self.hook(node)
-            gradient = torch.ones_like(loss) if loss.dim() else None
-            if any(operation(node) == "CheckpointFunction" for node in self.graph.nodes):
-                # A reentrant checkpoint builds and runs a graph of its own during the backward.
-                self.trace.on_node = self._hook_below
-                with self.trace.watching():
-                    loss.backward(gradient, retain_graph=keep_graph)
-            else:
-                loss.backward(gradient, retain_graph=keep_graph)
-        finally:
+        with ExitStack() as inside:
+            try:
+                for node in self.graph.nodes:
+                    self.hook(node)
+                    if operation(node) == "CheckpointFunction":
+                        self._watch_inside(node, inside)
+                torch.autograd.backward(loss, torch.ones_like(loss) if loss.dim() else None, keep_graph)
+            finally:
+                self.trace.on_node = None
+                for hook in self._hooks:
+                    hook.remove()
+                self._hooks.clear()
+
+    def _watch_inside(self, node: Node, inside: ExitStack) -> None:
+        """A reentrant checkpoint builds a graph during the backward and runs it: watch it being made.
+
+        From hooks, as a mode around the whole backward would be set aside while the backward runs.
+        """
+
+        def begin(gradients: Any) -> None:
+            self.trace.on_node = self._hook_below
+            inside.enter_context(self.trace.watching())
+
+        def end(into: Any, out: Any) -> None:
+            inside.close()
             self.trace.on_node = None
-            for hook in self._hooks:
-                hook.remove()
-            self._hooks.clear()
+
+        self._hooks += [node.register_prehook(begin), node.register_hook(end)]
 
     def hook(self, node: Node) -> None:
         """Watch one node, unless it only passes on what it got."""
@@ -123,7 +139,7 @@ class Flow:
         for i in edges:
             if i < len(into):
                 sizes[i] = largest(into[i])
-        if relu and (result := getattr(node, "_saved_result", None)) is not None:
+        if relu and (result := self._saved(node, "result")) is not None:
             self.dead[node] = list(_silent_channels(result))
         watched = [sizes[i] for i in edges if i < len(into)]
         ordinary = all(v is not None and 0.0 < v < math.inf for v in watched)
@@ -143,8 +159,11 @@ class Flow:
                 event.arrived > 0 if size is None or size == 0 else event.sound and not math.isfinite(size)
             )
             if happened:
-                event.clues[i] = self._clue(node, i, into, out)
+                event.clues[i] = self._clue(node, i, into, out, partial(self._saved, node))
         self.events[node] = event
+
+    def _saved(self, node: Node, name: str) -> Any:
+        return getattr(node, f"_saved_{name}", None) if self.trace.may_read(node) else None
 
     def _cancels(
         self,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clinometer.gradients import why_nonfinite, why_zero
 from clinometer.gradients.closure import Closure, evaluate
-from clinometer.gradients.flow import Flow, largest
+from clinometer.gradients.flow import Flow, Read, largest
 from clinometer.gradients.graph import Graph, Node
 from clinometer.gradients.subject import Subject
 from clinometer.gradients.tracing import Trace
@@ -78,8 +78,14 @@ def find_origin(subject: Subject, closure: Closure, before: Before) -> why_nonfi
     return finiteness.of(loss)
 
 
-def _clue(node: Node, position: int, into: Sequence[Tensor | None], out: Sequence[Tensor | None]) -> Any:
+def _clue(
+    node: Node,
+    position: int,
+    into: Sequence[Tensor | None],
+    out: Sequence[Tensor | None],
+    saved: Read,
+) -> Any:
     size = largest(into[position])
     if size is not None and not math.isfinite(size):
         return why_nonfinite.read_clue(node, position, into, out)
-    return why_zero.read_clue(node, position, into, out)
+    return why_zero.read_clue(node, position, into, out, saved)

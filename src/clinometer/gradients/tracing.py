@@ -23,6 +23,8 @@ from clinometer.gradients.patches import seen_calls
 from clinometer.gradients.subject import Subject
 from clinometer.gradients.where import Where, is_machinery, user_frame
 
+_top_saved_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -56,6 +58,8 @@ class Trace(TorchFunctionMode):
         self.names = list(subject.tensors)
         self.bits = {id(tensor): 1 << i for i, tensor in enumerate(subject.tensors.values())}
         self.places: dict[Node, Where | None] = {}
+        self.packed: set[Node] = set()
+        """Nodes whose saved tensors belong to a checkpoint or the like: those may be read once only."""
         self.cuts: list[Cut] = []
         self.escapes: list[Escape] = []
         self.first_use: dict[int, Where | None] = {}
@@ -94,6 +98,10 @@ class Trace(TorchFunctionMode):
     def live_node(self, node: Node) -> int:
         """The parameters below a node."""
         return live_below(node, self.bits, self._below)
+
+    def may_read(self, node: Node) -> bool:
+        """Whether the tensors a node saved may be looked at."""
+        return not self.packed or (node in self.places and node not in self.packed)
 
     def fed_by(self, bit: int) -> int:
         """The parameters that what met this one at its first use was computed from."""
@@ -156,6 +164,8 @@ class Trace(TorchFunctionMode):
                 suspect = suspect or not tensor.requires_grad or tensor.is_leaf
             elif node not in self.places:
                 self.places[node] = where
+                if _top_saved_hooks(False) is not None:
+                    self.packed.add(node)
                 if self.on_node is not None:
                     self.on_node(node)
         if suspect:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clinometer.gradients.finding import EXPLAINED, FAULT, Severity
-from clinometer.gradients.flow import Flow, largest
+from clinometer.gradients.flow import Flow, Read, largest
 from clinometer.gradients.graph import Node, is_custom, operation, same_values
 from clinometer.gradients.source import definition_of
 from clinometer.gradients.subject import Subject
@@ -69,7 +69,11 @@ class Clue:
 
 
 def read_clue(
-    node: Node, position: int, into: Sequence[Tensor | None], out: Sequence[Tensor | None]
+    node: Node,
+    position: int,
+    into: Sequence[Tensor | None],
+    out: Sequence[Tensor | None],
+    saved: Read,
 ) -> Clue | None:
     """The cause, from the kind of node and what it saved; called while the backward passes it."""
     if into[position] is None:
@@ -82,7 +86,7 @@ def read_clue(
     if _underflows(name, into[position], gradient, size):
         return Clue("underflow", "", FAULT, (("dtype", str(_dtype(into[position])).removeprefix("torch.")),))
     if name in LOSS:
-        return Clue("zero-loss-gradient", "ignored" if _all_ignored(node) else "minimum")
+        return Clue("zero-loss-gradient", "ignored" if _all_ignored(saved) else "minimum")
     if name in RELU:
         return Clue("dead-activation", "relu")
     if name in SMOOTH:
@@ -98,10 +102,10 @@ def read_clue(
     if name in ("Stack", "Cat"):  # the zeros came as a part of a gradient that is not zero as a whole
         return Clue("zero-weight-downstream", "stacked", EXPLAINED)
     if name == "Mul":
-        return _product_with(node, position)
+        return _product_with(node, position, saved)
     if name in PRODUCT or name == "Div":
         return Clue("zero-weight-downstream", "product", EXPLAINED)
-    if name == "Pow" and getattr(node, "_saved_exponent", None) == 0:
+    if name == "Pow" and saved("exponent") == 0:
         return Clue("masked", "zero", FAULT)
     if name in ("Exp", "Exp2", "Pow", "Prod", "Abs", "Cumprod"):
         return Clue("underflow" if name.startswith("Exp") else "zero-weight-downstream", "forward", EXPLAINED)
@@ -171,13 +175,13 @@ def _is_one_of_many(name: str, sizes: Mapping[str, float | None]) -> bool:
     return False
 
 
-def _product_with(node: Node, position: int) -> Clue:
+def _product_with(node: Node, position: int, saved: Read) -> Clue:
     """A product with zero: with a constant it was switched off, with something learned it may come back."""
     other = 1 - position
     below = node.next_functions[other][0] if other < len(node.next_functions) else None
     if below is None:
-        scalar = getattr(node, "_saved_other" if position == 0 else "_saved_self", None)
-        if isinstance(scalar, Tensor) and scalar.numel() > 1:
+        factor = saved("other" if position == 0 else "self")
+        if isinstance(factor, Tensor) and factor.numel() > 1:
             return Clue("masked", "zero_constant")
         return Clue("masked", "zero")
     return Clue("zero-weight-downstream", "product", EXPLAINED)
@@ -281,9 +285,9 @@ def _dtype(tensor: Tensor | None) -> torch.dtype | None:
     return None if tensor is None else tensor.dtype
 
 
-def _all_ignored(node: Node) -> bool:
-    target = getattr(node, "_saved_target", None)
-    ignore = getattr(node, "_saved_ignore_index", None)
+def _all_ignored(saved: Read) -> bool:
+    target = saved("target")
+    ignore = saved("ignore_index")
     if not isinstance(target, Tensor) or ignore is None:
         return False
     # The saved number is unsigned: −100 comes as 2⁶⁴ − 100.
