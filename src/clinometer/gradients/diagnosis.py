@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
 from torch.optim import Optimizer
 
 from clinometer.gradients import loop_findings
@@ -243,6 +242,3 @@ def _finding(reason: Reason, names: tuple[str, ...]) -> Finding:
         reason.values,
         reason.variant,
     )
-
-
-__all__ = ["Diagnosis", "Entry", "Tensor", "diagnose"]

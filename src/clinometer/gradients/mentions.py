@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import nn
 
+from clinometer.gradients.cuts import each_bit
 from clinometer.gradients.subject import Subject
-from clinometer.gradients.tracing import Trace, each_bit
+from clinometer.gradients.tracing import Trace
 from clinometer.gradients.where import is_machinery
 
 _NO_FORWARD = {

@@ -10,7 +10,6 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,36 +17,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from clinometer.gradients import operations
+from clinometer.gradients.cuts import Cell, Cut, Escape, each_bit
 from clinometer.gradients.graph import Node, live_below
 from clinometer.gradients.patches import seen_calls
 from clinometer.gradients.subject import Subject
 from clinometer.gradients.where import Where, is_machinery, user_frame
 
 _top_saved_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A call that took values from parameters and gave back something that cannot lead to them."""
-
-    kind: str
-    """"detach", "no_grad", "integer", …: an entry of `diagnosis.none.cut` in the messages."""
-    where: Where | None
-    live: int
-    """The parameters that were reached through what went in, and are not through what came out."""
-    group: Any = None
-    """Cuts of one group are one place: all that one `with torch.no_grad()` cut."""
-
-
-@dataclass(frozen=True)
-class Escape:
-    """A call that turned a tensor into something that is not one: .item(), .numpy(), .tolist()."""
-
-    kind: str
-    where: Where | None
-    live: int
-    cuts: int
-    """Cuts whose values it carried out."""
 
 
 class Trace(TorchFunctionMode):
@@ -74,7 +50,7 @@ class Trace(TorchFunctionMode):
         self.after_call: Callable[[str, list[Tensor], list[Tensor], Where | None], None] | None = None
         self._tensors = list(subject.tensors.values())  # their ids stay theirs
         self._below: dict[Node, int] = {}
-        self._cells: dict[int, _Cell] = {}
+        self._cells: dict[int, Cell] = {}
         self._modules: list[nn.Module] = []
         self._paths = subject.module_paths()
         self._inside: list[_Inside] = []
@@ -220,7 +196,7 @@ class Trace(TorchFunctionMode):
     def _mark(self, tensor: Tensor, cuts: int, sources: Iterable[Tensor] = ()) -> None:
         cell = self._cell(tensor)
         if cell is None:
-            cell = self._cells[id(tensor)] = _Cell(weakref.ref(tensor))
+            cell = self._cells[id(tensor)] = Cell(weakref.ref(tensor))
         cell.cuts |= cuts
         cell.shares += [weakref.ref(source) for source in sources]
         for owner in (*[ref() for ref in cell.shares if not sources], tensor._base):
@@ -231,7 +207,7 @@ class Trace(TorchFunctionMode):
             ):
                 self._mark(owner, cuts)
 
-    def _cell(self, tensor: Tensor) -> _Cell | None:
+    def _cell(self, tensor: Tensor) -> Cell | None:
         cell = self._cells.get(id(tensor))
         return cell if cell is not None and cell.ref() is tensor else None
 
@@ -333,17 +309,6 @@ class Trace(TorchFunctionMode):
         return found, (*opener, len(self._grad_off))
 
 
-class _Cell:
-    """The cuts whose values a tensor holds."""
-
-    __slots__ = ("cuts", "ref", "shares")
-
-    def __init__(self, ref: weakref.ref[Tensor]) -> None:
-        self.ref = ref
-        self.cuts = 0
-        self.shares: list[weakref.ref[Tensor]] = []
-
-
 class _Inside:
     """What a Function's forward used; its calls are not recorded one by one."""
 
@@ -364,11 +329,3 @@ def _copying(frame: Any) -> bool:
             return True
         frame = frame.f_back
     return False
-
-
-def each_bit(mask: int) -> Iterator[int]:
-    """The single bits of a set."""
-    while mask:
-        bit = mask & -mask
-        yield bit
-        mask ^= bit

@@ -7,13 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
+from clinometer.gradients.cuts import Cut, Escape
 from clinometer.gradients.finding import EXPLAINED, FAULT, Severity
 from clinometer.gradients.flow import Flow
 from clinometer.gradients.graph import is_custom
 from clinometer.gradients.mentions import may_be_skipped
 from clinometer.gradients.source import definition_of
 from clinometer.gradients.subject import Subject
-from clinometer.gradients.tracing import Cut, Escape, Trace
+from clinometer.gradients.tracing import Trace
 from clinometer.gradients.where import Where
 
 
