@@ -45,7 +45,8 @@ def main() -> None:
             command, check=True, capture_output=True, text=True
         ).stdout.split()
         results[side] = float(seconds), float(peak), int(parameters)
-        print(f"{side:<9} {float(seconds):6.2f} s   peak {float(peak):7.0f} MB   {int(parameters):,} parameters")
+        size = f"{int(parameters):,} parameters"
+        print(f"{side:<9} {float(seconds):6.2f} s   peak {float(peak):7.0f} MB   {size}")
     time_ratio = results["diagnose"][0] / results["step"][0]
     peak_ratio = results["diagnose"][1] / results["step"][1]
     print(f"a diagnosis costs {time_ratio:.2f} steps and {peak_ratio:.2f} of a step's peak memory")

@@ -14,9 +14,9 @@ from clinometer.gradients import loop_findings
 from clinometer.gradients.after_backward import without_closure
 from clinometer.gradients.closure import Closure, eagerly
 from clinometer.gradients.document import BLANK, Document, Line, dim, ok, sentence
-from clinometer.gradients.finding import FAULT, Finding, Severity
+from clinometer.gradients.finding import EXPLAINED, FAULT, Finding, Severity
 from clinometer.gradients.report import Result
-from clinometer.gradients.running import Run, find_origin, run
+from clinometer.gradients.running import Run, find_origin, run, used_by_chance
 from clinometer.gradients.subject import Subject
 from clinometer.gradients.untouched import Before, untouched
 from clinometer.gradients.where import Where
@@ -148,9 +148,9 @@ def dim_span(span: Any) -> Any:
 def diagnose(params: Any, closure: Closure | None = None, *, optimizer: Optimizer | None = None) -> Diagnosis:
     """Why the gradient of each tensor is None, zero, partly zero or not finite, with the line at fault.
 
-    `closure` computes the loss; it is run once, with a backward (the forward once more when the loss is
-    not finite), and nothing is changed by it. Without one, what can be known from the gradients that are
-    there is said, and no more. With `optimizer`, what it will and will not do with these gradients too.
+    `closure` computes the loss; it is run once, with a backward (its forward again when the loss is not
+    finite or a layer was not used), and nothing is changed by it. Without one, what can be known from
+    the gradients that are there is said, and no more. With `optimizer`, what a step would do is too.
     Raises InputError for arguments that cannot be used, and whatever the closure raises.
     """
     begun = time.perf_counter()
@@ -163,6 +163,7 @@ def diagnose(params: Any, closure: Closure | None = None, *, optimizer: Optimize
     with eagerly(), untouched(subject, closure=closure, optimizer=optimizer) as before:
         result = run(subject, closure, before)
         reasons, origin = explain(subject, closure, result, before)
+        reasons = _without_chance(subject, closure, reasons)
         findings = loop_findings.of_run(subject, result, optimizer, before)
         nodes = len(result.flow.graph.nodes) if result.flow else 0
     entries, found = collect(subject, reasons)
@@ -193,7 +194,7 @@ def explain(
         elif size == 0:
             reasons[name] = why_zero(name, subject, result.flow, loss, result.sizes)
         elif result.flow.graph.leaves.get(id(tensor)) in result.flow.cancelled:
-            reasons[name] = Reason("zero", "structural", group=0, severity="explained", values={"size": size})
+            reasons[name] = Reason("zero", "structural", group=0, severity=EXPLAINED, values={"size": size})
         elif name in result.lines:
             reasons[name] = why_partly(name, subject, result.flow, *result.lines[name]) or "partly-zero"
         else:
@@ -205,6 +206,21 @@ def explain(
         assert result.flow is not None
         reasons[name] = why_nonfinite(name, subject, result.flow, origin)
     return {name: reasons[name] for name in subject.tensors}, origin
+
+
+def _without_chance(
+    subject: Subject, closure: Closure, reasons: dict[str, Reason | str]
+) -> dict[str, Reason | str]:
+    """Before a layer is accused of never being used: do other random numbers use it, as in LayerDrop?"""
+    unused = {
+        name
+        for name, reason in reasons.items()
+        if isinstance(reason, Reason) and reason.cause == "unused" and reason.severity == FAULT
+    }
+    if not unused or subject.module is None or not subject.module.training:
+        return reasons
+    chance = Reason("none", "unused", EXPLAINED, "chance", group=0)
+    return {**reasons, **dict.fromkeys(used_by_chance(subject, closure, unused), chance)}
 
 
 def collect(subject: Subject, reasons: Mapping[str, Reason | str]) -> tuple[dict[str, Entry], list[Finding]]:

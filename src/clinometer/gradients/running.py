@@ -78,6 +78,19 @@ def find_origin(subject: Subject, closure: Closure, before: Before) -> why_nonfi
     return finiteness.of(loss)
 
 
+def used_by_chance(subject: Subject, closure: Closure, unused: set[str], draws: int = 3) -> set[str]:
+    """Those that some forward with other random numbers uses."""
+    found: set[str] = set()
+    for _ in range(draws):  # the generators go on from where the last run left them
+        trace = Trace(subject)
+        with trace.watching():
+            evaluate(closure)
+        found |= {name for name in unused if trace.bits[id(subject.tensors[name])] in trace.first_use}
+        if found == unused:
+            break
+    return found
+
+
 def _clue(
     node: Node,
     position: int,

@@ -136,6 +136,25 @@ def experts_that_no_token_chose():
     return model, lambda: model(x()).mean()
 
 
+@explained("none", "unused", "layers.1.*")
+def layer_dropped_by_chance():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+            self.runs = 0
+
+        def forward(self, inputs):
+            for i, layer in enumerate(self.layers):
+                skipped = i == 1 and self.runs == 0  # what a random number decides in LayerDrop
+                inputs = inputs if skipped else layer(inputs)
+            self.runs += 1
+            return inputs
+
+    model = Model()
+    return model, lambda: model(x()).mean()
+
+
 @explained("none", "unused", "side.*")
 def branch_not_taken():
     class Model(nn.Module):
