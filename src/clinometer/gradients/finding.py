@@ -36,6 +36,9 @@ class Finding:
     where: Where | None = None
     values: Mapping[str, Any] = field(default_factory=dict)
     """What stands in the sentences' places; `count` and `name` are there without being given."""
+    variant: str = ""
+    """Sentences of its own: `{key}.{variant}.why` is preferred to `{key}.why`. One with its own `what`
+    says everything itself."""
 
     def say(self, part: str, language: str | None = None) -> str:
         """The sentence "what", "why" or "remedy" of this finding; "" if it has none."""
@@ -63,6 +66,7 @@ class Finding:
             "cause": self.cause,
             "status": self.status,
             "severity": self.severity,
+            "variant": self.variant,
             "names": list(self.names),
             "where": None if self.where is None else self.where.to_dict(),
             "values": dict(self.values),
@@ -84,9 +88,13 @@ class Finding:
         key = self._key(part)
         return sentence(key, language, **self._values()) if key else ()
 
-    def _key(self, part: str) -> str | None:
-        forms = [f"{self.key}.{part}_one"] if len(self.names) == 1 else []
-        return next((key for key in [*forms, f"{self.key}.{part}"] if key in sentences("en")), None)
+    def _key(self, part: str) -> str:
+        """The most particular sentence there is: of this variant, and for a single tensor."""
+        known = sentences("en")
+        ends = [f"{part}_one", part] if len(self.names) == 1 else [part]
+        variant = f"{self.key}.{self.variant}"
+        owners = [variant] if f"{variant}.what" in known else [variant, self.key]
+        return next((key for owner in owners for end in ends if (key := f"{owner}.{end}") in known), "")
 
     def _values(self) -> dict[str, Any]:
         first = {"name": self.names[0]} if self.names else {}

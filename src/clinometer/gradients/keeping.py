@@ -54,6 +54,10 @@ class KeptBits:
         if self.start < self.end <= self.storage.nbytes():
             self.copy = self._alias().clone()
 
+    def differs(self) -> bool:
+        """Whether the bits in memory are other than those kept."""
+        return self.copy is not None and not torch.equal(self._alias(), self.copy)
+
     def restore(self) -> None:
         if self.copy is None:
             return

@@ -51,6 +51,7 @@ class Before:
         self._modes = _Modes()
         self._random = RandomState()
         self._tensors: list[KeptTensor] = []
+        self._by_id: dict[int, KeptTensor] = {}
         self._containers: list[KeptContainer] = []
         self._scripted: list[tuple[nn.Module, bool]] = []
         self._bits: dict[tuple[Any, ...], KeptBits] = {}
@@ -70,6 +71,16 @@ class Before:
         for kept in self._tensors:
             if has_grad(kept.tensor) and kept.tensor.grad is not None:
                 kept.tensor.grad = None
+
+    def grad_of(self, tensor: Tensor) -> Tensor | None:
+        """The `.grad` that was set aside."""
+        kept = self._by_id.get(id(tensor))
+        return None if kept is None else kept.grad
+
+    def differs(self, tensor: Tensor) -> bool:
+        """Whether the values of a kept tensor are other than they were."""
+        kept = self._by_id.get(id(tensor))
+        return kept is not None and any(self._bits[bits.key].differs() for bits in kept.bits)
 
     def rewind(self) -> None:
         """Random generators, buffers, modes and attributes as at the beginning, every `.grad` None.
@@ -109,7 +120,7 @@ class Before:
 
     def forget(self) -> None:
         """Let the copies go; nothing can be put back any more."""
-        for held in (self._tensors, self._containers, self._scripted, self._bits, self._seen):
+        for held in (self._tensors, self._by_id, self._containers, self._scripted, self._bits, self._seen):
             held.clear()
 
     def _restore_containers(self) -> None:
@@ -146,6 +157,7 @@ class Before:
             return []
         kept = KeptTensor(tensor)
         self._tensors.append(kept)
+        self._by_id[id(tensor)] = kept
         if isinstance(tensor, nn.Parameter):
             self._values.add(id(tensor))
         for bits in kept.bits:

@@ -57,3 +57,8 @@ def cell_width(text: str) -> int:
 
 def is_wide(character: str) -> bool:
     return unicodedata.east_asian_width(character) in "WF"
+
+
+def words(text: str) -> frozenset[str]:
+    """The set of names written in `text`, apart by spaces."""
+    return frozenset(text.split())

@@ -1,0 +1,260 @@
+"""diagnose(): why each gradient is missing, zero or not finite, and on which line."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch.optim import Optimizer
+
+from clinometer.gradients import loop_findings
+from clinometer.gradients.after_backward import without_closure
+from clinometer.gradients.closure import Closure, eagerly
+from clinometer.gradients.document import BLANK, Document, Line, dim, ok, sentence
+from clinometer.gradients.finding import EXPLAINED, FAULT, Finding, Severity
+from clinometer.gradients.report import Result
+from clinometer.gradients.running import Run, find_origin, run, used_by_chance
+from clinometer.gradients.subject import Subject
+from clinometer.gradients.untouched import Before, untouched
+from clinometer.gradients.where import Where
+from clinometer.gradients.why_none import Reason, before_any_run, why_none
+from clinometer.gradients.why_nonfinite import Origin, why_nonfinite
+from clinometer.gradients.why_partly import why_partly
+from clinometer.gradients.why_zero import why_zero
+from clinometer.gradients.wording import format_count
+
+_SHOWN = 6
+"""Findings written out in full: one screen."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What was found about one tensor."""
+
+    name: str
+    status: str
+    """"ok", "none", "zero", "partly-zero" or "non-finite"."""
+    finding: Finding | None = None
+    """The finding it belongs to; None when all is well, or when nothing certain can be said."""
+
+    @property
+    def cause(self) -> str | None:
+        return self.finding.cause if self.finding else None
+
+    @property
+    def severity(self) -> Severity | None:
+        return self.finding.severity if self.finding else None
+
+    @property
+    def where(self) -> Where | None:
+        return self.finding.where if self.finding else None
+
+    @property
+    def message(self) -> str:
+        """What happened and why, in the current language; "" when all is well."""
+        if self.finding is None:
+            return ""
+        parts = (self.finding.say("what"), self.finding.say("why"))
+        return " ".join(part for part in parts if part)
+
+    @property
+    def remedy(self) -> str:
+        return self.finding.say("remedy") if self.finding else ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "status": self.status,
+            "cause": self.cause,
+            "severity": self.severity,
+            "where": None if self.where is None else self.where.to_dict(),
+            "message": self.message,
+            "remedy": self.remedy,
+        }
+
+
+class Diagnosis(Result):
+    """Every tensor's status, and the findings: one for each cause and place, faults first."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        entries: dict[str, Entry],
+        findings: list[Finding],
+        nodes: int | None,
+        seconds: float,
+    ) -> None:
+        self._entries = entries
+        self._others = dict(subject.canonical)
+        self.findings = sorted(findings, key=lambda f: (f.severity != FAULT, -len(f.names)))
+        self.compiled = subject.compiled
+        self.numbers = subject.size
+        self.nodes = nodes
+        self.seconds = seconds
+
+    @property
+    def healthy(self) -> bool:
+        """Whether nothing is very likely wrong; what is explained does not count."""
+        return not any(finding.severity == FAULT for finding in self.findings)
+
+    def entries(self) -> Mapping[str, Entry]:
+        return self._entries
+
+    def other_names(self) -> Mapping[str, str]:
+        return self._others
+
+    def document(self, language: str | None = None) -> Document:
+        lines: Document = []
+        for finding in self.findings[:_SHOWN]:
+            lines += [*finding.document(language), BLANK]
+        if (rest := len(self.findings) - _SHOWN) > 0:
+            lines += [Line(sentence("diagnosis.more", language, count=rest)), BLANK]
+        if self.compiled:
+            lines.append(Line(tuple(map(dim_span, sentence("diagnosis.compiled", language)))))
+        mark = (ok("✓ "),) if not self.findings else ()
+        lines.append(Line((*mark, *self._looked(language)), hang=2 if mark else 0))
+        return lines
+
+    def facts(self) -> Mapping[str, Any]:
+        return {
+            "healthy": self.healthy,
+            "findings": [finding.to_dict() for finding in self.findings],
+            "tensors": {name: entry.to_dict() for name, entry in self._entries.items()},
+            "looked_at": {
+                "tensors": len(self._entries),
+                "numbers": self.numbers,
+                "nodes": self.nodes,
+                "seconds": self.seconds,
+            },
+        }
+
+    def _looked(self, language: str | None) -> Any:
+        values = {
+            "count": format_count(len(self._entries)),
+            "numbers": format_count(self.numbers),
+            "seconds": f"{self.seconds:.1f}",
+        }
+        if self.nodes is None:
+            return sentence("diagnosis.looked_at_grads", language, **values)
+        return sentence("diagnosis.looked", language, nodes=format_count(self.nodes), **values)
+
+
+def dim_span(span: Any) -> Any:
+    return dim(span.text)
+
+
+def diagnose(params: Any, closure: Closure | None = None, *, optimizer: Optimizer | None = None) -> Diagnosis:
+    """Why the gradient of each tensor is None, zero, partly zero or not finite, with the line at fault.
+
+    `closure` computes the loss; it is run once, with a backward (its forward again when the loss is not
+    finite or a layer was not used), and nothing is changed by it. Without one, what can be known from
+    the gradients that are there is said, and no more. With `optimizer`, what a step would do is too.
+    Raises InputError for arguments that cannot be used, and whatever the closure raises.
+    """
+    begun = time.perf_counter()
+    subject = Subject.of(params)
+    if closure is None:
+        reasons = without_closure(subject)
+        findings = loop_findings.standing(subject, optimizer)
+        entries, found = collect(subject, reasons)
+        return Diagnosis(subject, entries, [*found, *findings], None, time.perf_counter() - begun)
+    with eagerly(), untouched(subject, closure=closure, optimizer=optimizer) as before:
+        result = run(subject, closure, before)
+        reasons, origin = explain(subject, closure, result, before)
+        reasons = _without_chance(subject, closure, reasons)
+        findings = loop_findings.of_run(subject, result, optimizer, before)
+        nodes = len(result.flow.graph.nodes) if result.flow else 0
+    entries, found = collect(subject, reasons)
+    if origin is not None and not any(f.status == "non-finite" for f in found):
+        found.append(_finding(origin.reason(), ("loss",)))
+    if nodes == 0 and not any(f.cause == "loss-without-graph" for f in found):
+        found.append(_finding(Reason("none", "loss-without-graph", FAULT, "frozen"), ()))
+    return Diagnosis(subject, entries, [*found, *findings], nodes, time.perf_counter() - begun)
+
+
+def explain(
+    subject: Subject, closure: Closure, result: Run, before: Before
+) -> tuple[dict[str, Reason | str], Origin | None]:
+    """For each tensor why its gradient is as it is: a reason, or its status when there is none to give."""
+    loss = float(result.loss.detach())
+    reasons: dict[str, Reason | str] = {}
+    nonfinite = [n for n, size in result.sizes.items() if size is not None and not math.isfinite(size)]
+    for name, tensor in subject.tensors.items():
+        size = result.sizes[name]
+        if size is None or result.flow is None:
+            reasons[name] = before_any_run(tensor) or why_none(
+                name, subject, result.trace, result.flow, result.loss
+            )
+        elif not math.isfinite(size):
+            continue  # below, when the forward has perhaps been run once more
+        elif size == 0 and not math.isfinite(loss):
+            reasons[name] = "zero"  # after a NaN in the forward nothing further follows from it
+        elif size == 0:
+            reasons[name] = why_zero(name, subject, result.flow, loss, result.sizes)
+        elif result.flow.graph.leaves.get(id(tensor)) in result.flow.cancelled:
+            reasons[name] = Reason("zero", "structural", group=0, severity=EXPLAINED, values={"size": size})
+        elif name in result.lines:
+            reasons[name] = why_partly(name, subject, result.flow, *result.lines[name]) or "partly-zero"
+        else:
+            reasons[name] = "ok"
+    origin = None
+    if not math.isfinite(loss):
+        origin = find_origin(subject, closure, before)
+    for name in nonfinite:
+        assert result.flow is not None
+        reasons[name] = why_nonfinite(name, subject, result.flow, origin)
+    return {name: reasons[name] for name in subject.tensors}, origin
+
+
+def _without_chance(
+    subject: Subject, closure: Closure, reasons: dict[str, Reason | str]
+) -> dict[str, Reason | str]:
+    """Before a layer is accused of never being used: do other random numbers use it, as in LayerDrop?"""
+    unused = {
+        name
+        for name, reason in reasons.items()
+        if isinstance(reason, Reason) and reason.cause == "unused" and reason.severity == FAULT
+    }
+    if not unused or subject.module is None or not subject.module.training:
+        return reasons
+    chance = Reason("none", "unused", EXPLAINED, "chance", group=0)
+    return {**reasons, **dict.fromkeys(used_by_chance(subject, closure, unused), chance)}
+
+
+def collect(subject: Subject, reasons: Mapping[str, Reason | str]) -> tuple[dict[str, Entry], list[Finding]]:
+    """One finding for each cause and place, and each tensor's entry."""
+    groups: dict[Any, list[str]] = {}
+    for name, reason in reasons.items():
+        if isinstance(reason, Reason):
+            groups.setdefault(_key(reason), []).append(name)
+    findings = {
+        key: _finding(next(r for r in (reasons[names[0]],) if isinstance(r, Reason)), tuple(names))
+        for key, names in groups.items()
+    }
+    entries = {
+        name: Entry(name, reason.status, findings[_key(reason)])
+        if isinstance(reason, Reason)
+        else Entry(name, reason)
+        for name, reason in reasons.items()
+    }
+    return entries, list(findings.values())
+
+
+def _key(reason: Reason) -> Any:
+    place = None if reason.where is None else (reason.where.file, reason.where.line)
+    return reason.status, reason.cause, reason.variant, place if reason.group is None else reason.group
+
+
+def _finding(reason: Reason, names: tuple[str, ...]) -> Finding:
+    return Finding(
+        reason.cause,
+        reason.status,
+        reason.severity,
+        f"diagnosis.{reason.status}.{reason.cause}",
+        names,
+        reason.where,
+        reason.values,
+        reason.variant,
+    )

@@ -1,0 +1,162 @@
+"""What the training loop does with these gradients: who is in the optimizer, who moves, what piled up."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from clinometer.gradients.finding import EXPLAINED, FAULT, Finding, Severity
+from clinometer.gradients.running import Run
+from clinometer.gradients.subject import Subject
+from clinometer.gradients.untouched import Before
+from clinometer.gradients.where import Where
+from clinometer.gradients.wording import format_number
+
+
+def standing(subject: Subject, optimizer: Optimizer | None) -> list[Finding]:
+    """What can be said without running anything."""
+    if optimizer is None:
+        return []
+    return [*_membership(subject, optimizer), *_learning_rates(optimizer)]
+
+
+def of_run(subject: Subject, run: Run, optimizer: Optimizer | None, before: Before) -> list[Finding]:
+    """What one forward and backward, and one optimizer step that is taken back, show."""
+    found = [*standing(subject, optimizer), *_hidden(subject, run, optimizer), *_piled_up(subject, before)]
+    if "clipped" in run.trace.amp:
+        found.append(_loop("unscaled-amp", FAULT, (), where=run.trace.amp["clipped"]))
+    if optimizer is not None and run.flow is not None and _steps_alone(optimizer):
+        found += _one_step(subject, run, optimizer, before)
+    return found
+
+
+def _membership(subject: Subject, optimizer: Optimizer) -> Iterator[Finding]:
+    held = _held(optimizer)
+    ours = {id(tensor) for tensor in subject.tensors.values()}
+    missing = [n for n, t in subject.tensors.items() if t.requires_grad and t.is_leaf and id(t) not in held]
+    # A tensor the model no longer has and one of the same shape that it has: replaced behind its back.
+    strangers = [tuple(p.shape) for key, p in held.items() if key not in ours]
+    replaced = [name for name in missing if tuple(subject.tensors[name].shape) in strangers]
+    if replaced:
+        yield _loop("stale-in-optimizer", FAULT, tuple(replaced), stale=len(strangers))
+    if rest := tuple(name for name in missing if name not in replaced):
+        yield _loop("not-in-optimizer", FAULT, rest)
+
+
+def _learning_rates(optimizer: Optimizer) -> Iterator[Finding]:
+    groups = [i for i, group in enumerate(optimizer.param_groups) if float(group.get("lr", 1.0)) == 0.0]
+    if groups:
+        # A schedule may begin or end at 0; without one nobody will raise it again.
+        scheduled = all("initial_lr" in optimizer.param_groups[i] for i in groups)
+        yield _loop("zero-lr", EXPLAINED if scheduled else FAULT, (), groups=", ".join(map(str, groups)))
+
+
+def _hidden(subject: Subject, run: Run, optimizer: Optimizer | None) -> Iterator[Finding]:
+    """Parameters the loss depends on and a module holds, but in a list where nn.Module does not look."""
+    if subject.module is None or run.flow is None:
+        return
+    known = {id(t) for t in subject.tensors.values()} | set(_held(optimizer) if optimizer else ())
+    reached = run.flow.graph.leaves
+    names: dict[int, str] = {}
+    for module, path in subject.module_paths().items():
+        for attribute, value in vars(module).items():
+            if attribute.startswith("_") or not isinstance(value, list | tuple | dict):
+                continue
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            for key, item in items:
+                prefix = ".".join(filter(None, (path, f"{attribute}[{key!r}]")))
+                for name, parameter in _parameters(item, prefix):
+                    if id(parameter) in reached and id(parameter) not in known:
+                        names.setdefault(id(parameter), name)
+    if names:
+        yield _loop("not-in-optimizer", FAULT, tuple(names.values()), variant="hidden")
+
+
+def _parameters(item: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(item, nn.Module):
+        for name, parameter in item.named_parameters():
+            yield f"{prefix}.{name}", parameter
+    elif isinstance(item, nn.Parameter):
+        yield prefix, item
+
+
+def _piled_up(subject: Subject, before: Before) -> Iterator[Finding]:
+    """Gradients from before that are a multiple of this one: backward ran again without zero_grad."""
+    cross = own = old = 0.0
+    names = []
+    with torch.no_grad():
+        for name, tensor in subject.tensors.items():
+            kept, now = before.grad_of(tensor), tensor.grad if tensor.is_leaf else None
+            if kept is None or now is None or kept.layout is not torch.strided or kept.shape != now.shape:
+                continue
+            if now.layout is not torch.strided or now.is_complex() or kept.dtype != now.dtype:
+                continue
+            names.append(name)
+            cross += float((kept.flatten().double() * now.flatten().double()).sum())
+            own += float(now.double().square().sum())
+            old += float(kept.double().square().sum())
+    if not own or not old or not cross / (own * old) ** 0.5 > 0.9999:
+        return
+    times = cross / own
+    if 1.9 < times < 65 and abs(times - round(times)) < 0.01 * times:
+        yield _loop("accumulating", FAULT, tuple(names), times=round(times))
+    elif times > 100:
+        yield _loop("unscaled-amp", EXPLAINED, tuple(names), variant="held", times=format_number(times))
+
+
+def _one_step(subject: Subject, run: Run, optimizer: Optimizer, before: Before) -> Iterator[Finding]:
+    """Take one step with these gradients and see who moved; `untouched` takes it back."""
+    held = _held(optimizer)
+    for parameter in held.values():
+        if not parameter.requires_grad and before.grad_of(parameter) is not None and parameter.is_leaf:
+            parameter.grad = before.grad_of(parameter)  # the loop's step would meet it
+    # Without the hooks of the optimizer: what they report to must not see a step that is none.
+    with torch.no_grad():
+        inspect.unwrap(type(optimizer).step)(optimizer)
+    rates = {id(p): g for g in optimizer.param_groups for p in g["params"]}
+    ours = {name: t for name, t in subject.tensors.items() if id(t) in held}
+    moved = {name for name, t in ours.items() if before.differs(t)}
+    frozen = tuple(name for name, t in ours.items() if not t.requires_grad and name in moved)
+    if frozen:
+        yield _loop("moved-while-frozen", FAULT, frozen)
+    zero = tuple(n for n, t in ours.items() if t.requires_grad and n in moved and run.sizes[n] == 0)
+    if zero:
+        yield _loop("moved-while-frozen", EXPLAINED, zero, variant="zero_gradient")
+    should = [n for n, t in ours.items() if t.requires_grad and run.sizes[n] and rates[id(t)].get("lr", 1.0)]
+    still = tuple(name for name in should if name not in moved)
+    if still:
+        scheduled = all("initial_lr" in rates[id(ours[name])] for name in still)
+        severity = FAULT if len(still) == len(should) and not scheduled else EXPLAINED
+        yield _loop("never-moves", severity, still, dtype=str(ours[still[0]].dtype).removeprefix("torch."))
+
+
+def _steps_alone(optimizer: Optimizer) -> bool:
+    """Whether its step needs no closure (LBFGS does)."""
+    step = inspect.unwrap(type(optimizer).step)
+    needed = [
+        p
+        for p in list(inspect.signature(step).parameters.values())[1:]
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    return not needed and not getattr(optimizer, "defaults", {}).get("differentiable", False)
+
+
+def _held(optimizer: Optimizer) -> dict[int, Tensor]:
+    return {id(p): p for group in optimizer.param_groups for p in group["params"]}
+
+
+def _loop(
+    cause: str,
+    severity: Severity,
+    names: tuple[str, ...],
+    *,
+    variant: str = "",
+    where: Where | None = None,
+    **values: Any,
+) -> Finding:
+    return Finding(cause, "loop", severity, f"diagnosis.loop.{cause}", names, where, values, variant)

@@ -1,0 +1,20 @@
+"""No healthy model is accused: torch's own modules, hand-written ones, and 37 of transformers'."""
+
+import pytest
+from tests.gradients.healthy import TORCH, TRANSFORMERS
+
+from clinometer.gradients.diagnosis import diagnose
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [*TORCH, *TRANSFORMERS])
+def test_a_healthy_model_is_not_accused(name):
+    model, loss = {**TORCH, **TRANSFORMERS}[name]()
+    found = diagnose(model, loss)
+    assert found.healthy, found.render()
+    assert len(found.findings) <= 5, found.render()  # explained findings are few
+    assert all(found[n].status != "non-finite" for n in found)
+
+
+def test_at_least_twenty_five_come_from_transformers():
+    assert len(TRANSFORMERS) >= 25
