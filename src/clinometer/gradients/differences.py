@@ -1,0 +1,147 @@
+"""Numeric derivatives of a scalar along a direction, and when one may be trusted against a gradient.
+
+    D(h) = [L(θ+hv) − L(θ−hv)] / 2h          R(h) = [4 D(h/2) − D(h)] / 3 = L'(0) + O(h⁴)
+
+One disagreement is no verdict: near a corner (ReLU, max, a routing decision) R mixes two slopes. An error
+counts as real only if smaller steps keep seeing the same one and both sides of the point have one slope.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+EPS = torch.finfo(torch.float64).eps
+STEP = EPS**0.2
+"""Where Richardson's truncation h⁴ meets the rounding ε/h."""
+RELATIVE = 1e-9
+ROUNDING = 20.0
+FLOOR = 1e-2
+"""A tensor of zeros still has to be moved: its direction has at least this size."""
+FINER = 8.0
+AGREE = 0.05
+"""Two steps see the same error if their estimates of it differ by less than this share."""
+EXPLAINS = 10.0
+"""Where many corners meet, jumps cancel in the sum: one explains an error ten times as large."""
+DIRECTIONS = 3
+"""An error shows in every direction, a corner in some: only what this many see is called wrong."""
+_SMALLEST = 1e-11
+
+Verdict = Literal["passed", "wrong", "kink", "unclear"]
+Along = Callable[[float], float]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One direction: the derivative by the gradient, by numbers, and what may be concluded."""
+
+    verdict: Verdict
+    analytic: float
+    numeric: float
+    tolerance: float
+    step: float
+    jump: float = 0.0
+    """Right-hand minus left-hand slope, where it was looked at."""
+
+    @property
+    def error(self) -> float:
+        return self.numeric - self.analytic
+
+
+def direction(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """`v = s·z`, z ~ N(0, I), s = max(RMS(θ), 1e-2), in double precision.
+
+    Gaussian, because ±1 misses an exact cancellation of two entries half the time, and any fixed sign
+    pattern misses what is orthogonal to it.
+    """
+    values = reals(tensor)
+    rms = float(torch.linalg.vector_norm(values, dtype=torch.float64)) / math.sqrt(max(1, values.numel()))
+    z = torch.empty(values.shape, dtype=torch.float64).normal_(generator=generator).to(values.device)
+    return z.mul_(max(rms if math.isfinite(rms) else 0.0, FLOOR))
+
+
+def reals(tensor: Tensor) -> Tensor:
+    """The numbers of a tensor, a complex one as pairs; shares its memory."""
+    tensor = tensor.detach()
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def tolerance(scale: float, magnitude: float, step: float) -> float:
+    """`1e-9·‖g⊙v‖₂ + 20·ε·|L|/h`: never a share of ⟨g,v⟩, which can vanish."""
+    return RELATIVE * scale + ROUNDING * EPS * magnitude / step
+
+
+def richardson(along: Along, h: float) -> float:
+    """`R(h)`, from four values of the scalar."""
+    wide = (along(h) - along(-h)) / (2 * h)
+    narrow = (along(h / 2) - along(-h / 2)) / h
+    return (4 * narrow - wide) / 3
+
+
+def jump(along: Along, here: float, h: float) -> float:
+    """Right-hand minus left-hand slope, each to second order; O(h²) where the scalar is smooth."""
+    right = (4 * along(h / 2) - along(h) - 3 * here) / h
+    left = (3 * here - 4 * along(-h / 2) + along(-h)) / h
+    return right - left
+
+
+def judge(along: Along, analytic: float, scale: float, magnitude: float, here: float) -> Judgement:
+    """Whether `analytic` is the slope at 0 of `along`.
+
+    passed   within `tolerance` at the largest step that is free of corners and curvature
+    wrong    the same error at three steps (8× apart, or 2× where rounding forbids smaller ones), and
+             both sides of the point have one slope
+    kink     a corner at the point itself may explain the error
+    unclear  no step gives a number to trust
+    """
+    seen: dict[float, float] = {}
+
+    def value(t: float) -> float:
+        if t not in seen:
+            seen[t] = along(t)
+        return seen[t]
+
+    h = STEP
+    numeric = richardson(value, h)
+    allowed = tolerance(scale, magnitude, h)
+    error = numeric - analytic
+    if abs(error) <= allowed:
+        return Judgement("passed", analytic, numeric, allowed, h)
+    stable, before = 0, math.nan
+    while h / FINER > _SMALLEST:
+        finer = h / FINER
+        coarse = tolerance(scale, magnitude, finer)
+        # Rounding would hide this error; unless it is shrinking with the step anyway, as curvature's does.
+        if math.isfinite(error) and coarse > abs(error) / 4 and not abs(error) < abs(before) / 4:
+            break
+        h, allowed, before = finer, coarse, error
+        numeric = richardson(value, h)
+        error = numeric - analytic
+        if abs(error) <= allowed:
+            return Judgement("passed", analytic, numeric, allowed, h)
+        stable = stable + 1 if abs(error - before) <= AGREE * abs(error) + allowed else 0
+        if stable == 2:
+            break
+    if stable < 2 and not _seen_nearby(value, analytic, error, h):
+        return Judgement("unclear", analytic, numeric, allowed, h)
+    corner = _corner(value, here, h, allowed)
+    verdict = "kink" if abs(error) <= EXPLAINS * abs(corner) else "wrong"
+    return Judgement(verdict, analytic, numeric, allowed, h, corner)
+
+
+def _corner(along: Along, here: float, h: float, allowed: float) -> float:
+    """The jump of the slope at the point; 0 where it shrinks with the step, as curvature does."""
+    wide, narrow = jump(along, here, h), jump(along, here, h / 2)
+    return narrow if abs(narrow) > max(0.7 * abs(wide), 4 * allowed) else 0.0
+
+
+def _seen_nearby(along: Along, analytic: float, error: float, h: float) -> bool:
+    """Whether 2h and h/2 see the error that h saw: all there is when rounding hides it at h/8."""
+    return all(
+        abs(richardson(along, near) - analytic - error) <= 2 * AGREE * abs(error) for near in (2 * h, h / 2)
+    )

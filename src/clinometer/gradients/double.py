@@ -1,0 +1,175 @@
+"""Everything in double precision, whatever the model asks for.
+
+Parameters become float64 in place. Inside the mode every other low-precision tensor is lifted where it is
+used, and every request for a lower precision (`.float()`, `.half()`, `dtype=torch.bfloat16`) is answered
+with float64. Autocast leaves float64 alone by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+LIFT = {
+    torch.float32: torch.float64,
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.complex64: torch.complex128,
+    torch.complex32: torch.complex128,
+}
+_CASTS = {"float": "double", "half": "double", "bfloat16": "double", "cfloat": "cdouble", "chalf": "cdouble"}
+_TYPE_NAMES = {"FloatTensor", "HalfTensor", "BFloat16Tensor"}
+_AS_THEY_ARE = {"__deepcopy__", "__reduce_ex__", "__set__", "backward", "register_hook", "set_"}
+_IN_PLACE = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__ipow__"}
+_WORTH_KEEPING = 1 << 16
+
+
+class Doubled:
+    """Tensors made float64 in place; their memory of before is kept beside."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}
+        for tensor in tensors:
+            self.lift(tensor)
+
+    def lift(self, tensor: Tensor) -> None:
+        if tensor.dtype in LIFT and tensor.layout is torch.strided and id(tensor) not in self.before:
+            # Noted first: an interruption between the two lines must not lose the old memory.
+            self.before[id(tensor)] = (tensor, tensor.data)
+            tensor.data = tensor.data.to(LIFT[tensor.dtype])
+
+    def original(self, tensor: Tensor) -> Tensor | None:
+        """The values as they were, exactly those the float64 ones are; None if it was not changed."""
+        kept = self.before.get(id(tensor))
+        return None if kept is None else kept[1]
+
+    def restore(self) -> None:
+        for tensor, data in self.before.values():
+            if tensor.dtype != data.dtype or tensor.data_ptr() != data.data_ptr():
+                tensor.data = data
+
+
+class InDouble(TorchFunctionMode):
+    """Lifts every call of torch to double precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outside = Doubled(())
+        self._lifted: dict[int, tuple[Tensor, int, Tensor]] = {}
+        self._default: list[torch.dtype] = []
+
+    def __enter__(self) -> Any:
+        self._default.append(torch.get_default_dtype())
+        torch.set_default_dtype(torch.float64)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        torch.set_default_dtype(self._default.pop())
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            found = func(*args, **kwargs)
+            return LIFT.get(found, found) if isinstance(found, torch.dtype) else found
+        if name in _AS_THEY_ARE or (name == "view" and any(isinstance(a, torch.dtype) for a in args)):
+            return func(*args, **kwargs)
+        if name in _CASTS:
+            return getattr(self._up(args[0]), _CASTS[name])(*args[1:], **kwargs)
+        if name == "type" and len(args) > 1:
+            args = (args[0], _lifted_type(args[1]))
+        writes = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+        if writes and args and isinstance(args[0], Tensor):
+            self._lift_in_place(args[0])
+            args = (args[0], *self._up(tuple(args[1:])))
+        else:
+            args = self._up(tuple(args))
+        if isinstance(out := kwargs.get("out"), Tensor):
+            self._lift_in_place(out)
+        kwargs = {key: self._up(value) for key, value in kwargs.items()}
+        return _grouped_mm(*args, **kwargs) if name == "_grouped_mm" else func(*args, **kwargs)
+
+    def _up(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._up_tensor(value) if value.dtype in LIFT else value
+        if isinstance(value, torch.dtype):
+            return LIFT.get(value, value)
+        if type(value) in (tuple, list):
+            return type(value)(self._up(item) for item in value)
+        if type(value) is dict:
+            return {key: self._up(item) for key, item in value.items()}
+        return value
+
+    def _up_tensor(self, tensor: Tensor) -> Tensor:
+        if tensor.requires_grad and tensor.is_leaf:
+            # The same tensor must stay the same tensor: the closure may ask for the gradient by it.
+            self.outside.lift(tensor)
+            return tensor
+        if tensor.requires_grad or tensor.numel() < _WORTH_KEEPING or tensor.is_inference():
+            return tensor.to(LIFT[tensor.dtype])
+        kept = self._lifted.get(id(tensor))
+        if kept is not None and kept[0] is tensor and kept[1] == tensor._version:
+            return kept[2]
+        if len(self._lifted) >= 16:
+            self._lifted.clear()
+        lifted = tensor.to(LIFT[tensor.dtype])
+        self._lifted[id(tensor)] = (tensor, tensor._version, lifted)
+        return lifted
+
+    def _lift_in_place(self, tensor: Tensor) -> None:
+        """A tensor from outside that the closure writes into: a low-precision one would round the loss."""
+        if tensor.dtype in LIFT and tensor.grad_fn is None and not tensor.is_inference():
+            self.outside.lift(tensor)
+
+
+@contextmanager
+def in_double(tensors: Iterable[Tensor]) -> Iterator[tuple[InDouble, Doubled]]:
+    """The mode to run in, and the tensors made float64 until the end; then all is as before."""
+    mode = InDouble()
+    doubled = Doubled(())
+    try:
+        with torch.no_grad():
+            for tensor in tensors:
+                doubled.lift(tensor)
+        yield mode, doubled
+    finally:
+        doubled.restore()
+        mode.outside.restore()
+
+
+def _lifted_type(kind: Any) -> Any:
+    if isinstance(kind, torch.dtype):
+        return LIFT.get(kind, kind)
+    name = kind if isinstance(kind, str) else getattr(kind, "__name__", "")
+    return torch.float64 if name.rpartition(".")[2] in _TYPE_NAMES else kind
+
+
+def _grouped_mm(
+    a: Tensor,
+    b: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """torch._grouped_mm, which has no float64 kernel: one product a group, groups ending at `offs`."""
+    if offs is None:
+        return a @ b if bias is None else a @ b + bias
+    ends = offs.tolist()
+    starts = [0, *ends[:-1]]
+    groups = list(zip(starts, ends, strict=True))
+    if a.ndim == 2 and b.ndim == 3:
+        parts = [a[i:j] @ b[g] for g, (i, j) in enumerate(groups)]
+        # Rows after the last group belong to no one; torch leaves them undefined.
+        rest = a.new_zeros(a.shape[0] - ends[-1], b.shape[-1])
+        out = torch.cat([*parts, rest])
+    elif a.ndim == 3:
+        out = torch.cat([a[g] @ b[:, i:j] for g, (i, j) in enumerate(groups)], -1)
+    else:
+        out = torch.stack([a[:, i:j] @ b[i:j] for i, j in groups])
+    return out if bias is None else out + bias

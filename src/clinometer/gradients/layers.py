@@ -1,0 +1,194 @@
+"""Each module and each custom autograd Function alone, on the inputs it really gets.
+
+    ⟨u, J v⟩ by differences of f        against        ⟨Jᵀu, v⟩ by its backward
+
+One that fails while everything inside it passes is where the backward is wrong.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from clinometer.gradients.capture import Call, tensors_in
+from clinometer.gradients.differences import DIRECTIONS, Judgement, reals
+from clinometer.gradients.double import Doubled
+from clinometer.gradients.probe import NotRepeatable, Probe
+from clinometer.gradients.where import Where
+
+Surrogate = Literal["", "identity", "steps"]
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """The backward of one module, or of one custom Function, against its own forward."""
+
+    path: str
+    """Dotted path of the module; for a Function, of the module that called it."""
+    kind: str
+    """Name of the class."""
+    function: bool
+    """Whether it is a custom autograd Function."""
+    judgement: Judgement
+    wrong_parts: tuple[str, ...] = ()
+    """"input" and names of its own parameters; empty when it passes."""
+    surrogate: Surrogate = ""
+    """Most likely meant: "identity" passes its input on and changes the gradient, "steps" has slope 0."""
+    where: Where | None = None
+    precision: str = "float64"
+
+    @property
+    def passed(self) -> bool:
+        return self.judgement.verdict != "wrong"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "path": self.path,
+            "kind": self.kind,
+            "function": self.function,
+            "passed": self.passed,
+            "analytic": self.judgement.analytic,
+            "numeric": self.judgement.numeric,
+            "tolerance": self.judgement.tolerance,
+            "wrong_parts": list(self.wrong_parts),
+            "surrogate": self.surrogate,
+            "where": None if self.where is None else self.where.to_dict(),
+            "precision": self.precision,
+        }
+
+
+def check_call(
+    call: Call,
+    mode: AbstractContextManager[Any],
+    doubled: Doubled,
+    rewind: Callable[[], None],
+    seed: int,
+    verdict: Callable[[Probe, Iterable[str], torch.Generator], Judgement] | None = None,
+) -> LayerCheck | None:
+    """The verdict on one call; None when it cannot be repeated alone, or nothing in it has a gradient."""
+    judge = verdict or _judge
+    module = call.target if isinstance(call.target, nn.Module) else None
+    if module is not None and any(m.training != t for m, t in call.training.items()):
+        return None
+    tensors = {f"input {i}": x for i, x in enumerate(call.inputs) if x.is_floating_point() or x.is_complex()}
+    own = {} if module is None else dict(module.named_parameters(recurse=False))
+    # A hook on a parameter changes what arrives at it; that is not this layer's backward.
+    tensors |= {
+        name: p
+        for name, p in own.items()
+        if p.requires_grad and p.layout is torch.strided and not p._backward_hooks
+    }
+    if not tensors or any(t.numel() == 0 for t in tensors.values()):
+        return None
+    weighed = _Weighed(call, rewind, seed)
+    probe = Probe(weighed, tensors, mode, doubled)
+    for x in call.inputs:
+        x.requires_grad_()
+    try:
+        probe.begin(magnitude=0.0)
+        if weighed.size is None:
+            return None
+        probe.magnitude = max(probe.magnitude, 2 * weighed.size)
+    except NotRepeatable:
+        return None
+    except Exception:  # alone, outside its surroundings, a module may not run at all
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    judged = judge(probe, tensors, generator)
+    for _ in range(DIRECTIONS - 1):
+        if judged.verdict == "wrong":
+            judged = judge(probe, tensors, generator)
+    if judged.verdict != "wrong":
+        return LayerCheck(call.path, _kind(call), module is None, judged)
+    parts = tuple(n for n in tensors if judge(probe, [n], generator).verdict == "wrong")
+    parts = tuple(dict.fromkeys("input" if n.startswith("input ") else n for n in parts))
+    surrogate = _surrogate(probe, weighed, tensors, judged) if module is None else ""
+    return LayerCheck(call.path, _kind(call), module is None, judged, parts, surrogate, _where(call))
+
+
+def _judge(probe: Probe, names: Iterable[str], generator: torch.Generator) -> Judgement:
+    return probe.judge({name: probe.direction(name, generator) for name in names})
+
+
+class _Weighed:
+    """⟨u, f(x)⟩ with one fixed random u."""
+
+    def __init__(self, call: Call, rewind: Callable[[], None], seed: int) -> None:
+        self._call = call
+        self._rewind = rewind
+        self._seed = seed
+        self._weights: list[Tensor] = []
+        self.size: float | None = None
+        """‖u⊙f(x)‖₂ at the first run: what the sum's rounding is measured by. None: no output."""
+        self.outputs: list[Tensor] = []
+
+    def __call__(self) -> Tensor:
+        call = self._call
+        self._rewind()
+        call.random.restore()
+        memo: dict[int, Any] = {id(x): x.clone() for x in call.inputs}
+        args, kwargs = copy.deepcopy(call.arguments, memo)
+        with torch.enable_grad():
+            target = call.target
+            came = target(*args, **kwargs) if isinstance(target, nn.Module) else target.apply(*args, **kwargs)
+            outputs = [out for out in tensors_in(came) if out.requires_grad and out.is_floating_point()]
+            if not self._weights:
+                generator = torch.Generator().manual_seed(self._seed + 1)
+                self._weights = [
+                    torch.empty(out.shape, dtype=torch.float64).normal_(generator=generator).to(out.device)
+                    for out in outputs
+                ]
+                self.outputs = [out.detach().to(torch.float64, copy=True) for out in outputs]
+                if outputs:
+                    pairs = zip(self._weights, self.outputs, strict=True)
+                    self.size = float(sum((u * y).square().sum() for u, y in pairs)) ** 0.5
+            total = torch.zeros((), dtype=torch.float64)
+            for u, out in zip(self._weights, outputs, strict=False):
+                total = total + (u * out.to(torch.float64)).sum()
+            return total
+
+
+def _surrogate(
+    probe: Probe, weighed: _Weighed, tensors: Mapping[str, Tensor], judged: Judgement
+) -> Surrogate:
+    """Whether a wrong backward looks meant: an unchanged forward, or one that goes in steps."""
+    inputs = list(tensors.values())
+    same = [
+        any(x.shape == out.shape and torch.equal(reals(x), reals(out)) for x in inputs)
+        for out in weighed.outputs
+    ]
+    if same and all(same):
+        return "identity"
+    return "steps" if judged.numeric == 0 and judged.analytic != 0 else ""
+
+
+def _kind(call: Call) -> str:
+    return type(call.target).__name__ if isinstance(call.target, nn.Module) else call.target.__name__
+
+
+def _where(call: Call) -> Where | None:
+    """The definition of the backward of a Function, or of the forward of a module that is not torch's."""
+    module = isinstance(call.target, nn.Module)
+    kind: Any = type(call.target) if module else call.target
+    if module and kind.__module__.startswith("torch."):
+        return None
+    return definition(kind.forward if module else kind.backward, call.path)
+
+
+def definition(function: Any, module: str = "") -> Where | None:
+    """Where a function is written, at its `def`."""
+    function = inspect.unwrap(getattr(function, "__func__", function))
+    try:
+        file = inspect.getsourcefile(function) or ""
+        lines, first = inspect.getsourcelines(function)
+    except (OSError, TypeError):
+        return None
+    skip = next((i for i, line in enumerate(lines) if line.lstrip().startswith(("def ", "async def "))), 0)
+    return Where(file, first + skip, function.__qualname__.rpartition("<locals>.")[2], "", module)

@@ -1,0 +1,185 @@
+"""A scalar that can be computed again exactly, with a few of its tensors moved by a known amount."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
+
+from clinometer.gradients.differences import EPS, ROUNDING, Along, Judgement, direction, judge, reals
+from clinometer.gradients.double import Doubled
+from clinometer.gradients.constants import Held
+
+Mask = Callable[[Tensor], Tensor]
+
+
+class NotRepeatable(Exception):
+    """Two runs at the same point gave two values."""
+
+
+class Probe:
+    """`L(θ)`: a loss, or ⟨u, f(x)⟩ for one module, with its analytic gradient and its differences.
+
+    `run` computes it from the beginning: same random numbers, same buffers. The probe adds double
+    precision and, in every run after the first, the constants the first one recorded.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[], Tensor],
+        tensors: Mapping[str, Tensor],
+        mode: AbstractContextManager[Any],
+        doubled: Doubled,
+    ) -> None:
+        self._run = run
+        self._mode = mode
+        self._doubled = doubled
+        self._copies: dict[str, Tensor] = {}
+        self.tensors = dict(tensors)
+        self.held = Held()
+        self.here = 0.0
+        self.magnitude = 0.0
+        self.gradients: dict[str, Tensor | None] = {}
+
+    def begin(self, magnitude: float | None = None, look: Callable[[Tensor], None] | None = None) -> None:
+        """Compute the scalar and its gradient; raises NotRepeatable if a second run differs."""
+        with self._mode, self.held.record():
+            loss = self._run()
+        self.here = float(loss.detach())
+        self.magnitude = abs(self.here) if magnitude is None else max(abs(self.here), magnitude)
+        if look is not None:
+            look(loss)
+        self.gradients = self._backward(loss)
+        del loss
+        if not self._agrees(self.value()):
+            self.held.active = False
+            first = self.value()
+            if not (self._agrees(first) and self._agrees(self.value())):
+                raise NotRepeatable
+
+    def value(self) -> float:
+        """The scalar where the tensors are now."""
+        with self._mode, self.held.replay():
+            return float(self._run().detach())
+
+    def _agrees(self, value: float) -> bool:
+        return abs(value - self.here) <= ROUNDING * EPS * self.magnitude
+
+    def _backward(self, loss: Tensor) -> dict[str, Tensor | None]:
+        with self._mode:
+            return backward(loss, self.tensors, self._run)
+
+    def slope_by_gradient(self, steps: Mapping[str, Tensor]) -> tuple[float, float]:
+        """`⟨g, v⟩` and `‖g⊙v‖₂`; a missing gradient counts as zero."""
+        total = square = 0.0
+        for name, v in steps.items():
+            if (grad := self.gradients[name]) is not None:
+                product = reals(grad).to(torch.float64) * v
+                total += float(product.sum())
+                square += float(product.square().sum())
+        return total, square**0.5
+
+    def along(self, steps: Mapping[str, Tensor]) -> Along:
+        """The scalar as a function of t, at θ + t·v."""
+
+        def at(t: float) -> float:
+            with self._moved(steps, t):
+                return self.value()
+
+        return at
+
+    def judge(self, steps: Mapping[str, Tensor]) -> Judgement:
+        """The gradient against the differences along one direction."""
+        analytic, scale = self.slope_by_gradient(steps)
+        return judge(self.along(steps), analytic, scale, self.magnitude, self.here)
+
+    def direction(self, name: str, generator: torch.Generator) -> Tensor:
+        return direction(self.tensors[name], generator)
+
+    def judge_everything(self, seed: int) -> Judgement:
+        """One direction through all tensors; drawn anew at each step, for it need not be kept."""
+        analytic = square = 0.0
+        for name, v in self._drawn(seed):
+            a, s = self.slope_by_gradient({name: v})
+            analytic, square = analytic + a, square + s * s
+
+        def at(t: float) -> float:
+            try:
+                for name, v in self._drawn(seed):
+                    self._place(name, v, t)
+                return self.value()
+            finally:
+                for name in self.tensors:
+                    self._place(name)
+
+        return judge(at, analytic, square**0.5, self.magnitude, self.here)
+
+    def _drawn(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        generator = torch.Generator().manual_seed(seed)
+        for name, tensor in self.tensors.items():
+            # From θ as it was: the direction must not depend on how far it has been followed already.
+            yield name, direction(self._base(name), generator).to(tensor.device)
+
+    @contextmanager
+    def _moved(self, steps: Mapping[str, Tensor], t: float) -> Iterator[None]:
+        try:
+            for name, v in steps.items():
+                self._place(name, v, t)
+            yield
+        finally:
+            for name in steps:
+                self._place(name)
+
+    def _place(self, name: str, v: Tensor | None = None, t: float = 0.0) -> None:
+        """θ exactly as it was, or θ + t·v; through `.data`, so no graph notices."""
+        data = self.tensors[name].data
+        data.copy_(self._base(name))
+        if v is not None:
+            reals(data).add_(v, alpha=t)
+
+    def _base(self, name: str) -> Tensor:
+        tensor = self.tensors[name]
+        original = self._doubled.original(tensor)
+        if original is not None:
+            return original
+        if name not in self._copies:
+            self._copies[name] = tensor.detach().clone()
+        return self._copies[name]
+
+
+def backward(
+    loss: Tensor, tensors: Mapping[str, Tensor], again: Callable[[], Tensor]
+) -> dict[str, Tensor | None]:
+    """The gradient of each tensor, dense; nothing is accumulated.
+
+    The engine is called directly: `torch.autograd.grad` would run with torch function modes switched off,
+    and a custom backward should run in double precision too.
+    """
+    if loss.grad_fn is None:
+        return dict.fromkeys(tensors)
+    try:
+        found = _engine_run_backward(
+            (loss,),
+            (torch.ones_like(loss),),
+            False,
+            False,
+            tuple(tensors.values()),
+            allow_unreachable=True,
+            accumulate_grad=False,
+        )
+    except RuntimeError as error:
+        if "heckpoint" not in str(error):
+            raise
+        # Reentrant checkpointing works only with gradients that are accumulated.
+        torch.autograd.backward(again())
+        found = [tensor.grad for tensor in tensors.values()]
+        for tensor in tensors.values():
+            tensor.grad = None
+    return {
+        name: None if grad is None else (grad.to_dense() if grad.is_sparse else grad).detach()
+        for name, grad in zip(tensors, found, strict=True)
+    }

@@ -1,0 +1,282 @@
+"""What `check_gradients` found: one verdict a tensor, one a layer, and the findings drawn from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from clinometer.gradients.document import (
+    Document,
+    Line,
+    Table,
+    dim,
+    name,
+    number,
+    ok,
+    sentence,
+)
+from clinometer.gradients.finding import FAULT, Finding
+from clinometer.gradients.layers import LayerCheck
+from clinometer.gradients.localise import EntryCheck, Narrowed, Range
+from clinometer.gradients.report import Result
+from clinometer.gradients.where import Where
+from clinometer.gradients.wording import format_count, format_number
+
+Status = Literal["passed", "wrong", "surrogate", "kink", "unclear", "unchecked"]
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class TensorCheck:
+    """One tensor: `⟨g, v⟩` against the difference of the loss along `v`."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    status: Status
+    analytic: float = 0.0
+    numeric: float = 0.0
+    tolerance: float = 0.0
+    step: float = 0.0
+    has_gradient: bool = True
+    narrowed: Narrowed | None = None
+    entries: tuple[EntryCheck, ...] = ()
+    """Those that were asked for."""
+    own_precision: float | None = None
+    """‖g − g₆₄‖/‖g₆₄‖ of the gradient at the model's own precision; None if there is nothing to compare."""
+    where: Where | None = None
+
+    @property
+    def passed(self) -> bool:
+        return self.status == "passed"
+
+    @property
+    def error(self) -> float:
+        return abs(self.numeric - self.analytic)
+
+    @property
+    def wrong_entries(self) -> tuple[EntryCheck, ...]:
+        asked = tuple(entry for entry in self.entries if not entry.passed)
+        return asked or (self.narrowed.entries if self.narrowed else ())
+
+    def to_dict(self) -> dict[str, Any]:
+        narrowed = self.narrowed
+        return {
+            "name": self.name,
+            "shape": list(self.shape),
+            "dtype": self.dtype,
+            "status": self.status,
+            "passed": self.passed,
+            "analytic": self.analytic,
+            "numeric": self.numeric,
+            "error": self.error,
+            "tolerance": self.tolerance,
+            "step": self.step,
+            "has_gradient": self.has_gradient,
+            "rows": None if narrowed is None else [list(part) for part in narrowed.rows],
+            "columns": None if narrowed is None else [list(part) for part in narrowed.columns],
+            "factor": None if narrowed is None else narrowed.factor,
+            "transposed": None if narrowed is None else narrowed.transposed,
+            "wrong_entries": [_entry(entry) for entry in self.wrong_entries],
+            "entries": [_entry(entry) for entry in self.entries],
+            "own_precision": self.own_precision,
+            "where": None if self.where is None else self.where.to_dict(),
+        }
+
+
+def _entry(entry: EntryCheck) -> dict[str, Any]:
+    return {
+        "index": list(entry.index),
+        "analytic": entry.analytic,
+        "numeric": entry.numeric,
+        "error": entry.error,
+        "tolerance": entry.tolerance,
+        "passed": entry.passed,
+    }
+
+
+class GradientCheck(Result):
+    """Whether every gradient is the derivative of the loss, and where not."""
+
+    def __init__(
+        self,
+        tensors: Mapping[str, TensorCheck],
+        layers: Sequence[LayerCheck],
+        findings: Sequence[Finding],
+        *,
+        aliases: Mapping[str, str],
+        size: int,
+        loss: float,
+        evaluations: int,
+        seconds: float,
+        held: Sequence[Where] = (),
+    ) -> None:
+        self._tensors = dict(tensors)
+        self._aliases = dict(aliases)
+        self.layers = tuple(layers)
+        """One verdict for each call of a module or custom Function that could be repeated alone."""
+        self.findings = tuple(sorted(findings, key=lambda finding: finding.severity != FAULT))
+        self.size = size
+        self.loss = loss
+        self.evaluations = evaluations
+        self.seconds = seconds
+        self.held = tuple(held)
+        """Lines whose values the gradient treats as constant; so did the check."""
+
+    @property
+    def healthy(self) -> bool:
+        """No fault: nothing is very likely wrong."""
+        return all(finding.severity != FAULT for finding in self.findings)
+
+    @property
+    def passed(self) -> bool:
+        """Healthy, and every tensor was checked against numbers and agreed."""
+        return self.healthy and all(tensor.passed for tensor in self._tensors.values())
+
+    @property
+    def wrong_layers(self) -> tuple[LayerCheck, ...]:
+        return tuple(layer for layer in self.layers if not layer.passed)
+
+    def entries(self) -> Mapping[str, TensorCheck]:
+        return self._tensors
+
+    def other_names(self) -> Mapping[str, str]:
+        return self._aliases
+
+    def facts(self) -> Mapping[str, Any]:
+        return {
+            "kind": "gradient-check",
+            "passed": self.passed,
+            "healthy": self.healthy,
+            "loss": self.loss,
+            "parameters": self.size,
+            "evaluations": self.evaluations,
+            "seconds": self.seconds,
+            "findings": [finding.to_dict() for finding in self.findings],
+            "tensors": {key: tensor.to_dict() for key, tensor in self._tensors.items()},
+            "layers": [layer.to_dict() for layer in self.layers],
+            "held": [where.to_dict() for where in self.held],
+        }
+
+    def document(self, language: str | None = None) -> Document:
+        lines: Document = []
+        for finding in self.findings:
+            lines += finding.document(language)
+            if finding.status == "wrong":
+                lines += self._evidence(finding, language)
+            lines.append(Line())
+        passed = sum(tensor.passed for tensor in self._tensors.values())
+        if self.passed and not self.findings:
+            worst = max((_share(t) for t in self._tensors.values()), default=0.0)
+            lines.append(
+                Line(
+                    (
+                        ok("✓ "),
+                        *sentence(
+                            "check.passed",
+                            language,
+                            count=format_count(passed),
+                            share=format_number(worst, language=language, place=""),
+                        ),
+                    ),
+                    hang=2,
+                )
+            )
+        elif passed:
+            total = format_count(len(self._tensors))
+            lines.append(Line(sentence("check.passed_of", language, count=format_count(passed), total=total)))
+        looked = sentence(
+            "check.looked_at",
+            language,
+            tensors=format_count(len(self._tensors)),
+            numbers=format_count(self.size),
+            layers=format_count(len(self.layers)),
+            evaluations=format_count(self.evaluations),
+            seconds=f"{self.seconds:.1f}",
+        )
+        lines.append(Line(tuple(dim(span.text) for span in looked)))
+        return lines
+
+    def _evidence(self, finding: Finding, language: str | None) -> Document:
+        wrong = [self._tensors[n] for n in finding.names if n in self._tensors]
+        wrong.sort(key=_share, reverse=True)
+        rows = [
+            (
+                name(tensor.name),
+                sentence("check.analytic", language, value=number(_signed(tensor.analytic, language))),
+                sentence("check.numeric", language, value=number(_signed(tensor.numeric, language))),
+                sentence(
+                    "check.error",
+                    language,
+                    error=format_number(tensor.error, language=language, place=""),
+                    tolerance=format_number(tensor.tolerance, language=language, place=""),
+                ),
+            )
+            for tensor in wrong[:_SHOWN]
+        ]
+        lines: Document = [Table(rows, indent=4)] if rows else []
+        for tensor in wrong[:_SHOWN]:
+            lines += [Line(spans, indent=4, hang=2) for spans in narrowed_spans(tensor, language)]
+        return lines
+
+
+def narrowed_spans(tensor: TensorCheck, language: str | None) -> list[tuple[Any, ...]]:
+    """What is known about where in the tensor the error is, and about its pattern."""
+    narrowed = tensor.narrowed
+    if narrowed is None:
+        return []
+    told = name(tensor.name)
+    if not tensor.has_gradient or narrowed.factor == 0.0:
+        key = "check.missing" if not tensor.has_gradient else "check.zero"
+        return [sentence(key, language, name=told)]
+    if narrowed.factor is not None:
+        factor = format_factor(narrowed.factor)
+        return [sentence("check.factor", language, name=told, factor=number(factor))]
+    if narrowed.transposed:
+        return [sentence("check.transposed", language, name=told)]
+    spans = []
+    if narrowed.entries:
+        shown = [
+            sentence(
+                "check.entry",
+                language,
+                name=name(f"{tensor.name}[{', '.join(map(str, entry.index))}]"),
+                analytic=_signed(entry.analytic, language),
+                numeric=_signed(entry.numeric, language),
+            )
+            for entry in narrowed.entries[:_SHOWN]
+        ]
+        return shown
+    rows, columns = format_ranges(narrowed.rows), format_ranges(narrowed.columns)
+    if narrowed.rows and not narrowed.all_rows and narrowed.columns and not narrowed.all_columns:
+        spans.append(sentence("check.block", language, name=told, rows=rows, columns=columns))
+    elif narrowed.rows and not narrowed.all_rows:
+        key = "check.rows" if len(narrowed.shape) > 1 else "check.places"
+        spans.append(sentence(key, language, name=told, rows=rows))
+    elif narrowed.columns and not narrowed.all_columns:
+        spans.append(sentence("check.columns", language, name=told, columns=columns))
+    return spans
+
+
+def format_ranges(ranges: Sequence[Range]) -> str:
+    """ "3", "32–63", "0–3, 8–11": indices, both ends inside."""
+    return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in ranges)
+
+
+def format_factor(factor: float) -> str:
+    """A factor, with the digits that differences can vouch for."""
+    nearest = round(factor)
+    if abs(factor - nearest) < 1e-8:
+        return str(nearest).replace("-", "−")
+    return f"{factor:.8g}".replace("-", "−")
+
+
+def _signed(value: float | complex, language: str | None) -> str:
+    if isinstance(value, complex):
+        return str(value)
+    return format_number(value, sign=True, language=language, place="")
+
+
+def _share(tensor: TensorCheck) -> float:
+    return tensor.error / tensor.tolerance if tensor.tolerance else 0.0
