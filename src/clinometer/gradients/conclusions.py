@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from clinometer.gradients.finding import EXPLAINED, FAULT, Finding
 from clinometer.gradients.constants import Held
+from clinometer.gradients.finding import EXPLAINED, FAULT, Finding
 from clinometer.gradients.layers import LayerCheck
 from clinometer.gradients.repeating import first_difference
 from clinometer.gradients.verdict import TensorCheck

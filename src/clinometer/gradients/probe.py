@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 
+from clinometer.gradients.constants import Held
 from clinometer.gradients.differences import EPS, ROUNDING, Along, Judgement, direction, judge, reals
 from clinometer.gradients.double import Doubled
-from clinometer.gradients.constants import Held
 
 Mask = Callable[[Tensor], Tensor]
 
