@@ -11,6 +11,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from clinometer.gradients.accumulation import check_accumulation as check_accumulation
+    from clinometer.gradients.attribution import attribute as attribute
+    from clinometer.gradients.check import check_gradients as check_gradients
+    from clinometer.gradients.diagnosis import diagnose as diagnose
+    from clinometer.gradients.step import explain_step as explain_step
     from clinometer.lm.config import TransformerConfig as TransformerConfig
     from clinometer.lm.functional import cross_entropy as cross_entropy
     from clinometer.lm.functional import transformer_lm as transformer_lm
@@ -25,6 +30,11 @@ if TYPE_CHECKING:
     from clinometer.text.tokenizer import Tokenizer as Tokenizer
 
 _HOME = {
+    "diagnose": "clinometer.gradients.diagnosis",
+    "check_gradients": "clinometer.gradients.check",
+    "check_accumulation": "clinometer.gradients.accumulation",
+    "explain_step": "clinometer.gradients.step",
+    "attribute": "clinometer.gradients.attribution",
     "TransformerConfig": "clinometer.lm.config",
     "TransformerLM": "clinometer.lm.model",
     "transformer_lm": "clinometer.lm.functional",

@@ -71,6 +71,7 @@ def test_a_wrong_factor_is_named_with_its_tensors_and_the_line_of_the_backward(m
         # The numbers are the right derivative: analytic is `factor` times numeric.
         assert check[name].analytic == pytest.approx(factor * check[name].numeric, rel=1e-6)
     assert finding.where.label == f"broken.py:{LINEAR_LINE}"
+    assert {check[name].where for name in expected} == {finding.where}
     assert finding.where.function.endswith("Linear.backward")
     layer = next(layer for layer in check.wrong_layers if layer.function)
     assert (layer.path, layer.kind) == ("2", "Linear")
@@ -253,3 +254,22 @@ def test_entries_that_are_asked_for_are_differenced_one_by_one():
     assert right.passed
     assert right.error <= right.tolerance < 1e-7
     assert check["0.bias"].entries[0].passed
+
+
+def test_a_write_to_a_repeated_index_gets_a_wrong_gradient_from_torch_and_it_is_found():
+    w = torch.randn(3, 4, requires_grad=True)
+
+    def loss():
+        out = torch.zeros(5, 4)
+        out[torch.tensor([1, 1, 3])] = w  # row 0 or row 1 of w is lost; autograd gives both a gradient
+        return out.exp().sum()
+
+    check = check_gradients({"w": w}, loss)
+    (finding,) = check.findings
+    assert (finding.cause, finding.names) == ("wrong-gradient", ("w",))
+    assert "where an index occurs twice" in " ".join(check.render("en").split())
+    ((first, last),) = check["w"].narrowed.rows
+    assert first == last
+    assert first in (0, 1)
+    assert {entry.index[0] for entry in check["w"].wrong_entries} == {first}
+    assert all(abs(entry.numeric) < entry.tolerance for entry in check["w"].wrong_entries)

@@ -241,3 +241,10 @@ def test_tensors_without_a_gradient_to_check_are_listed_as_unchecked():
     assert check["bias"].status == "unchecked"
     assert check["weight"].passed
     assert check.healthy
+
+
+def test_weights_that_the_forward_clips_to_a_norm_stand_on_a_corner():
+    module = nn.Embedding(9, 4, max_norm=1.0)  # F.embedding rescales the rows it reads, in place
+    check = check_gradients(module, lambda: module(torch.arange(9)).sin().sum())
+    assert check.healthy
+    assert check["weight"].status == "kink"

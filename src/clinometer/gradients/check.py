@@ -196,7 +196,10 @@ class _Check:
         }
         held = None if probe is None else probe.held
         concluded, statuses = conclude(tensors, self.layers, held, self.checked, broken)
-        tensors = {n: replace(t, status=statuses.get(n, t.status)) for n, t in tensors.items()}
+        places = {n: finding.where for finding in reversed(concluded) for n in finding.names}
+        tensors = {
+            n: replace(t, status=statuses.get(n, t.status), where=places.get(n)) for n, t in tensors.items()
+        }
         return GradientCheck(
             tensors,
             self.layers,

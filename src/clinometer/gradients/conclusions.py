@@ -31,6 +31,7 @@ def conclude(
     statuses: dict[str, Any] = {}
     wrong = [name for name, tensor in tensors.items() if tensor.status == "wrong"]
     left = dict.fromkeys(wrong)
+    total = format_count(len(tensors))
     groups = culprits(layers)
     meant = bool(groups) and all(group[0].surrogate for group in groups)
     for group in sorted(groups, key=lambda group: bool(group[0].surrogate)):
@@ -44,7 +45,7 @@ def conclude(
         findings.append(_of_layer(group, names, held))
     hooked = [name for name in left if name in given and given[name]._backward_hooks]
     if hooked:
-        findings.append(_finding("hooked", EXPLAINED, hooked, status="explained"))
+        findings.append(_finding("hooked", EXPLAINED, hooked, values={"total": total}))
         for name in hooked:
             left.pop(name)
             statuses[name] = "surrogate"
@@ -52,7 +53,15 @@ def conclude(
         where = held.written[0] if held is not None and held.written else None
         key = "written" if where else "tensor"
         findings.append(
-            Finding("wrong-gradient", "wrong", FAULT, f"check.{key}", tuple(left), where, _asked(where))
+            Finding(
+                "wrong-gradient",
+                "wrong",
+                FAULT,
+                f"check.{key}",
+                tuple(left),
+                where,
+                {"total": total, **_asked(where)},
+            )
         )
     findings += _corners(tensors, held)
     findings += _precision(tensors)
@@ -127,7 +136,7 @@ def _corners(tensors: Mapping[str, TensorCheck], held: Held | None) -> list[Find
     for status in ("kink", "unclear"):
         names = [name for name, tensor in tensors.items() if tensor.status == status]
         if names:
-            found.append(_finding(status, EXPLAINED, names))
+            found.append(_finding(status, EXPLAINED, names, values={"total": format_count(len(tensors))}))
     return found
 
 
@@ -142,6 +151,7 @@ def _precision(tensors: Mapping[str, TensorCheck]) -> list[Finding]:
     worst = max(far, key=lambda t: t.own_precision or 0.0)
     values = {
         "dtype": worst.dtype,
+        "total": format_count(len(tensors)),
         "worst": worst.name,
         "distance": format_number(100 * (worst.own_precision or 0.0), place=""),
     }
@@ -164,12 +174,17 @@ def _finding(
     severity: Any,
     names: Sequence[str],
     *,
-    status: str = "explained",
     where: Any = None,
     values: Mapping[str, Any] | None = None,
 ) -> Finding:
     return Finding(
-        cause.replace("_", "-"), status, severity, f"check.{cause}", tuple(names), where, dict(values or {})
+        cause.replace("_", "-"),
+        "explained",
+        severity,
+        f"check.{cause}",
+        tuple(names),
+        where,
+        dict(values or {}),
     )
 
 

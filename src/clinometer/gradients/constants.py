@@ -98,6 +98,8 @@ class Held(TorchFunctionMode):
             return self._straight(func, args, kwargs, corners)
         if func is F.gumbel_softmax:
             return self._gumbel(args, kwargs)
+        if func is F.embedding:
+            return self._embedding(args, kwargs)
         asked = _asks(args) or _asks(kwargs)
         out = func(*args, **kwargs)
         if not asked or torch._C._are_functorch_transforms_active():
@@ -119,6 +121,16 @@ class Held(TorchFunctionMode):
             parts = [o if getattr(o, "requires_grad", True) else self._exchange(name, o, args) for o in out]
             return _like(out, parts)
         return out
+
+    def _embedding(self, args: Any, kwargs: Any) -> Tensor:
+        """The row at `padding_idx` is read, and gets no gradient: a stopped gradient like any other."""
+        given = inspect.signature(F.embedding).bind(*args, **kwargs).arguments
+        ids, weight, padding = given["input"], given["weight"], given.get("padding_idx")
+        out = F.embedding(*args, **kwargs)
+        if padding is None or not weight.requires_grad:
+            return out
+        pads = ids == (padding if padding >= 0 else padding + weight.shape[0])
+        return torch.where(pads[..., None], self._exchange("padding", out.detach(), ()), out)
 
     def _gumbel(self, args: Any, kwargs: Any) -> Any:
         """torch's own straight-through estimator: its detach() is inside, where no mode looks."""
