@@ -85,6 +85,11 @@ def look(console: Console, display: RunDisplay, session: Session) -> None:
     assert weight.grad is not None
     largest = int(weight.grad.abs().argmax())
     index = divmod(largest, weight.shape[1])
+    model.zero_grad()
+    tokenizer = session.tokenizer
+    pushed = attribute(model, loss, name, index, tokens=token_ids, decode=lambda i: tokenizer.decode([i]))
+
+    loss().backward()
     console.print()
     console.print(say("demo.explain"), style="bold", highlight=False)
     with explain_step(session.optimizers[0], model, loss=loss) as anatomy:
@@ -94,7 +99,4 @@ def look(console: Console, display: RunDisplay, session: Session) -> None:
     model.zero_grad()
     console.print()
     console.print(say("demo.attribute"), style="bold", highlight=False)
-    tokenizer = session.tokenizer
-    console.print(
-        attribute(model, loss, name, index, tokens=token_ids, decode=lambda i: tokenizer.decode([i]))
-    )
+    console.print(pushed)
