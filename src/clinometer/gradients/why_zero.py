@@ -144,6 +144,10 @@ def why_zero(
             values["op"] = where.op if where is not None else "relu"
         else:
             cause, variant, severity = _zero_factor(factor, subject, values)
+    elif variant == "forward" and (silent := _silent_below(event.node.next_functions[position][0], flow)):
+        cause, variant, severity, group = "dead-activation", "relu", FAULT, silent  # a power of its zeros
+        where = flow.trace.places.get(silent) or place_above(silent, flow)
+        values["op"] = where.op if where is not None else "relu"
     elif variant == "zero_constant" and "dropout" in op:
         variant = "dropout"
     elif (
