@@ -93,6 +93,22 @@ def image(name: str, **config: Any) -> Callable[[], Built]:
     return build
 
 
+def backbone() -> Built:
+    """Half of all users of BERT: its last hidden state and a head of their own; the pooler rests."""
+    from transformers import BertConfig, BertModel
+
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    model = nn.Module()
+    model.bert, model.head = BertModel(BertConfig(vocab_size=50, **small)).train(), nn.Linear(16, 3)
+    tokens = ids()
+
+    def loss():
+        first = model.bert(input_ids=tokens).last_hidden_state[:, 0]
+        return F.cross_entropy(model.head(first), torch.tensor([0, 2]))
+
+    return model, loss
+
+
 def clip() -> Built:
     from transformers import CLIPConfig, CLIPModel
 
@@ -149,6 +165,7 @@ TRANSFORMERS: dict[str, Callable[[], Built]] = {
     "stablelm": causal("StableLm", num_key_value_heads=2),
     "bert": masked("Bert"),
     "bert_classification": masked("Bert", "ForTokenClassification", num_labels=50),
+    "bert_backbone": backbone,
     "roberta": masked("Roberta"),
     "distilbert": masked("DistilBert", dim=16, n_layers=2, n_heads=2, hidden_dim=32),
     "electra": masked("Electra", embedding_size=16),

@@ -1,4 +1,4 @@
-"""No healthy model is accused: torch's own modules, hand-written ones, and 37 of transformers'."""
+"""No healthy model is accused: torch's own modules, hand-written ones, and those of transformers'."""
 
 import pytest
 from tests.gradients.healthy import TORCH, TRANSFORMERS
