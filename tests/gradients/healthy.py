@@ -368,6 +368,24 @@ def mixture_by_gates() -> Built:
     return model, loss
 
 
+def mixture_by_index() -> Built:
+    """Experts that get no token run on an empty batch."""
+    model = nn.Module()
+    model.gate = nn.Linear(8, 4)
+    model.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(4))
+    inputs = torch.randn(2, 8)
+
+    def loss():
+        weights, chosen = model.gate(inputs).softmax(-1).topk(1)
+        out = torch.zeros_like(inputs)
+        for number, expert in enumerate(model.experts):
+            rows = torch.where(chosen == number)[0]
+            out = out.index_add(0, rows, expert(inputs[rows]) * weights[rows])
+        return out.square().mean()
+
+    return model, loss
+
+
 def complex_weights() -> Built:
     model = nn.Module()
     model.filter = nn.Parameter(torch.randn(5, dtype=torch.complex64))
@@ -437,6 +455,7 @@ TORCH: dict[str, Callable[[], Built]] = {
     "policy_gradient": reward_baseline,
     "gradient_penalty": gradient_penalty,
     "mixture_by_gates": mixture_by_gates,
+    "mixture_by_index": mixture_by_index,
     "complex": complex_weights,
     "metrics": metrics_on_the_way,
     "autocast": autocast,
