@@ -13,6 +13,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+torch.set_num_threads(1)  # the tensors are tiny, and threads that wait for each other make tests slow
+
 # Two shared cores: the first call of a kernel can take a second, and that is not what a test is about.
 settings.register_profile("clinometer", deadline=None, max_examples=25)
 settings.load_profile("clinometer")

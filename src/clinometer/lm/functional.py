@@ -199,7 +199,7 @@ def transformer_lm(
     that require grad. Raises `InputError` for a missing or misshapen weight, an id outside the vocabulary
     and a sequence longer than context_length.
     """
-    _check_weights(weights, config)
+    check_weights(weights, config)
     check_length(token_ids.shape[-1], config)
     positions = torch.arange(token_ids.shape[-1], device=token_ids.device)
     rotation = rotary_table(positions, config.head_dim, config.rope_theta)
@@ -267,7 +267,7 @@ def check_length(length: int, config: TransformerConfig) -> None:
         raise InputError("model.too_long", length=length, context_length=config.context_length)
 
 
-def _check_weights(weights: Mapping[str, Tensor], config: TransformerConfig) -> None:
+def check_weights(weights: Mapping[str, Tensor], config: TransformerConfig) -> None:
     shapes = config.weight_shapes()
     missing = [name for name in shapes if name not in weights]
     if missing:

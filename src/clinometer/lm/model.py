@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from clinometer.lm import functional
 from clinometer.lm.config import TransformerConfig
-from clinometer.lm.functional import BLOCK_WEIGHTS, LayerCache, Rotation
+from clinometer.lm.functional import LayerCache, Rotation
 
 CHUNKED_LOSS_VOCABULARY = 32_768
 """From this vocabulary on, `TransformerLM.loss` never holds all the logits. Measured on two cores at width
@@ -83,7 +83,18 @@ class TransformerBlock(nn.Module):
         self.ffn = FeedForward(config)
 
     def forward(self, x_BSD: Tensor, rotation: Rotation, cache: LayerCache | None = None) -> Tensor:
-        weights = {name: self.get_parameter(name) for name in BLOCK_WEIGHTS}
+        # Written out: get_parameter(name) nine times a block was a third of a cached token's overhead.
+        weights = {
+            "ln1.weight": self.ln1.weight,
+            "attn.q_proj.weight": self.attn.q_proj.weight,
+            "attn.k_proj.weight": self.attn.k_proj.weight,
+            "attn.v_proj.weight": self.attn.v_proj.weight,
+            "attn.output_proj.weight": self.attn.output_proj.weight,
+            "ln2.weight": self.ln2.weight,
+            "ffn.w1.weight": self.ffn.w1.weight,
+            "ffn.w2.weight": self.ffn.w2.weight,
+            "ffn.w3.weight": self.ffn.w3.weight,
+        }
         return functional.transformer_block(weights, x_BSD, self.num_heads, rotation=rotation, cache=cache)
 
 
@@ -116,10 +127,21 @@ class TransformerLM(nn.Module):
         return functional.rms_norm(x_BSD, self.ln_final.weight)
 
     def forward(
-        self, token_ids: Tensor, caches: Sequence[LayerCache] | None = None, start: int = 0
+        self,
+        token_ids: Tensor,
+        caches: Sequence[LayerCache] | None = None,
+        start: int = 0,
+        *,
+        last_only: bool = False,
     ) -> Tensor:
-        """Logits, (B, S, V). With `caches` (one a layer), `token_ids` stand at positions start, start+1, …"""
-        return functional.linear(self.hidden(token_ids, caches, start), self.lm_head.weight)
+        """Logits, (B, S, V). With `caches` (one a layer), `token_ids` stand at positions start, start+1, …
+
+        `last_only` gives those of the last position, (B, 1, V): a prompt's other logits are never computed.
+        """
+        x_BSD = self.hidden(token_ids, caches, start)
+        if last_only:
+            x_BSD = x_BSD[..., -1:, :]
+        return functional.linear(x_BSD, self.lm_head.weight)
 
     def loss(self, token_ids: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
         """`cross_entropy(self(token_ids), targets)`, in the form that suits the vocabulary's size."""

@@ -1,0 +1,45 @@
+# Needs git, make and Python 3.11 or newer; everything else is installed into .venv.
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { command -v $$p; break; }; done)
+BIN := .venv/bin
+DEMO_FLAGS ?=
+
+.PHONY: demo test check bench soak clean
+
+demo: .venv/.installed
+	$(BIN)/clinometer demo $(DEMO_FLAGS)
+
+test: .venv/.installed-dev
+	$(BIN)/python -m pytest
+
+check: .venv/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+# Peers are given by path: make bench NANOGPT=../nanoGPT TEXT=shakespeare.txt
+bench: .venv/.installed-dev
+	$(BIN)/python -m benchmarks.optimizer
+	$(BIN)/python -m benchmarks.generation
+	$(if $(TEXT),$(BIN)/python -m benchmarks.tokenizer --text $(TEXT))
+	$(if $(and $(NANOGPT),$(TEXT)),$(BIN)/python -m benchmarks.training --nanogpt $(NANOGPT) --text $(TEXT))
+
+soak: .venv/.installed-dev
+	$(BIN)/python -m pytest -m soak
+
+clean:
+	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis .coverage htmlcov
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11"; exit 2; }
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: .venv/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+.venv/.installed-dev: .venv/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,261 @@
+"""Training, side by side with a nanoGPT checkout on this machine.
+
+    python -m benchmarks.training --nanogpt DIR --text FILE [--rounds 3] [--only loss,speed,memory]
+
+loss     whole process, from nothing to validation loss 1.8857: nanoGPT's README CPU command against
+         `clinometer train` on the same bytes
+speed    tokens/s at d_model 512, 4 layers, 16 heads, context 256, vocabulary 10,000, batch 16
+memory   largest resident memory of the same processes; --large: vocabulary 50,257, width 768, 12 layers
+
+Each worker is a process of its own; the two sides alternate (A B A B …) and medians are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+TARGET = 1.8857
+NANOGPT_COMMAND = (
+    "train.py config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 "
+    "--block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 "
+    "--lr_decay_iters=2000 --dropout=0.0"
+)
+OUR_SETTINGS = [
+    "--data.tokenizer=bytes",
+    "--model.context-length=64",
+    "--model.d-model=128",
+    "--model.num-layers=4",
+    "--model.num-heads=4",
+    "--optim.name=muon",
+    "--optim.lr=1e-2",
+    "--training.batch-size=12",
+    "--training.steps=300",
+    "--training.eval-every=300",
+    "--training.eval-batches=40",
+    "--training.sample-tokens=0",
+    "--training.checkpoint-every=300",
+]
+SHAPE = {"d_model": 512, "num_layers": 4, "num_heads": 16, "context_length": 256, "vocab_size": 10_000}
+LARGE = {"d_model": 768, "num_layers": 12, "num_heads": 12, "context_length": 256, "vocab_size": 50_257}
+BATCH = 16
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--nanogpt", type=Path, required=True)
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--only", default="loss,speed,memory")
+    parser.add_argument("--large", action="store_true")
+    arguments = parser.parse_args()
+    wanted = set(arguments.only.split(","))
+    print(machine())
+    if "loss" in wanted:
+        if arguments.text is None:
+            parser.error("--text FILE is needed for the race to the loss")
+        race(arguments.nanogpt, arguments.text, arguments.rounds)
+    if wanted & {"speed", "memory"}:
+        throughput(arguments.nanogpt, arguments.rounds, arguments.steps, LARGE if arguments.large else SHAPE)
+
+
+def race(nanogpt: Path, text: Path, rounds: int) -> None:
+    """Wall time of whole processes to the validation loss."""
+    ours, theirs, our_losses, their_losses = [], [], [], []
+    with tempfile.TemporaryDirectory() as scratch:
+        checkout = Path(scratch, "nanoGPT")
+        shutil.copytree(nanogpt, checkout, ignore=shutil.ignore_patterns(".git", "out-*"))
+        prepare_characters(checkout, text)
+        for number in range(rounds):
+            start = time.perf_counter()
+            out = run([sys.executable, *NANOGPT_COMMAND.split()], cwd=checkout)
+            theirs.append(time.perf_counter() - start)
+            their_losses.append(float(out.rsplit("val loss ", 1)[1].split()[0]))
+
+            # Nothing of ours is warm either: corpus cache and compiled kernels are made anew each time.
+            cold = {
+                "CLINOMETER_CACHE": f"{scratch}/c{number}",
+                "TORCHINDUCTOR_CACHE_DIR": f"{scratch}/i{number}",
+            }
+            folder = Path(scratch, f"run{number}")
+            start = time.perf_counter()
+            command = [
+                sys.executable,
+                "-m",
+                "clinometer",
+                "train",
+                "--corpus",
+                str(text),
+                "--run",
+                str(folder),
+            ]
+            run([*command, *OUR_SETTINGS], env=cold)
+            ours.append(time.perf_counter() - start)
+            rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            our_losses.append([r["validation_loss"] for r in rows if "validation_loss" in r][-1])
+    print(f"\nWhole process to validation loss {TARGET} ({text.name}, {rounds} rounds, medians)")
+    print(f"  nanoGPT     {statistics.median(theirs):7.1f} s   loss {statistics.median(their_losses):.4f}")
+    print(f"  clinometer  {statistics.median(ours):7.1f} s   loss {statistics.median(our_losses):.4f}")
+    ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+    reached = max(our_losses) <= TARGET
+    print(f"  ratio {ratio:.3f} (1/{1 / ratio:.1f}); target loss {'reached' if reached else 'NOT reached'}")
+
+
+def throughput(nanogpt: Path, rounds: int, steps: int, shape: dict[str, int]) -> None:
+    """Tokens a second and peak memory of the same training step."""
+    sides = {
+        "nanoGPT eager": ["nanogpt", "float32", "eager"],
+        "nanoGPT compiled": ["nanogpt", "float32", "compiled"],
+        "nanoGPT bf16 compiled": ["nanogpt", "bfloat16", "compiled"],
+        "clinometer float32": ["ours", "float32", "compiled"],
+        "clinometer bf16": ["ours", "bfloat16", "compiled"],
+    }
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, side in sides.items():
+            command = [sys.executable, "-m", "benchmarks.training", "--worker", *side]
+            command += ["--shape", json.dumps(shape), "--nanogpt", str(nanogpt), "--steps", str(steps)]
+            out = run(command, env=our_settings() if side[0] == "ours" else {})
+            results[name].append(json.loads(out.splitlines()[-1]))
+    print(f"\nTraining step, {shape}, batch {BATCH} ({rounds} rounds of {steps} steps, medians)")
+    for name, found in results.items():
+        speed = statistics.median(f["tokens_per_second"] for f in found)
+        memory = statistics.median(f["peak_gigabytes"] for f in found)
+        begin = statistics.median(f["start_seconds"] for f in found)
+        print(f"  {name:22} {speed:8.0f} tokens/s   {memory:5.2f} GB   first step after {begin:5.1f} s")
+
+    def ratio(a: str, b: str) -> float:
+        pairs = zip(results[a], results[b], strict=True)
+        return statistics.median(x["tokens_per_second"] / y["tokens_per_second"] for x, y in pairs)
+
+    peers = ("nanoGPT eager", "nanoGPT compiled")
+    best = max(peers, key=lambda n: statistics.median(f["tokens_per_second"] for f in results[n]))
+    for name in ("clinometer float32", "clinometer bf16"):
+        print(f"  {name} / {best}: {ratio(name, best):.2f}×")
+    print(
+        f"  clinometer bf16 / nanoGPT bf16 compiled: {ratio('clinometer bf16', 'nanoGPT bf16 compiled'):.2f}×"
+    )
+
+
+def worker(side: str, precision: str, form: str, shape: dict[str, int], nanogpt: Path, steps: int) -> None:
+    """One process: build the model, take steps on random tokens, print a line of JSON."""
+    began = time.perf_counter()
+    import torch
+
+    torch.manual_seed(0)
+    V, S = shape["vocab_size"], shape["context_length"]
+    batches = [torch.randint(0, V, (2, BATCH, S)) for _ in range(3)]
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    context = torch.autocast("cpu", dtype, enabled=precision == "bfloat16")
+    if side == "nanogpt":
+        sys.path.insert(0, str(nanogpt))
+        from model import GPT, GPTConfig  # pyright: ignore  (nanoGPT's own)
+
+        config = GPTConfig(
+            block_size=S,
+            vocab_size=V,
+            n_layer=shape["num_layers"],
+            n_head=shape["num_heads"],
+            n_embd=shape["d_model"],
+            dropout=0.0,
+            bias=False,
+        )
+        model = GPT(config)
+        optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+        forward = torch.compile(model) if form == "compiled" else model
+
+        def step(x: torch.Tensor, y: torch.Tensor) -> None:
+            with context:
+                _, loss = forward(x, y)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    else:
+        from clinometer.lm.config import TransformerConfig
+        from clinometer.lm.model import TransformerLM
+        from clinometer.optim.choice import make_optimizers
+        from clinometer.optim.clipping import clip_grad_norm_
+
+        d_ff = -(-shape["d_model"] * 8 // (3 * 32)) * 32
+        model = TransformerLM(TransformerConfig(**shape, d_ff=d_ff))
+        (optimizer,) = make_optimizers(model.named_parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+        if form == "compiled":
+            model.compile_parts()
+
+        def step(x: torch.Tensor, y: torch.Tensor) -> None:
+            with context:
+                loss = model.loss(x, y)
+            loss.backward()
+            clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    step(*batches[0])
+    started = time.perf_counter() - began
+    step(*batches[1])
+    times = []
+    for number in range(steps):
+        start = time.perf_counter()
+        step(*batches[number % 3])
+        times.append(time.perf_counter() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    speed = BATCH * S / statistics.median(times)
+    print(json.dumps({"tokens_per_second": speed, "peak_gigabytes": peak, "start_seconds": started}))
+
+
+def prepare_characters(checkout: Path, text: Path) -> None:
+    """What nanoGPT's prepare.py does, without its download."""
+    folder = checkout / "data" / "shakespeare_char"
+    shutil.copy(text, folder / "input.txt")
+    run([sys.executable, "prepare.py"], cwd=folder)
+
+
+def our_settings() -> dict[str, str]:
+    """What `clinometer train` sets for its own process; see clinometer.cli."""
+    from clinometer.cli import PROCESS_SETTINGS
+
+    return PROCESS_SETTINGS
+
+
+def run(command: list[str], env: dict[str, str] | None = None, cwd: Path | None = None) -> str:
+    done = subprocess.run(
+        command, cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return done.stdout
+
+
+def machine() -> str:
+    import torch
+
+    from clinometer.training.precision import bfloat16_is_fast, processor_name
+
+    _, bfloat16 = bfloat16_is_fast(torch.device("cpu"))
+    return f"{processor_name()}, {os.cpu_count()} cores, torch {torch.__version__}, bfloat16: {bfloat16}"
+
+
+if __name__ == "__main__":
+    if "--worker" in sys.argv:
+        inner = argparse.ArgumentParser()
+        inner.add_argument("--worker", nargs=3)
+        inner.add_argument("--shape", type=json.loads)
+        inner.add_argument("--nanogpt", type=Path)
+        inner.add_argument("--steps", type=int)
+        given = inner.parse_args()
+        worker(*given.worker, given.shape, given.nanogpt, given.steps)
+    else:
+        main()

@@ -1,0 +1,3 @@
+from clinometer.cli import main
+
+main()

@@ -1,0 +1,265 @@
+"""The command line. Nothing heavy is imported before a command runs: `--help` answers at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
+
+import cyclopts
+from cyclopts import App, Group, Parameter
+from cyclopts.config import Dict
+
+from clinometer import __version__
+from clinometer.messages import InputError, say, set_language
+from clinometer.training.config import SECTIONS, RunConfig, config_from
+from clinometer.training.settings_file import read_toml
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PROCESS_SETTINGS = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(64 << 30),
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "GOMP_SPINCOUNT": "1000",
+}
+"""Read by the C library and OpenMP when a process starts, so `train` starts itself once more with them.
+
+glibc hands big blocks back to the system and pays for fresh pages at every step; keeping them makes training
+on a CPU a fifth to two fifths faster. OpenMP's threads spin while they wait for each other; spinning briefly
+costs nothing on an idle machine and doubles the speed where another program wants a core (docs/log.md)."""
+
+
+def main() -> NoReturn:
+    """Run the command in sys.argv; exits 0 fine, 1 a finding, 2 wrong use or bad input, 130 on Ctrl-C."""
+    arguments = sys.argv[1:]
+    with_traceback = "--traceback" in arguments
+    arguments = [a for a in arguments if a != "--traceback"]
+    try:
+        arguments = _take_language(arguments)
+        code = build_app()(arguments, exit_on_error=False, print_error=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (InputError, cyclopts.CycloptsError) as error:
+        if with_traceback:
+            raise
+        _console(stderr=True).print(
+            _explain(error), style="red", markup=False, highlight=False, soft_wrap=True
+        )
+        sys.exit(2)
+    except BrokenPipeError:  # `clinometer … | head`: whoever read us has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def build_app() -> App:
+    """The commands, with help in the current language."""
+    app = App(
+        name="clinometer",
+        help=say("cli.about"),
+        version=__version__,
+        result_action="return_value",
+        config=(_layer_configuration,),
+        group_commands=Group(say("cli.commands"), sort_key=0),
+        group_parameters=Group(say("cli.parameters"), sort_key=1),
+        help_epilogue=say("cli.epilogue"),
+        help_format="plaintext",
+    )
+    for name, command in (
+        ("train", train),
+        ("generate", generate),
+        ("export", export),
+        ("import", import_),
+        ("doctor", doctor),
+        ("demo", demo),
+    ):
+        app.command(_with_help(command, name), name=name, help=say(f"cli.{name}.about"))
+    app.register_install_completion_command(name="--install-completion")  # pyright: ignore
+    return app
+
+
+def train(
+    *,
+    corpus: str | None = None,
+    config: Path | None = None,
+    run: Path | None = None,
+    resume: bool = False,
+    settings: Annotated[RunConfig | None, Parameter(name="*")] = None,
+) -> int:
+    _restart_with_settings()
+    from clinometer.training import command
+
+    if resume and run is None:
+        raise InputError("cli.resume_needs_run")
+    given = settings if settings is not None or config is None else config_from(read_toml(config))
+    if corpus is not None:
+        given = given or (command.configuration_of(run) if resume and run else RunConfig())
+        given = dataclasses.replace(given, data=dataclasses.replace(given.data, corpus=corpus))
+    return command.train_command(_console(), given, run, resume)
+
+
+def generate(
+    run: Path,
+    *,
+    prompt: str,
+    tokens: int = 256,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = 0.95,
+    seed: int | None = None,
+    checkpoint: str = "best",
+    device: str = "auto",
+) -> int:
+    from clinometer.training import command
+
+    return command.generate_command(
+        _console(stderr=True),
+        run,
+        prompt=prompt,
+        tokens=tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        checkpoint=checkpoint,
+        device=device,
+    )
+
+
+def export(run: Path, *, to: Path, checkpoint: str = "best") -> int:
+    from clinometer.training import command
+
+    return command.export_command(_console(), run, to, checkpoint)
+
+
+def import_(source: Path, *, run: Path, corpus: str = "python") -> int:
+    from clinometer.training import command
+
+    return command.import_command(_console(), source, run, corpus)
+
+
+def doctor() -> int:
+    from clinometer.training.doctor import doctor_command
+
+    return doctor_command(_console())
+
+
+def demo(*, run: Path | None = None, quick: bool = False) -> int:
+    _restart_with_settings()
+    from clinometer.training import command
+
+    return command.demo_command(_console(), run, quick)
+
+
+def _layer_configuration(app: App, commands: tuple[str, ...], arguments: Any) -> None:
+    """Below what the command line says: the file of --config, then, on --resume, the run's own settings."""
+    if commands != ("train",):
+        return
+    given = {a.name: [t.value for t in a.tokens] for a in arguments if a.tokens}
+    if (
+        not any(name.split(".")[0].removeprefix("--") in SECTIONS for name in given)
+        and "--config" not in given
+    ):
+        return  # no setting was given at all: a resumed run keeps its own, a new one takes the defaults
+    for option, file in (("--config", ""), ("--run", "config.toml")):
+        if option not in given or (option == "--run" and "--resume" not in given):
+            continue
+        path = Path(given[option][0]) / file
+        if option == "--run" and not path.is_file():
+            continue  # the command says it better
+        table = read_toml(path)
+        Dict(table, source=str(path), use_commands_as_keys=False)(app, commands, arguments)
+
+
+def _with_help(command: Any, name: str) -> Any:
+    """The command with its parameters' help, and the settings' help, in the current language."""
+    hints = get_type_hints(command, include_extras=True)
+    annotations: dict[str, Any] = {"return": int}
+    for parameter, hint in hints.items():
+        if parameter == "settings":
+            annotations[parameter] = Annotated[_settings_type() | None, Parameter(name="*")]
+        elif parameter != "return":
+            # A lone "-" is standard input, and a prompt may begin with one.
+            dash = parameter in ("corpus", "prompt")
+            told = Parameter(help=say(f"cli.{name}.{parameter}"), allow_leading_hyphen=dash, negative=())
+            annotations[parameter] = Annotated[hint, told]
+
+    command.__annotations__ = annotations
+    return command
+
+
+def _settings_type() -> type[RunConfig]:
+    """RunConfig whose fields carry their help and stand in a group for each section."""
+    here = {"__module__": __name__}
+    sections = []
+    for number, (section, cls) in enumerate(SECTIONS.items(), 2):
+        group = Group(say(f"cli.group.{section}"), sort_key=number)
+        hints = get_type_hints(cls)
+        fields = [
+            (
+                f.name,
+                Annotated[
+                    hints[f.name],
+                    Parameter(help=say(f"config.{section}.{f.name}"), group=group, negative=()),
+                ],
+                dataclasses.field(default=f.default),
+            )
+            for f in dataclasses.fields(cls)
+        ]
+        told = dataclasses.make_dataclass(
+            cls.__name__, fields, bases=(cls,), frozen=True, kw_only=True, namespace=here
+        )
+        sections.append((section, told, dataclasses.field(default_factory=told)))
+    return dataclasses.make_dataclass(
+        "RunConfig", sections, bases=(RunConfig,), frozen=True, kw_only=True, namespace=here
+    )
+
+
+def _explain(error: Exception) -> str:
+    """One paragraph: what, the value, the remedy."""
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, cyclopts.UnknownOptionError | cyclopts.UnknownCommandError):
+        return say("cli.unknown", text=str(error))
+    if isinstance(error, cyclopts.CoercionError):
+        return say("cli.value", text=str(error))
+    if isinstance(error, cyclopts.MissingArgumentError):
+        error.verbose = False
+        return say("cli.missing", text=str(error))
+    if isinstance(error, cyclopts.CycloptsError):
+        error.verbose = False
+    return say("cli.wrong", text=str(error))
+
+
+def _take_language(arguments: list[str]) -> list[str]:
+    """`--language zh` may stand anywhere; it must be known before the help is made."""
+    for i, argument in enumerate(arguments):
+        name, has_value, value = argument.partition("=")
+        if name == "--language":
+            if not has_value:
+                if i + 1 == len(arguments):
+                    raise InputError("cli.language_value")
+                value = arguments[i + 1]
+            set_language(value)
+            return arguments[:i] + arguments[i + (1 if has_value else 2) :]
+    return arguments
+
+
+def _restart_with_settings() -> None:
+    """Start this process again with PROCESS_SETTINGS, those that the user has set left as they are."""
+    if sys.platform != "linux" or "LD_PRELOAD" in os.environ:  # a preloaded allocator has its own
+        return
+    missing = {name: value for name, value in PROCESS_SETTINGS.items() if name not in os.environ}
+    if missing:
+        os.environ.update(missing)
+        os.execv(sys.executable, [sys.executable, "-m", "clinometer", *sys.argv[1:]])
+
+
+def _console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr)

@@ -1,0 +1,154 @@
+"""The norm of all gradients, and clipping by it.
+
+    total = √ Σ_t ‖g_t‖²          g_t ← g_t · min(1, max_norm / (total + 1e-6))
+
+Norms are float64, because a float32 sum of squares is wrong at both ends: torch's norm of one 16 M-entry
+tensor on the CPU is off by up to 1 %, and squares overflow from |g| ≈ 1e19 on and vanish below 1e-19.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from clinometer.messages import InputError
+from clinometer.optim.fusing import refuse_unusual
+
+_ROW = (64, 65536)  # entries that are summed in float32 before float64 takes over: error below 1e-5
+_TRUSTED = 1e-15  # a smaller float32 norm may have lost squares to underflow
+
+
+class GradientNorms(NamedTuple):
+    """L2 norms in float64: `per_tensor` [number of gradients], in the parameters' order, and `total` []."""
+
+    per_tensor: Tensor
+    total: Tensor
+
+
+@torch.no_grad()
+def gradient_norms(parameters: Tensor | Iterable[Tensor]) -> GradientNorms:
+    """The L2 norm of each gradient and of all together, in the gradients' units; nothing is changed.
+
+    Parameters without a gradient are left out, and a gradient that comes twice counts once. Everything is on
+    the first gradient's device, without waiting for it; DTensors give the norms of the full tensors (a
+    collective: every rank calls). Raises `InputError` on sparse and complex gradients.
+    """
+    return _norms(_distinct_gradients(parameters))
+
+
+@torch.no_grad()
+def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale all gradients together so that their total norm is at most `max_norm`; returns the norm before.
+
+    A total that is not finite leaves the gradients as they are, for the caller to see and to skip: scaling
+    would spread the NaN to every tensor. `max_norm` = inf only measures. Raises `InputError` unless
+    max_norm > 0, and on sparse and complex gradients. Source: Pascanu et al. 2013, §3.2; the 1e-6 is torch's.
+    """
+    if not (isinstance(max_norm, (int, float)) and max_norm > 0):
+        raise InputError("optim.max_norm", value=max_norm)
+    grads = _distinct_gradients(parameters)
+    total = _norms(grads).total
+    if grads and max_norm != math.inf:
+        _scale_(grads, total, max_norm)
+    return total
+
+
+def _distinct_gradients(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    distinct: dict[int, Tensor] = {}
+    for index, parameter in enumerate([parameters] if isinstance(parameters, Tensor) else parameters):
+        grad = parameter.grad
+        if grad is not None:
+            refuse_unusual(grad, f"parameters[{index}]")
+            distinct[id(grad)] = grad
+    return list(distinct.values())
+
+
+def _norms(grads: list[Tensor]) -> GradientNorms:
+    if not grads:
+        return GradientNorms(torch.zeros(0), torch.tensor(0.0))
+    groups: dict[Any, list[int]] = {}
+    pieces = [_local(grad) for grad in grads]
+    for index, (piece, sharding) in enumerate(pieces):
+        groups.setdefault((piece.device, piece.dtype, sharding), []).append(index)
+    norms: dict[int, Tensor] = {}
+    for (_, _, sharding), indices in groups.items():
+        measured = _norm_of_each([pieces[index][0] for index in indices])
+        if sharding is not None:
+            measured = _over_the_mesh(measured, *sharding)
+        norms.update(zip(indices, measured.to(grads[0].device).unbind(), strict=True))
+    per_tensor = torch.stack([norms[index] for index in range(len(grads))])
+    return GradientNorms(per_tensor, _norm_of_each([per_tensor])[0])
+
+
+def _norm_of_each(tensors: list[Tensor]) -> Tensor:
+    """Norms [number of tensors] of tensors that share device and dtype."""
+    device = tensors[0].device
+    if device.type == "cpu":
+        return torch.stack([_norm_on_host(tensor) for tensor in tensors])
+    # On the device float64 costs little: reading the gradients takes longer than adding them up.
+    precision = torch.float32 if device.type == "mps" else torch.float64
+    norms = torch._foreach_norm(tensors, 2, dtype=precision)  # pyright: ignore[reportPrivateImportUsage]
+    return torch.stack(norms)
+
+
+def _norm_on_host(tensor: Tensor) -> Tensor:
+    narrow = torch.promote_types(tensor.dtype, torch.float32)
+    if tensor.ndim >= 2 and _ROW[0] <= tensor.shape[-1] <= _ROW[1]:
+        rows = torch.linalg.vector_norm(tensor, dim=-1, dtype=narrow)
+        norm = torch.linalg.vector_norm(rows, dtype=torch.float64)
+    elif tensor.numel() <= _ROW[1]:
+        norm = torch.linalg.vector_norm(tensor, dtype=narrow).double()
+    else:
+        norm = torch.linalg.vector_norm(tensor, dtype=torch.float64)
+    lost = norm.item() < _TRUSTED or math.isinf(norm.item())
+    return _norm_without_overflow(tensor) if lost and tensor.numel() else norm
+
+
+def _norm_without_overflow(tensor: Tensor) -> Tensor:
+    wide = tensor.double()
+    largest = wide.abs().amax()
+    if not 0 < largest < math.inf:
+        return largest  # 0, inf and NaN are their own norms
+    return torch.linalg.vector_norm(wide / largest) * largest
+
+
+def _local(grad: Tensor) -> tuple[Tensor, tuple[Any, tuple[Any, ...]] | None]:
+    """This rank's part of a DTensor, and the mesh and placements it is a part of; a plain tensor and None."""
+    placements = getattr(grad, "placements", None)
+    if placements is None:
+        return grad, None
+    distributed: Any = grad
+    if any(placement.is_partial() for placement in placements):
+        return distributed.full_tensor(), None
+    return distributed.to_local(), (distributed.device_mesh, tuple(placements))
+
+
+def _over_the_mesh(norms: Tensor, mesh: Any, placements: tuple[Any, ...]) -> Tensor:
+    """Norms of full tensors from those of their shards, in one reduction; replicas count once."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    sums = [Replicate() if placement.is_replicate() else Partial("sum") for placement in placements]
+    return DTensor.from_local(norms.square(), mesh, sums, run_check=False).full_tensor().sqrt()
+
+
+def _scale_(grads: list[Tensor], total: Tensor, max_norm: float) -> None:
+    # A choice between tensors and not an `if`: on a GPU the host would have to wait for the total.
+    coefficient = torch.where(total.isfinite(), (max_norm / (total + 1e-6)).clamp(max=1.0), 1.0)
+    if coefficient.device.type == "cpu" and coefficient == 1:
+        return
+    groups: dict[Any, list[Tensor]] = {}
+    for grad in grads:
+        local = getattr(grad, "to_local", lambda grad=grad: grad)()
+        groups.setdefault((local.device, local.dtype), []).append(local)
+    for (device, dtype), members in groups.items():
+        # Half precision multiplies in float32: the coefficient itself may be too small for float16.
+        factor = coefficient.to(device, torch.promote_types(dtype, torch.float32))
+        if dtype == factor.dtype:
+            torch._foreach_mul_(members, factor)  # pyright: ignore[reportPrivateImportUsage]
+        else:
+            for member in members:
+                member.copy_(member.to(factor.dtype) * factor)

@@ -1,0 +1,81 @@
+"""Which gradients an optimizer takes, and which parameters may share one call of torch's fused kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clinometer.messages import InputError
+
+_DEVICES = ("cpu", "cuda")
+_SMALL = 16384
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def with_grad(group: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+    """The (parameter, gradient) pairs of one optimizer group, in order, without those whose gradient is None.
+
+    Raises `InputError` on a sparse or complex gradient.
+    """
+    names = group.get("param_names")
+    found = []
+    for index, parameter in enumerate(group["params"]):
+        grad = parameter.grad
+        if grad is not None:
+            refuse_unusual(grad, names[index] if names else f"params[{index}]")
+            found.append((parameter, grad))
+    return found
+
+
+def refuse_unusual(grad: Tensor, name: str) -> None:
+    """Raise `InputError` on a gradient that is sparse or complex."""
+    if grad.layout != torch.strided:
+        raise InputError("optim.sparse", name=name, layout=str(grad.layout))
+    if grad.is_complex():
+        raise InputError("optim.complex", name=name, dtype=str(grad.dtype))
+
+
+def shared_kernel(parameter: Tensor, *others: Tensor) -> Hashable | None:
+    """What parameters must have in common to share a fused call; None: no fused kernel takes this one.
+
+    The kernels walk raw memory: with unequal strides (a hand-made gradient of a transposed weight) they pair
+    the wrong elements without an error, so such parameters are left to the reference.
+    """
+    if parameter.device.type not in _DEVICES or parameter.dtype not in _DTYPES:
+        return None
+    for other in others:
+        if other.stride() != parameter.stride() or other.dtype != parameter.dtype:
+            return None
+        if other.device != parameter.device:
+            return None
+    # A call takes the DTensors of one mesh, or plain tensors.
+    return parameter.device, parameter.dtype, getattr(parameter, "device_mesh", None)
+
+
+def with_small_joined(update: Callable[..., None], columns: list[list[Tensor]]) -> None:
+    """Call `update(thetas, grads, *states)`, a fused kernel, with the small tensors of each column joined.
+
+    On the CPU the kernel starts its threads anew for every tensor, 64 weights or 64 million. Where the cores
+    are shared, each start can wait a time slice: 50 vectors took 266 ms, joined and copied back 1 ms.
+    """
+    first = columns[0][0]
+    small = [index for index, tensor in enumerate(columns[0]) if tensor.numel() <= _SMALL]
+    if first.device.type != "cpu" or hasattr(first, "device_mesh") or len(small) < 2:
+        update(*columns)
+        return
+    large = [index for index, tensor in enumerate(columns[0]) if tensor.numel() > _SMALL]
+    joined = [torch.cat([column[index].reshape(-1) for index in small]) for column in columns]
+    update(*([*(column[i] for i in large), whole] for column, whole in zip(columns, joined, strict=True)))
+    sizes = [columns[0][index].numel() for index in small]
+    for number, (column, whole) in enumerate(zip(columns, joined, strict=True)):
+        if number != 1:  # the gradients are only read
+            for index, piece in zip(small, whole.split(sizes), strict=True):
+                column[index].copy_(piece.view(column[index].shape))
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """`tensor` in the precision that updates are computed in: float32 at least."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,0 +1,262 @@
+"""Checkpoints: a folder that exists only once its last byte is on the disk. safetensors and JSON, no pickle.
+
+    step-00001000/
+        model.safetensors        the weights, by name
+        optimizer.safetensors    the optimizer's tensors, "<weight's name>.<key>"
+        state.json               step, groups, random states, and the size and SHA-256 of the two files
+
+It is written under a temporary name, synced, and renamed: the rename is the commit.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from clinometer.messages import InputError
+
+FORMAT = 1
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The finished checkpoints in `folder`, oldest first."""
+    found = [p for p in folder.glob("step-*") if _NAME.fullmatch(p.name) and (p / "state.json").is_file()]
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizers: Iterable[torch.optim.Optimizer],
+    more: Mapping[str, Any],
+) -> Path:
+    """Write `folder/step-…` whole or not at all, and return it.
+
+    Raises `InputError` if it cannot be written (no space, no permission); what was there before stays.
+    """
+    final = folder / f"step-{step:08d}"
+    partial = folder / f".{final.name}.{os.getpid()}.tmp"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        tensors, groups = _flatten(optimizers)
+        _save(partial / "model.safetensors", {n: t.detach() for n, t in model.state_dict().items()})
+        _save(partial / "optimizer.safetensors", tensors)
+        state = {
+            "format": FORMAT,
+            "step": step,
+            "files": {
+                name: _fingerprint(partial / name) for name in ("model.safetensors", "optimizer.safetensors")
+            },
+            "optimizers": groups,
+            "random": random_state(),
+            **more,
+        }
+        state["sha256"] = _digest(state)
+        with (partial / "state.json").open("w", encoding="utf-8") as file:
+            json.dump(state, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        sync_folder(partial)
+        if final.exists():  # the same step again, after a resume: the same bits
+            shutil.rmtree(final)
+        partial.rename(final)
+        sync_folder(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise InputError("checkpoint.not_written", path=final, reason=_reason(error)) from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return final
+
+
+def load_checkpoint(
+    path: Path, model: nn.Module | None, optimizers: Iterable[torch.optim.Optimizer] = ()
+) -> dict[str, Any]:
+    """Put the checkpoint's weights and optimizer state in place; returns its state.json.
+
+    Raises `InputError` if a file is missing, truncated, changed since it was written, or of another model.
+    """
+    state = read_state(path)
+    for name, written in state["files"].items():
+        _verify(path / name, written)
+    if model is not None:
+        model.load_state_dict(_fitting(path, load_file(path / "model.safetensors"), model))
+    optimizers = list(optimizers)
+    if optimizers:
+        tensors = load_file(path / "optimizer.safetensors")
+        if len(state["optimizers"]) != len(optimizers):
+            raise InputError("checkpoint.foreign", path=path, what="optimizers")
+        for optimizer, groups in zip(optimizers, state["optimizers"], strict=True):
+            _restore(path, optimizer, groups, tensors)
+    return state
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """A checkpoint's state.json. Raises `InputError` if it is missing or not one."""
+    file = path / "state.json"
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+        fits = isinstance(state, dict) and {"format", "step", "files", "optimizers", "random"} <= state.keys()
+    except OSError as error:
+        raise InputError("checkpoint.missing", path=file, reason=error.strerror) from None
+    except ValueError:  # not JSON, not UTF-8
+        fits, state = False, {}
+    if not fits or state.pop("sha256", None) != _digest(state):
+        raise InputError("checkpoint.torn", path=file)
+    if state["format"] != FORMAT:
+        raise InputError("checkpoint.format", path=path, found=state["format"], known=FORMAT)
+    return state
+
+
+def prune(folder: Path, keep: int, best_step: int | None) -> None:
+    """Remove all but the newest `keep` checkpoints and the best one, and what an interrupted save left."""
+    for path in checkpoints(folder)[:-keep]:
+        if step_of(path) != best_step:
+            # Renamed first: a kill in the middle of the removal must not leave half a checkpoint.
+            doomed = folder / f".{path.name}.{os.getpid()}.tmp"
+            path.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+    for leftover in folder.glob(".step-*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def random_state() -> dict[str, Any]:
+    """The state of torch's generators, as hexadecimal text."""
+    state: dict[str, Any] = {"cpu": _hex(torch.get_rng_state())}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = [_hex(s) for s in torch.cuda.get_rng_state_all()]
+    return state
+
+
+def restore_random_state(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(_unhex(state["cpu"]))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([_unhex(s) for s in state["cuda"]])
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut (a folder cannot be opened so on Windows)."""
+    if sys.platform != "win32":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _flatten(optimizers: Iterable[torch.optim.Optimizer]) -> tuple[dict[str, Tensor], list[Any]]:
+    tensors: dict[str, Tensor] = {}
+    described = []
+    for optimizer in optimizers:
+        groups = []
+        for group in optimizer.param_groups:
+            numbers: dict[str, dict[str, Any]] = {}
+            for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                for key, value in optimizer.state.get(parameter, {}).items():
+                    if isinstance(value, Tensor):
+                        tensors[f"{name}.{key}"] = value
+                    elif value is not None:
+                        numbers.setdefault(name, {})[key] = value
+            options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+            groups.append({"param_names": group["param_names"], "options": options, "state": numbers})
+        described.append(groups)
+    return tensors, described
+
+
+def _restore(
+    path: Path, optimizer: torch.optim.Optimizer, groups: list[Any], tensors: dict[str, Tensor]
+) -> None:
+    if [g["param_names"] for g in groups] != [g["param_names"] for g in optimizer.param_groups]:
+        raise InputError("checkpoint.foreign", path=path, what="optimizer.param_groups")
+    by_name: dict[str, dict[str, Any]] = {}
+    owned = {name for group in groups for name in group["param_names"]}
+    for key, tensor in tensors.items():
+        name, _, field = key.rpartition(".")
+        if name in owned:
+            by_name.setdefault(name, {})[field] = tensor
+    state, param_groups, index = {}, [], 0
+    for saved, group in zip(groups, optimizer.param_groups, strict=True):
+        options = {k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in saved["options"].items()}
+        members = []
+        for name, parameter in zip(saved["param_names"], group["params"], strict=True):
+            entry = {**by_name.get(name, {}), **saved["state"].get(name, {})}
+            for field, value in entry.items():
+                if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+                    raise InputError("checkpoint.foreign", path=path, what=f"{name}.{field}")
+            if entry:
+                state[index] = entry
+            members.append(index)
+            index += 1
+        param_groups.append({**options, "params": members, "param_names": saved["param_names"]})
+    optimizer.load_state_dict({"state": state, "param_groups": param_groups})
+
+
+def _fitting(path: Path, weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    wanted = model.state_dict()
+    for name in wanted.keys() ^ weights.keys():
+        raise InputError("checkpoint.foreign", path=path, what=name)
+    for name, weight in weights.items():
+        if weight.shape != wanted[name].shape:
+            raise InputError("checkpoint.foreign", path=path, what=f"{name} {tuple(weight.shape)}")
+    return weights
+
+
+def _save(path: Path, tensors: dict[str, Tensor]) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _digest(state: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _verify(path: Path, written: Mapping[str, Any]) -> None:
+    try:
+        found = _fingerprint(path)
+    except OSError as error:
+        raise InputError("checkpoint.missing", path=path, reason=error.strerror) from None
+    if found != written:
+        raise InputError("checkpoint.torn", path=path)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return os.strerror(errno.ENOSPC)
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+
+
+def _hex(state: Tensor) -> str:
+    return state.cpu().numpy().tobytes().hex()
+
+
+def _unhex(text: str) -> Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8).clone()

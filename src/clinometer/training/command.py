@@ -1,0 +1,261 @@
+"""What the commands do, once their arguments are read."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+import sys
+import time
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from clinometer.lm.export import export_llama
+from clinometer.lm.generate import fit_prompt, generate
+from clinometer.messages import say
+from clinometer.training.checkpoint import checkpoints
+from clinometer.training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainingConfig
+from clinometer.training.display import RunDisplay, clock, printable, short_count
+from clinometer.training.loop import Outcome, forward_backward, train
+from clinometer.training.precision import choose_device, matmul_rate
+from clinometer.training.prepare import Session, begin_with, resume, start
+from clinometer.training.run_folder import RunFolder
+from clinometer.training.trained import import_run, load_run
+
+DEMO = RunConfig(
+    model=ModelConfig(context_length=128, d_model=192, num_layers=4, num_heads=6),
+    data=DataConfig(vocab_size=2048),
+    optim=OptimConfig(lr=6e-3),
+    training=TrainingConfig(
+        steps=280, compile="off", sample_tokens=120, sample_prompt="def ", eval_batches=8
+    ),
+)
+"""About a minute on two cores."""
+
+
+def configuration_of(run: Path) -> RunConfig:
+    return RunFolder.open(run).config
+
+
+def train_command(console: Console, config: RunConfig | None, run: Path | None, again: bool) -> int:
+    """Train a new run or continue one; returns the exit code."""
+    display = RunDisplay(console)
+    try:
+        if again and run is not None:
+            session = resume(run, config, display)
+        else:
+            config = config or RunConfig()
+            session = start(config, run or next_run_folder(config.data.corpus), display)
+    except KeyboardInterrupt:
+        if run is not None and (run / "config.toml").exists():
+            console.print(say("train.interrupted_early", run=run), highlight=False)
+        raise
+    try:
+        return run_session(session, display)
+    finally:
+        session.close()
+
+
+def run_session(session: Session, display: RunDisplay) -> int:
+    """Say what is about to happen, train, and say how it ended."""
+    config, model, header = session.config, session.model.config, session.data.header
+    path, steps = session.folder.path, config.training.steps
+    tokens_per_step = config.training.batch_size * model.context_length
+    display.notice(
+        "train.start",
+        parameters=model.num_parameters,
+        layers=model.num_layers,
+        width=model.d_model,
+        vocab_size=model.vocab_size,
+        train_tokens=header.train_tokens,
+        validation_tokens=header.validation_tokens,
+    )
+    choices = session.choices
+    display.notice(
+        "train.choices",
+        device=choices.device,
+        precision=choices.precision,
+        why_precision=choices.why_precision,
+        compile=say("train.on" if choices.compile else "train.off"),
+        why_compile=choices.why_compile,
+        steps=steps,
+        tokens=tokens_per_step,
+        epochs=steps * tokens_per_step / header.train_tokens,
+    )
+    display.notice("train.folder", path=path)
+    if header.validation_tokens <= model.context_length:
+        display.notice("train.no_validation")
+    if session.step >= steps:
+        display.notice("train.already_done", path=path, steps=steps, more=2 * steps)
+        return 0
+    if checkpoints(session.folder.checkpoints):
+        display.notice("train.resumed", path=path, step=session.step, steps=steps)
+
+    display.begin(
+        step=session.step,
+        steps=steps,
+        tokens_per_step=tokens_per_step,
+        flops_per_token=model.flops_per_token(),
+        peak=matmul_rate(torch.device(choices.device), choices.precision),
+    )
+    before, began = session.step, time.perf_counter()
+    try:
+        outcome = train(session, display)
+    finally:
+        display.end()
+    seconds = time.perf_counter() - began
+    _say_outcome(session, display, outcome, seconds, (session.step - before) * tokens_per_step / seconds)
+    return outcome.value
+
+
+def _say_outcome(
+    session: Session, display: RunDisplay, outcome: Outcome, seconds: float, tokens_per_second: float
+) -> None:
+    path = session.folder.path
+    saved = checkpoints(session.folder.checkpoints)[-1]
+    if outcome is Outcome.DONE:
+        best = ""
+        if session.best_loss is not None:
+            best = say("train.done_validation", loss=session.best_loss, step=session.best_step)
+        display.notice(
+            "train.done",
+            steps=session.step,
+            time=clock(seconds),
+            speed=short_count(tokens_per_second),
+            loss=display.loss,
+            validation=best,
+            path=saved,
+        )
+        prompt = session.config.training.sample_prompt or "def "
+        display.notice("train.next", run=path, prompt=prompt)
+    elif outcome is Outcome.NOT_FINITE:
+        display.notice(
+            "train.not_finite",
+            step=session.step,
+            count=session.skipped_in_a_row,
+            path=session.folder.skipped_file,
+        )
+    else:
+        display.notice("train.interrupted", step=session.step, path=saved, run=path)
+
+
+def next_run_folder(corpus: str) -> Path:
+    """runs/<corpus>-<n>, the first number that is free."""
+    name = "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(corpus).stem) or "run"
+    number = 1
+    while Path("runs", f"{name}-{number}").exists():
+        number += 1
+    return Path("runs", f"{name}-{number}")
+
+
+def generate_command(
+    console: Console,
+    run: Path,
+    *,
+    prompt: str,
+    tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int | None,
+    checkpoint: str,
+    device: str,
+) -> int:
+    """Stream a continuation of the prompt to standard output; what is said about it to standard error."""
+    where = choose_device(device)
+    trained = load_run(run, checkpoint, where)
+    seed = secrets.randbits(32) if seed is None else seed
+    ids = trained.tokenizer.encode(prompt) or begin_with(trained.tokenizer, trained.separated, "")
+    window, dropped = fit_prompt(torch.tensor([ids], device=where), trained.model.config)
+    console.print(
+        say("cli.from_checkpoint", step=trained.step, path=run, seed=seed),
+        style="dim",
+        highlight=False,
+    )
+    if dropped:
+        kept = window.shape[-1]
+        console.print(say("cli.prompt_cut", dropped=dropped, kept=kept), style="yellow", highlight=False)
+    on_terminal = sys.stdout.isatty()
+    out = sys.stdout
+    stream = trained.tokenizer.decode_stream()
+
+    def write(text: str) -> None:
+        out.write(printable(text) if on_terminal else text)
+        out.flush()
+
+    write(prompt)
+    generator = torch.Generator(device=where).manual_seed(seed)
+    try:
+        for token in generate(
+            trained.model,
+            window,
+            tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            generator=generator,
+            stop_id=trained.tokenizer.end_of_text_id,
+        ):
+            if int(token[0]) != trained.tokenizer.end_of_text_id:
+                write(stream.push(int(token[0])))
+        write(stream.finish())
+    finally:
+        write("\n")
+    return 0
+
+
+def export_command(console: Console, run: Path, to: Path, checkpoint: str) -> int:
+    """Write a folder that transformers opens."""
+    trained = load_run(run, checkpoint)
+    eot = trained.tokenizer.end_of_text_id if trained.separated else None
+    export_llama(trained.model, trained.model.config, to, end_of_text_id=eot)
+    trained.tokenizer.save(to)
+    console.print(say("cli.exported", path=to, step=trained.step), highlight=False, soft_wrap=True)
+    return 0
+
+
+def import_command(console: Console, source: Path, run: Path, corpus: str) -> int:
+    """Make a run of a Llama-type model that somebody else trained."""
+    folder = import_run(source, run, RunConfig(data=DataConfig(corpus=corpus)))
+    console.print(say("cli.imported", path=folder.path), highlight=False, soft_wrap=True)
+    return 0
+
+
+def demo_command(console: Console, run: Path | None, quick: bool) -> int:
+    """Train a small model on Python's own source, and look at its gradients."""
+    config = DEMO
+    if quick:
+        config = dataclasses.replace(
+            config, training=dataclasses.replace(DEMO.training, steps=40, batch_size=8)
+        )
+    console.print(say("demo.begin"), highlight=False)
+    display = RunDisplay(console)
+    session = start(config, run or next_run_folder("demo"), display)
+    try:
+        code = run_session(session, display)
+        if code == 0:
+            console.print(gradient_table(session))
+            console.print(say("demo.end", run=session.folder.path), highlight=False, soft_wrap=True)
+        return code
+    finally:
+        session.close()
+
+
+def gradient_table(session: Session) -> Table:
+    """Every weight's gradient on the batch that would come next: its norm, and that over the weight's."""
+    session.model.zero_grad()
+    forward_backward(session)
+    table = Table(title=say("demo.table", step=session.step), title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column(say("demo.weight"))
+    for key in ("shape", "norm", "ratio"):
+        table.add_column(say(f"demo.{key}"), justify="right")
+    for name, parameter in session.model.named_parameters():
+        assert parameter.grad is not None
+        norm, size = float(parameter.grad.norm()), float(parameter.detach().norm())
+        shape = "×".join(str(n) for n in parameter.shape)
+        table.add_row(name, shape, f"{norm:.3e}", f"{norm / size:.1e}" if size else "")
+    session.model.zero_grad()
+    return table

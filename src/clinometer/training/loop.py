@@ -1,0 +1,259 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from contextlib import contextmanager
+from enum import Enum
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from clinometer.lm.generate import generate
+from clinometer.messages import InputError
+from clinometer.optim.clipping import clip_grad_norm_
+from clinometer.optim.schedule import constant_schedule, cosine_schedule, warmup_stable_decay_schedule
+from clinometer.text import sampler
+from clinometer.training.config import RunConfig
+from clinometer.training.prepare import Session, begin_with
+from clinometer.training.run_folder import write_whole
+
+
+class Display(Protocol):
+    """What the loop tells whoever is watching (display.py has the two forms)."""
+
+    def step(self, row: dict[str, Any]) -> None: ...
+    def validation(self, step: int, loss: float, best: bool) -> None: ...
+    def sample(self, step: int, text: str) -> None: ...
+    def notice(self, key: str, /, **values: Any) -> None: ...
+
+
+class Outcome(Enum):
+    """How a run ended, and the exit code that says so."""
+
+    DONE = 0
+    NOT_FINITE = 1
+    INTERRUPTED = 130
+    TERMINATED = 143
+
+
+def train(session: Session, display: Display) -> Outcome:
+    """Take the steps that are left: batch → loss → backward → clip → step, with what comes between them.
+
+    On Ctrl-C or SIGTERM the step in hand is finished and a checkpoint written. A loss or gradient that is not
+    finite takes no step and leaves the optimizer as it was; after `max_skipped` of them the run stops.
+    """
+    config = session.config
+    last_step = config.training.steps
+    with stop_on_signal() as stop:
+        while session.step < last_step:
+            began = time.perf_counter()
+            lr = learning_rate(config, session.step + 1)
+            for optimizer in session.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+
+            loss, norm = forward_backward(session)
+            taken = math.isfinite(loss) and math.isfinite(norm)
+            if taken:
+                for optimizer in session.optimizers:
+                    optimizer.step()
+                session.skipped_in_a_row = 0
+            else:
+                record_skipped(session, loss, norm, display)
+            for optimizer in session.optimizers:
+                optimizer.zero_grad()
+            session.step += 1
+
+            row = {"step": session.step, "loss": loss, "lr": lr, "grad_norm": norm, "taken": taken}
+            session.metrics.append(**finite_or_text(row), seconds=time.perf_counter() - began)
+            display.step(row)
+
+            at = session.step
+            if session.skipped_in_a_row >= config.training.max_skipped:
+                session.checkpoint()
+                return Outcome.NOT_FINITE
+            improved = (at % config.eval_every == 0 or at == last_step) and validate(session, display)
+            if config.training.sample_tokens and (at % config.sample_every == 0 or at == last_step):
+                write_sample(session, display)
+            if improved or stop.signal or at % config.checkpoint_every == 0 or at == last_step:
+                save(session, display, must=bool(stop.signal) or at == last_step)
+            if stop.signal:
+                return Outcome.INTERRUPTED if stop.signal == signal.SIGINT else Outcome.TERMINATED
+    return Outcome.DONE
+
+
+def forward_backward(session: Session) -> tuple[float, float]:
+    """Gradient of the mean loss over the batch's tokens, clipped; returns that loss and the norm before.
+
+    Micro-batches add up the *sums* of their token losses over the whole batch's token count, so the gradient
+    is the full batch's however it is cut.
+    """
+    config = session.config
+    token_ids, targets = batch_of(session, session.step)
+    size = config.micro_batch_size
+    total = torch.zeros((), device=session.choices.device)
+    for part in range(0, len(token_ids), size):
+        with session.choices.autocast():
+            loss = session.model.loss(
+                token_ids[part : part + size], targets[part : part + size], reduction="sum"
+            )
+        loss = loss / targets.numel()
+        loss.backward()
+        total += loss.detach()
+    norm = clip_grad_norm_(session.model.parameters(), config.optim.max_norm)
+    loss_and_norm = torch.stack((total, norm.to(total.device, total.dtype))).tolist()  # one wait for a GPU
+    return loss_and_norm[0], loss_and_norm[1]
+
+
+def batch_of(session: Session, step: int) -> tuple[Tensor, Tensor]:
+    """Token ids and targets of a step, (B, S) each: a pure function of the seed and the step."""
+    config = session.config
+    arrays = sampler.batch(
+        session.data.train,
+        context_length=config.model.context_length,
+        batch_size=config.training.batch_size,
+        seed=config.training.seed,
+        step=step,
+    )
+    token_ids, targets = (torch.from_numpy(a).to(session.choices.device) for a in arrays)
+    return token_ids, targets
+
+
+def learning_rate(config: RunConfig, step: int) -> float:
+    """The rate of step 1 … steps: the first step is 1/warmup of the way up, the last has the lowest rate."""
+    warmup, steps, lr = config.warmup_steps, config.training.steps, config.optim.lr
+    match config.schedule.name:
+        case "constant":
+            return constant_schedule(step, lr, warmup)
+        case "wsd":
+            return warmup_stable_decay_schedule(step, lr, config.min_lr, warmup, steps, config.decay_steps)
+        case _:
+            return cosine_schedule(step, lr, config.min_lr, warmup, steps)
+
+
+@torch.no_grad()
+def evaluate(session: Session) -> float | None:
+    """Mean loss per token over the fixed validation set; None if the validation text is too short for one."""
+    tokens, config = session.data.validation, session.config
+    if len(tokens) < config.model.context_length + 1:
+        return None
+    count = config.training.eval_batches * config.training.batch_size
+    starts = sampler.validation_windows(len(tokens), config.model.context_length, count)
+    total, seen = 0.0, 0
+    # Eager: compiling the no-grad form too costs seconds, and validation is a small part of a run.
+    with torch.compiler.set_stance("force_eager"):
+        for first in range(0, len(starts), config.micro_batch_size):
+            part = starts[first : first + config.micro_batch_size]
+            arrays = sampler.gather(tokens, part, config.model.context_length)
+            token_ids, targets = (torch.from_numpy(a).to(session.choices.device) for a in arrays)
+            with session.choices.autocast():
+                total += float(session.model.loss(token_ids, targets, reduction="sum"))
+            seen += targets.numel()
+    return total / seen
+
+
+def validate(session: Session, display: Display) -> bool:
+    """Measure and record the validation loss; true if it is the best so far."""
+    loss = evaluate(session)
+    if loss is None:
+        return False
+    session.metrics.append(**finite_or_text({"step": session.step, "validation_loss": loss}))
+    best = math.isfinite(loss) and (session.best_loss is None or loss < session.best_loss)
+    if best:
+        session.best_loss, session.best_step = loss, session.step
+    display.validation(session.step, loss, best)
+    return best
+
+
+def write_sample(session: Session, display: Display) -> None:
+    """Let the model continue the sample prompt, into samples/ and onto the screen."""
+    training = session.config.training
+    begin = begin_with(session.tokenizer, session.data.header.documents > 1, training.sample_prompt)
+    # Its own generator, seeded by the step: sampling moves no random number of the run.
+    generator = torch.Generator(device=session.choices.device).manual_seed(training.seed + session.step)
+    prompt = torch.tensor([begin], device=session.choices.device)
+    ids: list[int] = []
+    try:
+        with torch.compiler.set_stance("force_eager"), session.choices.autocast():
+            for token in generate(
+                session.model,
+                prompt,
+                training.sample_tokens,
+                temperature=0.8,
+                top_p=0.95,
+                generator=generator,
+                stop_id=session.tokenizer.end_of_text_id,
+            ):
+                ids.append(int(token[0]))
+    except InputError as error:  # weights that are no longer finite: the run says so in its own way
+        display.notice(error.key, **error.values)
+        return
+    text = training.sample_prompt + session.tokenizer.decode(ids)
+    session.folder.samples.mkdir(exist_ok=True)
+    write_whole(session.folder.samples / f"step-{session.step:08d}.txt", text)
+    display.sample(session.step, text)
+
+
+def save(session: Session, display: Display, *, must: bool) -> None:
+    """Write a checkpoint. One that fails in the middle of a run is reported and the run goes on; the last
+    one is an error, because its work would be lost."""
+    try:
+        session.checkpoint()
+    except InputError as error:
+        if must:
+            raise
+        display.notice("train.checkpoint_failed", reason=str(error))
+
+
+def record_skipped(session: Session, loss: float, norm: float, display: Display) -> None:
+    """Keep what is needed to look at the batch again."""
+    session.skipped_in_a_row += 1
+    config = session.config
+    starts = sampler.sample_windows(
+        len(session.data.train),
+        config.model.context_length,
+        config.training.batch_size,
+        config.training.seed,
+        session.step,
+    )
+    row = {"step": session.step + 1, "loss": loss, "grad_norm": norm, "windows": starts.tolist()}
+    session.skipped.append(**finite_or_text(row))
+    display.notice("train.skipped", step=session.step + 1, loss=loss, norm=norm)
+
+
+def finite_or_text(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN: what is not finite is written as text ("nan", "inf")."""
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
+class StopRequest:
+    """The signal that asked the run to stop, if one did."""
+
+    signal: signal.Signals | None = None
+
+
+@contextmanager
+def stop_on_signal():
+    """Ctrl-C and SIGTERM ask for a stop after the step in hand; a second one stops at once."""
+    request = StopRequest()
+
+    def ask(number: int, _frame: object) -> None:
+        if request.signal is not None:
+            raise KeyboardInterrupt
+        request.signal = signal.Signals(number)
+
+    previous: dict[signal.Signals, Any] = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, ask)
+    except ValueError:  # not in the main thread: whoever runs us there handles signals
+        pass
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,309 @@
+"""From a configuration to everything the loop needs: tokens, model, optimizers, and where they stand."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from clinometer.lm.model import TransformerLM
+from clinometer.messages import InputError
+from clinometer.optim.choice import make_optimizers
+from clinometer.text.corpus import Corpus, open_corpus
+from clinometer.text.encoding import encode_corpus
+from clinometer.text.sampler import windows_per_epoch
+from clinometer.text.shards import TokenData
+from clinometer.text.split import split
+from clinometer.text.tokenizer import Tokenizer, byte_tokenizer, train_bpe
+from clinometer.training import checkpoint
+from clinometer.training.config import FREE_ON_RESUME, RunConfig, differences
+from clinometer.training.precision import Choices, choose
+from clinometer.training.run_folder import Lines, RunFolder, describe_environment, write_whole
+
+TOKENIZER_CHARACTERS = 200_000_000
+"""A tokenizer is trained on at most so much text; more changes the merges little and takes minutes."""
+
+
+class Notices(Protocol):
+    """Where preparation says what it is doing (see display.py)."""
+
+    def notice(self, key: str, /, **values: Any) -> None: ...
+    def progress(self, key: str, done: int, total: int) -> None: ...
+
+
+@dataclass
+class Session:
+    """A run in memory. `step` counts the steps that are done."""
+
+    config: RunConfig
+    folder: RunFolder
+    choices: Choices
+    tokenizer: Tokenizer
+    data: TokenData
+    model: TransformerLM
+    optimizers: list[torch.optim.Optimizer]
+    metrics: Lines
+    skipped: Lines
+    step: int = 0
+    skipped_in_a_row: int = 0
+    best_loss: float | None = None
+    best_step: int | None = None
+
+    def checkpoint(self) -> Path:
+        """Write everything the run needs to go on bit for bit."""
+        self.metrics.sync()
+        self.skipped.sync()
+        path = checkpoint.save_checkpoint(
+            self.folder.checkpoints,
+            self.step,
+            self.model,
+            self.optimizers,
+            {
+                "config": self.config.to_dict(),
+                "model": dataclasses.asdict(self.model.config),
+                "choices": dataclasses.asdict(self.choices),
+                "data": {"content": self.data.header.content_hash, "tokenizer": self.tokenizer.hash},
+                "separated": self.data.header.documents > 1,
+                "metrics_bytes": self.metrics.size,
+                "skipped_bytes": self.skipped.size,
+                "skipped_in_a_row": self.skipped_in_a_row,
+                "best_loss": self.best_loss,
+                "best_step": self.best_step,
+            },
+        )
+        checkpoint.prune(self.folder.checkpoints, self.config.training.keep, self.best_step)
+        return path
+
+    def close(self) -> None:
+        self.metrics.close()
+        self.skipped.close()
+        self.folder.unlock()
+
+
+def start(config: RunConfig, path: Path, notices: Notices) -> Session:
+    """A new run in the new folder `path`; nothing of it is left if the corpus cannot be used.
+
+    Raises `InputError` for a folder in use, a bad corpus or tokenizer, a device that is not there.
+    """
+    from_stdin = config.data.corpus == "-"
+    corpus = None if from_stdin else open_corpus(config.data.corpus)
+    existed = path.exists()
+    folder = RunFolder.create(path, _with_full_paths(config))
+    try:
+        if corpus is None:  # standard input cannot be read again on resume: the run keeps it
+            config = _keep_standard_input(config, folder)
+            corpus = open_corpus(config.data.corpus)
+        return _prepare(config, folder, corpus, notices, state=None, last=None)
+    except InputError:
+        # Nothing was learned yet: a wrong setting must not cost a "run folder exists" on the next try.
+        _remove_unstarted(folder, existed)
+        raise
+    except BaseException:
+        folder.unlock()
+        raise
+
+
+def resume(path: Path, changed: RunConfig | None, notices: Notices) -> Session:
+    """The run in `path` where its last checkpoint left it, or from its beginning if it has none yet.
+
+    `changed` is the configuration asked for now, if any. Raises `InputError` if it differs in a field that
+    would alter the run, if the corpus has changed, or if no checkpoint can be read.
+    """
+    folder = RunFolder.open(path)
+    folder.lock()
+    try:
+        return _resume(folder, changed, notices)
+    except BaseException:
+        folder.unlock()
+        raise
+
+
+def _resume(folder: RunFolder, changed: RunConfig | None, notices: Notices) -> Session:
+    path, config = folder.path, folder.config
+    if changed is not None and (found := differences(config, _with_full_paths(changed))):
+        wrong = {name: values for name, values in found.items() if name not in FREE_ON_RESUME}
+        if wrong:
+            fields = "; ".join(f"{name}: {old!r} → {new!r}" for name, (old, new) in wrong.items())
+            raise InputError("resume.config", path=path, fields=fields)
+        config = _with_full_paths(changed)
+    saved = checkpoint.checkpoints(folder.checkpoints)
+    last = saved[-1] if saved else None
+    state = checkpoint.read_state(last) if last else None
+    if state is not None and config.training.steps < state["step"]:
+        raise InputError("resume.steps", path=path, steps=config.training.steps, done=state["step"])
+    session = _prepare(config, folder, open_corpus(config.data.corpus), notices, state=state, last=last)
+    if config != folder.config:
+        write_whole(folder.config_file, config.to_toml())
+    return session
+
+
+def _prepare(
+    config: RunConfig,
+    folder: RunFolder,
+    corpus: Corpus,
+    notices: Notices,
+    *,
+    state: dict[str, Any] | None,
+    last: Path | None,
+) -> Session:
+    tokenizer = _tokenizer(config, folder, corpus, notices)
+    notices.notice("train.encoding", corpus=corpus.name)
+    data = encode_corpus(
+        corpus,
+        tokenizer,
+        cache_folder(folder) / "tokens",
+        fraction=config.data.validation_fraction,
+        progress=lambda done, total: notices.progress("train.encoding_bar", done, total),
+    )
+    seen = {"content": data.header.content_hash, "tokenizer": tokenizer.hash}
+    if state is not None and state["data"] not in (
+        None,
+        seen,
+    ):  # None: an imported model, not yet trained here
+        raise InputError("resume.data", path=folder.path, corpus=config.data.corpus)
+    windows_per_epoch(len(data.train), config.model.context_length)  # raises if the text is too short
+
+    torch.manual_seed(config.training.seed)
+    model_config = config.model.transformer(tokenizer.vocab_size)
+    if state is None or state["choices"] is None:
+        tokens = config.training.steps * config.training.batch_size * model_config.context_length
+        choices = choose(
+            device=config.training.device,
+            precision=config.training.precision,
+            compile=config.training.compile,
+            total_flops=tokens * model_config.flops_per_token(),
+        )
+    else:
+        choices = Choices(**state["choices"])
+        choose(device=choices.device, precision=choices.precision, compile="off", total_flops=0.0)
+        if torch.get_num_threads() != choices.threads:
+            torch.set_num_threads(choices.threads)  # sums are split by thread: other threads, other bits
+    generator = torch.Generator().manual_seed(config.training.seed)
+    model = TransformerLM(model_config, generator=generator).to(choices.device)
+    if choices.compile:
+        model.compile_parts()
+    optim = config.optim
+    optimizers = make_optimizers(
+        model.named_parameters(),
+        name=optim.name,
+        lr=optim.lr,
+        betas=optim.betas,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        momentum=optim.momentum,
+    )
+    if state is None or state["choices"] is None:
+        environment = describe_environment() | {"choices": dataclasses.asdict(choices)}
+        write_whole(folder.environment_file, json.dumps(environment, indent=1, ensure_ascii=False))
+    session = Session(
+        config=config,
+        folder=folder,
+        choices=choices,
+        tokenizer=tokenizer,
+        data=data,
+        model=model,
+        optimizers=optimizers,
+        metrics=Lines(folder.metrics_file, state["metrics_bytes"] if state else 0),
+        skipped=Lines(folder.skipped_file, state["skipped_bytes"] if state else 0),
+    )
+    if last is not None and state is not None:
+        checkpoint.load_checkpoint(last, model, optimizers if state["optimizers"] else ())
+        checkpoint.restore_random_state(state["random"])
+        session.step = state["step"]
+        session.skipped_in_a_row = state["skipped_in_a_row"]
+        session.best_loss, session.best_step = state["best_loss"], state["best_step"]
+    return session
+
+
+def _tokenizer(config: RunConfig, folder: RunFolder, corpus: Corpus, notices: Notices) -> Tokenizer:
+    """The run's own if it has one already; else the one the configuration asks for, saved with the run."""
+    if (folder.tokenizer / "tokenizer.json").exists():
+        return Tokenizer.load(folder.tokenizer)
+    match config.data.tokenizer:
+        case "bytes":
+            tokenizer = byte_tokenizer()
+        case "bpe":
+            notices.notice("train.tokenizer", vocab_size=config.data.vocab_size)
+            tokenizer = train_bpe(_training_text(config, corpus), config.data.vocab_size)
+        case path:
+            tokenizer = Tokenizer.load(path)
+    tokenizer.save(folder.tokenizer)
+    return tokenizer
+
+
+def _training_text(config: RunConfig, corpus: Corpus) -> Iterator[str]:
+    """Documents of the training side, so that nothing of the validation text shapes the vocabulary."""
+    left = TOKENIZER_CHARACTERS
+    for side, text in split(corpus, config.data.validation_fraction).documents_of(corpus):
+        if side == "train":
+            yield text[:left]
+            left -= len(text)
+            if left <= 0:
+                return
+
+
+def cache_folder(folder: RunFolder) -> Path:
+    """Where encoded corpora are kept between runs: CLINOMETER_CACHE, else the user's cache folder.
+
+    Where that cannot be written, the run's own folder.
+    """
+    given = os.environ.get("CLINOMETER_CACHE")
+    base = (
+        Path(given)
+        if given
+        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clinometer"
+    )
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        if os.access(base, os.W_OK):
+            return base
+    except OSError:
+        pass
+    return folder.path / "cache"
+
+
+def _keep_standard_input(config: RunConfig, folder: RunFolder) -> RunConfig:
+    """The same configuration with its text in the run's own folder."""
+    kept = folder.path.absolute() / "corpus.txt"
+    with kept.open("wb") as file:
+        shutil.copyfileobj(sys.stdin.buffer, file)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, corpus=str(kept)))
+    write_whole(folder.config_file, config.to_toml())
+    return config
+
+
+def _with_full_paths(config: RunConfig) -> RunConfig:
+    """The same configuration, meaning the same from whatever folder it is read."""
+    data = {}
+    for name in ("corpus", "tokenizer"):
+        value = getattr(config.data, name)
+        # The words with a meaning of their own win over a file that has such a name.
+        if value not in ("python", "-", "bpe", "bytes") and (Path(value).exists() or "*" in value):
+            data[name] = str(Path(value).absolute())
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **data))
+
+
+def _remove_unstarted(folder: RunFolder, existed: bool) -> None:
+    folder.unlock()
+    if existed:  # the user's own empty folder: leave it, empty
+        for entry in folder.path.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    else:
+        shutil.rmtree(folder.path, ignore_errors=True)
+
+
+def begin_with(tokenizer: Tokenizer, separated: bool, prompt: str) -> list[int]:
+    """Token ids a text starts from: the prompt, else end-of-text if the model has seen it, else a newline."""
+    if prompt:
+        return tokenizer.encode(prompt)
+    if separated and tokenizer.end_of_text_id is not None:
+        return [tokenizer.end_of_text_id]
+    return tokenizer.encode("\n")

@@ -1,0 +1,149 @@
+"""A run's folder: everything to read it, continue it, or do it again.
+
+config.toml         the complete configuration; `clinometer train --config` takes it
+environment.json    machine, versions, and what every "auto" came to
+tokenizer/          tokenizer.json and what transformers needs beside it
+checkpoints/        see checkpoint.py
+metrics.jsonl       one line a step, one a validation
+skipped.jsonl       the batches whose loss or gradient was not finite, if any
+samples/            text the model wrote
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from clinometer.messages import InputError
+from clinometer.training.config import RunConfig, config_from
+from clinometer.training.settings_file import read_toml
+
+
+class RunFolder:
+    """The paths of a run, and its lock while it is written: one trainer at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "config.toml"
+        self.environment_file = path / "environment.json"
+        self.tokenizer = path / "tokenizer"
+        self.checkpoints = path / "checkpoints"
+        self.metrics_file = path / "metrics.jsonl"
+        self.skipped_file = path / "skipped.jsonl"
+        self.samples = path / "samples"
+        self._lock = FileLock(str(path / ".lock"), thread_local=False)
+
+    @classmethod
+    def create(cls, path: Path, config: RunConfig) -> RunFolder:
+        """A new folder with its config.toml. Raises `InputError` if there is something at `path` already."""
+        if path.is_dir() and (path / "config.toml").exists():
+            raise InputError("run.exists", path=path)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise InputError("run.not_empty", path=path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            folder = cls(path)
+            folder.lock()
+            write_whole(folder.config_file, config.to_toml())
+        except OSError as error:
+            raise InputError("run.not_writable", path=path, reason=error.strerror) from None
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """The folder of a run that was started. Raises `InputError` if it is none."""
+        if not path.exists():
+            raise InputError("run.missing", path=path)
+        if not (path / "config.toml").is_file():
+            raise InputError("run.not_a_run", path=path)
+        return cls(path)
+
+    @property
+    def config(self) -> RunConfig:
+        return config_from(read_toml(self.config_file))
+
+    def lock(self) -> None:
+        """Refuse a second trainer in this folder; the lock goes with the process, however it ends."""
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError("run.in_use", path=self.path) from None
+        except OSError as error:
+            raise InputError("run.not_writable", path=self.path, reason=error.strerror) from None
+
+    def unlock(self) -> None:
+        self._lock.release()
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """The recorded rows, oldest first; a line cut short by a kill is left out."""
+        if self.metrics_file.exists():
+            with self.metrics_file.open(encoding="utf-8") as file:
+                for line in file:
+                    if line.endswith("\n"):
+                        yield json.loads(line)
+
+
+class Lines:
+    """A file of JSON lines that grows, and can be cut back to where a checkpoint saw it."""
+
+    def __init__(self, path: Path, size: int | None = None) -> None:
+        """Continue at byte `size`, dropping what came later; None to keep all there is."""
+        self._file = path.open("ab")
+        if size is not None:
+            self._file.truncate(size)
+
+    def append(self, **row: Any) -> None:
+        self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+
+    @property
+    def size(self) -> int:
+        return os.fstat(self._file.fileno()).st_size
+
+    def sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def describe_environment() -> dict[str, Any]:
+    """Machine and versions, without anything that names the person or the folder."""
+    from clinometer.training.precision import processor_name
+
+    packages = {}
+    for name in ("clinometer", "torch", "numpy", "tokenizers", "safetensors"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = "?"
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": processor_name(),
+        "cores": os.cpu_count(),
+        "byte_order": sys.byteorder,
+        "packages": packages,
+    }

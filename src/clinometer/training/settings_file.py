@@ -1,0 +1,102 @@
+"""A file of settings: read with every key and type checked, so that a mistake is named with its line."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from clinometer.messages import InputError
+from clinometer.training.config import SECTIONS
+
+
+def read_toml(path: Path) -> dict[str, dict[str, Any]]:
+    """The file's sections, every key known and every value of its field's type; nothing filled in.
+
+    Raises `InputError` with the file and the line of what is wrong.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except IsADirectoryError:
+        raise InputError("config.folder", path=path) from None
+    except UnicodeDecodeError as error:
+        raise InputError("config.not_utf8", path=path, offset=error.start) from None
+    except OSError as error:
+        raise InputError("config.unreadable", path=path, reason=error.strerror) from None
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError("config.not_toml", path=path, reason=error) from None
+
+    for section, values in table.items():
+        if section not in SECTIONS:
+            raise _unknown(path, text, None, section, list(SECTIONS))
+        if not isinstance(values, dict):
+            line = _line_of(text, None, section)
+            raise InputError("config.section", path=path, line=line, section=section, value=values)
+        hints = get_type_hints(SECTIONS[section])
+        for key, value in values.items():
+            if key not in hints:
+                raise _unknown(path, text, section, key, list(hints))
+            if not _fits(value, hints[key]):
+                raise InputError(
+                    "config.type",
+                    path=path,
+                    line=_line_of(text, section, key),
+                    field=f"{section}.{key}",
+                    value=value,
+                    wanted=_spell(hints[key]),
+                )
+    return table
+
+
+def _unknown(path: Path, text: str, section: str | None, key: str, known: list[str]) -> InputError:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if not near and section is None:  # a field written outside its section
+        near = [f"[{name}] {key}" for name, cls in SECTIONS.items() if key in get_type_hints(cls)]
+    return InputError(
+        "config.unknown_near" if near else "config.unknown",
+        path=path,
+        line=_line_of(text, section, key),
+        key=key if section is None else f"{section}.{key}",
+        near=near[0] if near else "",
+        known=", ".join(known),
+    )
+
+
+def _line_of(text: str, section: str | None, key: str) -> int:
+    """The 1-based line where `key` (in `[section]`, or `section.key`) is written; 1 if it cannot be told."""
+    current, pattern = None, re.compile(rf"""\s*["']?{re.escape(key)}["']?\s*[=.]""")
+    for number, line in enumerate(text.splitlines(), 1):
+        header = re.match(r"\s*\[\s*([^\]]+?)\s*\]", line)
+        if header:
+            current = header[1].strip("\"' ")
+            if section is None and current.split(".")[0] == key:
+                return number
+        elif (current == section and pattern.match(line)) or (
+            current is None
+            and section
+            and re.match(rf"\s*{re.escape(section)}\s*\.\s*{re.escape(key)}\s*=", line)
+        ):
+            return number
+    return 1
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    text = str(hint)
+    if isinstance(value, bool):
+        return "bool" in text
+    if hint is int or text == "int | None":
+        return isinstance(value, int)
+    if hint is float or text == "float | None":
+        return isinstance(value, int | float)
+    if "tuple[float, float]" in text:
+        return isinstance(value, list) and len(value) == 2 and all(_fits(v, float) for v in value)
+    return isinstance(value, str)
+
+
+def _spell(hint: Any) -> str:
+    text = str(hint).replace("typing.", "").replace("<class '", "").replace("'>", "").replace(" | None", "")
+    return text.removeprefix("Literal")

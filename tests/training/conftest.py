@@ -1,0 +1,124 @@
+"""A small corpus, a run that takes a second, and the command line as a user calls it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from clinometer.training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainingConfig
+
+SENTENCES = [
+    "the quick brown fox jumps over the lazy dog",
+    "a gradient points up and the step goes down",
+    "words follow words and the model learns which",
+    "梯度指向上升的方向，而更新沿着它的反方向走",
+]
+
+
+class Silent:
+    """A display that keeps what it was told."""
+
+    def __init__(self):
+        self.rows, self.notices, self.validations, self.samples = [], [], [], []
+
+    def notice(self, key, /, **values):
+        self.notices.append((key, values))
+
+    def progress(self, key, done, total):
+        pass
+
+    def step(self, row):
+        self.rows.append(row)
+
+    def validation(self, step, loss, best):
+        self.validations.append((step, loss, best))
+
+    def sample(self, step, text):
+        self.samples.append((step, text))
+
+
+@pytest.fixture
+def display():
+    return Silent()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLINOMETER_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Path:
+    path = tmp_path / "corpus.txt"
+    path.write_text("\n".join(SENTENCES[i % 4] + f" {i * i}" for i in range(400)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def config(corpus) -> RunConfig:
+    return small_config(corpus)
+
+
+def small_config(corpus: Path, **training) -> RunConfig:
+    """Twenty steps of a model of about 20,000 weights."""
+    fields = {
+        "steps": 20,
+        "batch_size": 4,
+        "eval_every": 5,
+        "eval_batches": 2,
+        "sample_every": 10,
+        "sample_tokens": 8,
+        "checkpoint_every": 7,
+        "precision": "float32",
+        "compile": "off",
+        "device": "cpu",
+    }
+    return RunConfig(
+        model=ModelConfig(context_length=16, d_model=16, num_layers=2, num_heads=2),
+        data=DataConfig(corpus=str(corpus), tokenizer="bytes"),
+        optim=OptimConfig(lr=1e-2),
+        training=TrainingConfig(**fields | training),
+    )
+
+
+def small(*changes: str) -> list[str]:
+    """SMALL, with these settings in place of its own."""
+    names = {change.split("=")[0] for change in changes}
+    return [s for s in SMALL if s.split("=")[0] not in names] + list(changes)
+
+
+SMALL = [
+    "--model.context-length=16",
+    "--model.d-model=16",
+    "--model.num-layers=1",
+    "--model.num-heads=2",
+    "--data.tokenizer=bytes",
+    "--training.batch-size=4",
+    "--training.precision=float32",
+    "--training.compile=off",
+    "--training.sample-tokens=8",
+    "--training.eval-batches=2",
+]
+
+
+@pytest.fixture
+def clinometer(tmp_path):
+    """Run the command line in an empty folder, as a user would; returns the finished process."""
+
+    def call(*arguments, timeout=300, **options) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, **options.pop("env", {}), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+        return subprocess.run(
+            [sys.executable, "-m", "clinometer", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            cwd=options.pop("cwd", tmp_path),
+            env=environment,
+            **options,
+        )
+
+    return call
