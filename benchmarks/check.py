@@ -40,7 +40,7 @@ def model_and_closure(tokens: int, **sizes: int):
 def ours(label: str, tokens: int, **sizes: int) -> float:
     model, closure, _ = model_and_closure(tokens, **sizes)
     count = sum(p.numel() for p in model.parameters())
-    start = time.perf_counter()
+    start, used = time.perf_counter(), time.process_time()
 
     def show(done: int, total: int) -> None:
         print(f"\r  {done}/{total}  {time.perf_counter() - start:.0f} s", end="", flush=True)
@@ -50,7 +50,8 @@ def ours(label: str, tokens: int, **sizes: int) -> float:
     verdict = "all pass" if check.passed else check.render()
     print(
         f"\r{label:<26} {count:>12,} parameters  {len(check)} tensors  {seconds:8.2f} s  "
-        f"{check.evaluations} evaluations, peak {peak_gib():.1f} GiB, {verdict}"
+        f"(CPU {time.process_time() - used:.1f} s)  {check.evaluations} evaluations, "
+        f"peak {peak_gib():.1f} GiB, {verdict}"
     )
     return seconds
 

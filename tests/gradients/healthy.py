@@ -93,6 +93,22 @@ def image(name: str, **config: Any) -> Callable[[], Built]:
     return build
 
 
+def backbone() -> Built:
+    """Half of all users of BERT: its last hidden state and a head of their own; the pooler rests."""
+    from transformers import BertConfig, BertModel
+
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    model = nn.Module()
+    model.bert, model.head = BertModel(BertConfig(vocab_size=50, **small)).train(), nn.Linear(16, 3)
+    tokens = ids()
+
+    def loss():
+        first = model.bert(input_ids=tokens).last_hidden_state[:, 0]
+        return F.cross_entropy(model.head(first), torch.tensor([0, 2]))
+
+    return model, loss
+
+
 def clip() -> Built:
     from transformers import CLIPConfig, CLIPModel
 
@@ -149,6 +165,7 @@ TRANSFORMERS: dict[str, Callable[[], Built]] = {
     "stablelm": causal("StableLm", num_key_value_heads=2),
     "bert": masked("Bert"),
     "bert_classification": masked("Bert", "ForTokenClassification", num_labels=50),
+    "bert_backbone": backbone,
     "roberta": masked("Roberta"),
     "distilbert": masked("DistilBert", dim=16, n_layers=2, n_heads=2, hidden_dim=32),
     "electra": masked("Electra", embedding_size=16),
@@ -351,6 +368,24 @@ def mixture_by_gates() -> Built:
     return model, loss
 
 
+def mixture_by_index() -> Built:
+    """Experts that get no token run on an empty batch."""
+    model = nn.Module()
+    model.gate = nn.Linear(8, 4)
+    model.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(4))
+    inputs = torch.randn(2, 8)
+
+    def loss():
+        weights, chosen = model.gate(inputs).softmax(-1).topk(1)
+        out = torch.zeros_like(inputs)
+        for number, expert in enumerate(model.experts):
+            rows = torch.where(chosen == number)[0]
+            out = out.index_add(0, rows, expert(inputs[rows]) * weights[rows])
+        return out.square().mean()
+
+    return model, loss
+
+
 def complex_weights() -> Built:
     model = nn.Module()
     model.filter = nn.Parameter(torch.randn(5, dtype=torch.complex64))
@@ -420,6 +455,7 @@ TORCH: dict[str, Callable[[], Built]] = {
     "policy_gradient": reward_baseline,
     "gradient_penalty": gradient_penalty,
     "mixture_by_gates": mixture_by_gates,
+    "mixture_by_index": mixture_by_index,
     "complex": complex_weights,
     "metrics": metrics_on_the_way,
     "autocast": autocast,

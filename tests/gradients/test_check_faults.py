@@ -9,7 +9,7 @@ from tests.gradients.broken import Apply, BrokenLinear, BrokenNorm
 from torch import nn
 from torch.nn import functional as F
 
-from clinometer.gradients.check import check_gradients
+from clinometer.gradients.check import MOST_NARROWED, check_gradients
 
 
 def checked(layers, inputs=6, rows=12, **options):
@@ -273,3 +273,13 @@ def test_a_write_to_a_repeated_index_gets_a_wrong_gradient_from_torch_and_it_is_
     assert first in (0, 1)
     assert {entry.index[0] for entry in check["w"].wrong_entries} == {first}
     assert all(abs(entry.numeric) < entry.tolerance for entry in check["w"].wrong_entries)
+
+
+def test_a_fault_at_the_end_of_a_deep_network_is_not_looked_for_inside_every_tensor_before_it():
+    layers = [layer for _ in range(10) for layer in (nn.Linear(6, 6), nn.Tanh())]
+    check = checked([*layers, BrokenLinear(6, 6, lambda dx, dw, db, x, w, g: (-dx, 2 * dw, db))])
+    finding = the_fault(check)
+    assert len(finding.names) == 21
+    assert sum(check[name].narrowed is not None for name in check) == MOST_NARROWED
+    assert check["20.weight"].narrowed.factor == pytest.approx(2)
+    assert check.evaluations < 1100

@@ -1,7 +1,5 @@
 """Each planted fault is found, by its cause, at its line, for exactly its tensors; and nothing else is."""
 
-import math
-
 import pytest
 from tests.gradients.planted import cut_paths, loops, no_gradient, not_finite, zero_gradient
 
@@ -32,8 +30,15 @@ def test_a_planted_fault_is_found_at_its_line(planted):
     accused = [f for f in found.findings if f.severity == "fault" and f is not finding]
     assert not accused, text
     assert found.healthy == (planted.severity == "explained")
+    if finding.where is not None:
+        assert finding.where.source in found.render("en", width=400)
     for language in ("en", "zh"):
-        assert math.isfinite(len(found.render(language)))
+        assert finding.say("what", language) in found.render(language, width=400)
+        for part in ("what", "why", "remedy"):
+            assert "{" not in finding.say(part, language)
+        if planted.severity == "fault":
+            assert finding.say("why", language), f"{finding.key}.{finding.variant} does not say why"
+            assert finding.say("remedy", language), f"{finding.key}.{finding.variant} has no remedy"
 
 
 def test_there_are_at_least_eighty_planted_faults():

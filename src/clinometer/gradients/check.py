@@ -22,13 +22,14 @@ from clinometer.gradients.conclusions import conclude, not_finite, not_repeatabl
 from clinometer.gradients.differences import DIRECTIONS, Judgement
 from clinometer.gradients.double import LIFT, InDouble, in_double
 from clinometer.gradients.layers import LayerCheck, check_call
-from clinometer.gradients.localise import EntryCheck, Narrowed, check_entry, localise
+from clinometer.gradients.localise import EntryCheck, check_entry, localise
 from clinometer.gradients.own_precision import OwnGradients, check_at_own_precision
 from clinometer.gradients.probe import NotRepeatable, Probe
 from clinometer.gradients.subject import Subject
 from clinometer.gradients.untouched import Before, modules_named_by, untouched
 from clinometer.gradients.verdict import GradientCheck, TensorCheck
 
+MOST_NARROWED = 6
 Progress = Callable[[int, int], None]
 Indices = Mapping[str, Sequence[int | tuple[int, ...]]]
 
@@ -70,6 +71,7 @@ class _Check:
     asked: Mapping[str, list[tuple[int, ...]]]
     progress: Progress
     evaluations: int = 0
+    everything: Judgement | None = None
     layers: list[LayerCheck] = field(default_factory=list)
     functions: list[type] = field(default_factory=list)
     done: int = 0
@@ -95,14 +97,14 @@ class _Check:
             else:
                 return self._ladder(probe, own)
         self.layers = check_at_own_precision(self._capture(None), self.before.rewind, self.seed)
-        return self._result({}, [], None, broken=broken)
+        return self._result({}, [], None, loss=own.loss, broken=broken)
 
     def _ladder(self, probe: Probe, own: OwnGradients) -> GradientCheck:
         if not _finite(probe):
             return self._result({}, [not_finite(probe.here)], probe)
         calls = self._capture(self.mode)
         self.total = 1 + len(self.checked) + len(calls)
-        everything = probe.judge_everything(self.seed)
+        self.everything = probe.judge_everything(self.seed)
         self._step()
         tensors = {}
         for position, name in enumerate(self.checked):
@@ -114,7 +116,21 @@ class _Check:
                 self.layers.append(found)
             calls[position] = None  # its inputs are not needed any more
             self._step()
-        return self._result(tensors, [], probe, everything=everything)
+        self._narrow(probe, tensors)
+        return self._result(tensors, [], probe)
+
+    def _narrow(self, probe: Probe, tensors: dict[str, TensorCheck]) -> None:
+        """Look inside the wrong tensors that say most: a failing layer's own, then the farthest off.
+
+        A wrong backward spoils every tensor before it, and each costs some hundred evaluations.
+        """
+        own = {f"{layer.path}.{part}".lstrip(".") for layer in self.layers for part in layer.wrong_parts}
+        wrong = [tensor for tensor in tensors.values() if tensor.status == "wrong"]
+        wrong.sort(key=lambda tensor: (tensor.name not in own, -tensor.error / tensor.tolerance))
+        for position, tensor in enumerate(wrong[:MOST_NARROWED]):
+            least = 0.05 * tensor.error if abs(tensor.jump) > 0.01 * tensor.error else 0.0
+            narrowed = localise(probe, tensor.name, tensor.step, least, self.seed + position)
+            tensors[tensor.name] = replace(tensor, narrowed=narrowed)
 
     def _tensor(self, probe: Probe, name: str, seed: int, own: OwnGradients) -> TensorCheck:
         tensor = self.checked[name]
@@ -127,12 +143,8 @@ class _Check:
         last = judged[-1]
         verdicts = {one.verdict for one in judged}
         status = last.verdict if len(verdicts) == 1 or last.verdict == "passed" else _weakest(verdicts)
-        narrowed: Narrowed | None = None
         if status == "wrong":
             last = max(judged, key=lambda one: abs(one.error) / one.tolerance)
-            kinked = any(one.jump and abs(one.jump) > 0.01 * abs(one.error) for one in judged)
-            least = 0.05 * abs(last.error) if kinked else 0.0
-            narrowed = localise(probe, name, last.step, least, seed + 1)
         return TensorCheck(
             name,
             tuple(tensor.shape),
@@ -142,8 +154,9 @@ class _Check:
             last.numeric,
             last.tolerance,
             last.step,
+            last.jump,
             probe.gradients[name] is not None,
-            narrowed,
+            None,
             self._entries(probe, name),
             own.distance(name, probe.gradients[name]),
         )
@@ -186,7 +199,7 @@ class _Check:
         findings: list[Any],
         probe: Probe | None,
         *,
-        everything: Judgement | None = None,
+        loss: float = 0.0,
         broken: Exception | None = None,
     ) -> GradientCheck:
         tensors = {
@@ -206,7 +219,8 @@ class _Check:
             [*findings, *concluded],
             aliases=self.subject.canonical,
             size=self.subject.size,
-            loss=float("nan") if probe is None else probe.here,
+            everything=self.everything,
+            loss=loss if probe is None else probe.here,
             evaluations=self.evaluations,
             seconds=time.perf_counter() - self.started,
             held=[] if held is None else list(held.places.values()),

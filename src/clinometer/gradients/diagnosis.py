@@ -187,6 +187,8 @@ def explain(
             reasons[name] = before_any_run(tensor) or why_none(
                 name, subject, result.trace, result.flow, result.loss
             )
+        elif tensor.numel() == 0:
+            reasons[name] = "ok"
         elif not math.isfinite(size):
             continue  # below, when the forward has perhaps been run once more
         elif size == 0 and not math.isfinite(loss):

@@ -242,6 +242,8 @@ def packed(tensor: Tensor) -> Tensor:
 
 
 def _silent_channels(result: Tensor) -> Iterator[Tensor]:
+    if result.numel() == 0:  # an expert that got no token
+        return
     for dim in {result.dim() - 1, 1} if result.dim() > 1 else {0}:
         others = [d for d in range(result.dim()) if d != dim]
         yield (result.amax(others) if others else result) == 0

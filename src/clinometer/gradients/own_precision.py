@@ -31,6 +31,7 @@ class OwnGradients:
     """Of low-precision tensors, and only if the closure draws no random numbers: in float64 others come."""
     functions: list[type]
     """Custom autograd Functions in the graph."""
+    loss: float
 
     @classmethod
     def of(cls, closure: Closure, tensors: Mapping[str, Tensor], before: Before) -> OwnGradients:
@@ -41,9 +42,10 @@ class OwnGradients:
         loss = evaluate(closure)
         functions = custom_functions(loss)
         if not low or not torch.equal(state, torch.get_rng_state()):
-            return cls(dtypes, {}, functions)
+            return cls(dtypes, {}, functions, float(loss.detach()))
         found = backward(loss, low, lambda: evaluate(closure))
-        return cls(dtypes, {n: g for n, g in found.items() if g is not None}, functions)
+        kept = {name: grad for name, grad in found.items() if grad is not None}
+        return cls(dtypes, kept, functions, float(loss.detach()))
 
     def distance(self, name: str, exact: Tensor | None) -> float | None:
         """‖g − g₆₄‖ / ‖g₆₄‖; forgets the gradient it compared."""

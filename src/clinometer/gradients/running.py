@@ -17,8 +17,10 @@ from clinometer.gradients.graph import Graph, Node
 from clinometer.gradients.subject import Subject
 from clinometer.gradients.tracing import Trace
 from clinometer.gradients.untouched import Before
+from clinometer.gradients.where import Where
 from clinometer.gradients.why_partly import zero_lines
-from clinometer.messages import InputError
+from clinometer.gradients.why_zero import place_above
+from clinometer.messages import InputError, say
 
 
 @dataclass
@@ -55,6 +57,8 @@ def run(subject: Subject, closure: Closure, before: Before) -> Run:
         except RuntimeError as error:
             if "backward through the graph a second time" in str(error):
                 raise InputError("diagnosis.graph_used_up") from error
+            if "modified by an inplace operation" in str(error) and (where := _overwritten(result)):
+                error.add_note(say("diagnosis.overwritten", place=where.label, source=where.source))
             raise
     with torch.no_grad():
         for name, tensor in subject.tensors.items():
@@ -65,6 +69,20 @@ def run(subject: Subject, closure: Closure, before: Before) -> Run:
                 if lines != (None, None):
                     result.lines[name] = lines
     return result
+
+
+def _overwritten(run: Run) -> Where | None:
+    """Whose saved tensor was written over: to read it is refused with the error that stopped the backward."""
+    assert run.flow is not None
+    for node in run.flow.graph.nodes:
+        for name in dir(node):
+            if name.startswith("_saved_") and run.trace.may_read(node):
+                try:
+                    getattr(node, name)
+                except RuntimeError as error:
+                    if "modified by an inplace operation" in str(error):
+                        return run.trace.places.get(node) or place_above(node, run.flow)
+    return None
 
 
 def find_origin(subject: Subject, closure: Closure, before: Before) -> why_nonfinite.Origin | None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from clinometer.gradients.differences import Judgement
 from clinometer.gradients.document import (
     Document,
     Line,
@@ -39,6 +40,8 @@ class TensorCheck:
     numeric: float = 0.0
     tolerance: float = 0.0
     step: float = 0.0
+    jump: float = 0.0
+    """Right-hand minus left-hand slope, where the loss has a corner at the point."""
     has_gradient: bool = True
     narrowed: Narrowed | None = None
     entries: tuple[EntryCheck, ...] = ()
@@ -107,6 +110,7 @@ class GradientCheck(Result):
         *,
         aliases: Mapping[str, str],
         size: int,
+        everything: Judgement | None,
         loss: float,
         evaluations: int,
         seconds: float,
@@ -118,6 +122,8 @@ class GradientCheck(Result):
         """One verdict for each call of a module or custom Function that could be repeated alone."""
         self.findings = tuple(sorted(findings, key=lambda finding: finding.severity != FAULT))
         self.size = size
+        self.everything = everything
+        """One direction through all tensors at once."""
         self.loss = loss
         self.evaluations = evaluations
         self.seconds = seconds
@@ -150,6 +156,7 @@ class GradientCheck(Result):
             "passed": self.passed,
             "healthy": self.healthy,
             "loss": self.loss,
+            "everything": self.everything,
             "parameters": self.size,
             "evaluations": self.evaluations,
             "seconds": self.seconds,

@@ -107,6 +107,11 @@ def is_machinery(file: str) -> bool:
     )
 
 
+def is_installed(file: str) -> bool:
+    """Whether a file belongs to an installed package, not to the user's own project."""
+    return any(part in _INSTALLED for part in file.replace("\\", "/").split("/"))
+
+
 _MONITORING = os.path.join(os.path.dirname(_HERE), "monitoring")
 
 

@@ -15,7 +15,7 @@ from clinometer.gradients.mentions import may_be_skipped
 from clinometer.gradients.source import definition_of
 from clinometer.gradients.subject import Subject
 from clinometer.gradients.tracing import Trace
-from clinometer.gradients.where import Where
+from clinometer.gradients.where import Where, is_installed
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,8 @@ def why_none(name: str, subject: Subject, trace: Trace, flow: Flow | None, loss:
         return _cut(stray[0])
     if bit in trace.first_use:
         where = trace.first_use[bit]
+        if where is not None and is_installed(where.file):  # BertModel's pooler under a loss of one's own
+            return Reason("none", "not-reaching-loss", EXPLAINED, "extra_output", where)
         return Reason("none", "not-reaching-loss", FAULT, "", where)
     if skip := may_be_skipped(name, subject, trace):
         return Reason("none", "unused", EXPLAINED, skip, group=skip)

@@ -81,6 +81,8 @@ def read_clue(
     name = operation(node)
     gradient = next((g for g in out if g is not None), None)
     size = largest(gradient) or 0.0
+    if into[position].numel() == 0:  # pyright: ignore[reportOptionalMemberAccess]
+        return Clue("absent-rows", "empty", EXPLAINED)
     if is_custom(node):
         return Clue("zeroed", "function", FAULT, (("function", type(node)._forward_cls.__name__),))
     if _underflows(name, into[position], gradient, size):
@@ -133,7 +135,9 @@ def why_zero(
     op = where.op if where is not None else ""
     values.setdefault("op", op or operation(event.node).lower())
     nothing_learns = all(not size for size in sizes.values())
-    if cause == "zeroed":
+    if variant == "empty":
+        group = 0  # the same for every expert that got nothing
+    elif cause == "zeroed":
         where = definition_of(type(event.node)._forward_cls.backward) or where
     elif cause == "zero-weight-downstream" and variant == "product":
         factor = _other_factor(event.node, position)
@@ -144,6 +148,10 @@ def why_zero(
             values["op"] = where.op if where is not None else "relu"
         else:
             cause, variant, severity = _zero_factor(factor, subject, values)
+    elif variant == "forward" and (silent := _silent_below(event.node.next_functions[position][0], flow)):
+        cause, variant, severity, group = "dead-activation", "relu", FAULT, silent  # a power of its zeros
+        where = flow.trace.places.get(silent) or place_above(silent, flow)
+        values["op"] = where.op if where is not None else "relu"
     elif variant == "zero_constant" and "dropout" in op:
         variant = "dropout"
     elif (

@@ -105,6 +105,19 @@ def no_grad_around_a_deep_stack():
     return model, closure
 
 
+@fault("none", "cut", "0.*", "1.*")
+def two_lines_under_one_no_grad():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 1))
+
+    def closure():
+        with torch.no_grad():
+            h = model[0](x())  # <- here
+            h = model[1](h)
+        return model[2](h).mean()
+
+    return model, closure
+
+
 @fault("none", "cut", "encoder.*")
 def set_grad_enabled_false():
     model = Two()

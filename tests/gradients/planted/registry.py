@@ -2,7 +2,6 @@
 
 import fnmatch
 import inspect
-import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +49,3 @@ class Registry(list[Planted]):
 
     def explained(self, status: str, cause: str, *names: str):
         return self.fault(status, cause, *names, severity="explained")
-
-
-__all__ = ["HERE", "Planted", "Registry", "textwrap"]

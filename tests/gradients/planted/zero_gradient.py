@@ -52,6 +52,17 @@ def relu_module_after_a_bias_far_below_zero():
     return model, lambda: model(x()).mean()
 
 
+@fault("zero", "dead-activation", "*")
+def square_of_a_silent_relu():
+    model = nn.Linear(4, 1)
+
+    def closure():
+        h = torch.relu(model(x()) - 100)  # <- here
+        return h.square().mean() + 1
+
+    return model, closure
+
+
 @fault("zero", "dead-activation", "encoder.*")
 def gelu_far_below_zero():
     def function(h):
