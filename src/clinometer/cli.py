@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import sys
 from pathlib import Path
@@ -35,6 +36,9 @@ costs nothing on an idle machine and doubles the speed where another program wan
 
 def main() -> NoReturn:
     """Run the command in sys.argv; exits 0 fine, 1 a finding, 2 wrong use or bad input, 130 on Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a sign shows "?" instead
+            stream.reconfigure(errors="replace")
     arguments = sys.argv[1:]
     with_traceback = "--traceback" in arguments
     arguments = [a for a in arguments if a != "--traceback"]
@@ -49,6 +53,13 @@ def main() -> NoReturn:
             raise
         _console(stderr=True).print(
             _explain(error), style="red", markup=False, highlight=False, soft_wrap=True
+        )
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if with_traceback or not _is_out_of_memory(error):
+            raise
+        _console(stderr=True).print(
+            say("cli.memory", reason=error), style="red", markup=False, soft_wrap=True
         )
         sys.exit(2)
     except BrokenPipeError:  # `clinometer … | head`: whoever read us has had enough
@@ -132,10 +143,10 @@ def generate(
     )
 
 
-def export(run: Path, *, to: Path, checkpoint: str = "best") -> int:
+def export(run: Path, *, to: Path, checkpoint: str = "best", overwrite: bool = False) -> int:
     from clinometer.training import command
 
-    return command.export_command(_console(), run, to, checkpoint)
+    return command.export_command(_console(), run, to, checkpoint, overwrite)
 
 
 def import_(source: Path, *, run: Path, corpus: str = "python") -> int:
@@ -273,7 +284,17 @@ def _restart_with_settings() -> None:
         os.execv(sys.executable, [sys.executable, "-m", "clinometer", *sys.argv[1:]])
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error)
+
+
 def _console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
-    return Console(stderr=stderr)
+    class Unheard(Console):
+        """A console whose reader may leave (`… | head`): the work goes on, unseen."""
+
+        def on_broken_pipe(self) -> None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+    return Unheard(stderr=stderr)

@@ -59,7 +59,8 @@ def save_checkpoint(
     partial = folder / f".{final.name}.{os.getpid()}.tmp"
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
+        # `folder` is not made here: a run folder that was deleted must not come back as half of one.
+        partial.mkdir()
         tensors, groups = _flatten(optimizers)
         _save(partial / "model.safetensors", {n: t.detach() for n, t in model.state_dict().items()})
         _save(partial / "optimizer.safetensors", tensors)

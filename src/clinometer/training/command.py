@@ -12,9 +12,9 @@ from rich.console import Console
 
 from clinometer.lm.export import export_llama
 from clinometer.lm.generate import fit_prompt, generate
-from clinometer.messages import say
-from clinometer.training.checkpoint import checkpoints
-from clinometer.training.config import DataConfig, RunConfig
+from clinometer.messages import InputError, say
+from clinometer.training.checkpoint import checkpoints, step_of
+from clinometer.training.config import LARGEST_SEED, DataConfig, RunConfig
 from clinometer.training.display import RunDisplay, clock, printable, short_count
 from clinometer.training.loop import Outcome, train
 from clinometer.training.precision import choose_device, matmul_rate
@@ -42,6 +42,11 @@ def train_command(console: Console, config: RunConfig | None, run: Path | None, 
         raise
     try:
         return run_session(session, display)
+    except KeyboardInterrupt:  # the second one: it did not wait for the step in hand
+        if saved := checkpoints(session.folder.checkpoints):
+            path = session.folder.path
+            display.notice("train.interrupted", step=step_of(saved[-1]), path=saved[-1], run=path)
+        raise
     finally:
         session.close()
 
@@ -155,8 +160,21 @@ def generate_command(
     where = choose_device(device)
     trained = load_run(run, checkpoint, where)
     seed = secrets.randbits(32) if seed is None else seed
+    if not 0 <= seed <= LARGEST_SEED:
+        raise InputError("config.seed", field="--seed", value=seed, largest=LARGEST_SEED)
     ids = trained.tokenizer.encode(prompt) or begin_with(trained.tokenizer, trained.separated, "")
     window, dropped = fit_prompt(torch.tensor([ids], device=where), trained.model.config)
+    generator = torch.Generator(device=where).manual_seed(seed)
+    continuation = generate(  # made before anything is printed: it refuses wrong settings
+        trained.model,
+        window,
+        tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        generator=generator,
+        stop_id=trained.tokenizer.end_of_text_id,
+    )
     console.print(
         say("cli.from_checkpoint", step=trained.step, path=run, seed=seed),
         style="dim",
@@ -164,7 +182,8 @@ def generate_command(
     )
     if dropped:
         kept = window.shape[-1]
-        console.print(say("cli.prompt_cut", dropped=dropped, kept=kept), style="yellow", highlight=False)
+        told = say("cli.prompt_cut", dropped=dropped, kept=kept)
+        console.print(told, style="yellow", highlight=False, soft_wrap=True)
     on_terminal = sys.stdout.isatty()
     out = sys.stdout
     stream = trained.tokenizer.decode_stream()
@@ -174,18 +193,8 @@ def generate_command(
         out.flush()
 
     write(prompt)
-    generator = torch.Generator(device=where).manual_seed(seed)
     try:
-        for token in generate(
-            trained.model,
-            window,
-            tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            generator=generator,
-            stop_id=trained.tokenizer.end_of_text_id,
-        ):
+        for token in continuation:
             if int(token[0]) != trained.tokenizer.end_of_text_id:
                 write(stream.push(int(token[0])))
         write(stream.finish())
@@ -194,11 +203,18 @@ def generate_command(
     return 0
 
 
-def export_command(console: Console, run: Path, to: Path, checkpoint: str) -> int:
+def export_command(console: Console, run: Path, to: Path, checkpoint: str, overwrite: bool) -> int:
     """Write a folder that transformers opens."""
     trained = load_run(run, checkpoint)
     eot = trained.tokenizer.end_of_text_id if trained.separated else None
-    export_llama(trained.model, trained.model.config, to, end_of_text_id=eot, also=trained.tokenizer.save)
+    export_llama(
+        trained.model,
+        trained.model.config,
+        to,
+        end_of_text_id=eot,
+        overwrite=overwrite,
+        also=trained.tokenizer.save,
+    )
     console.print(say("cli.exported", path=to, step=trained.step), highlight=False, soft_wrap=True)
     return 0
 

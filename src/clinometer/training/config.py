@@ -15,6 +15,9 @@ from typing import Any, Literal
 from clinometer.lm.config import TransformerConfig
 from clinometer.messages import InputError
 
+LARGEST_SEED = 2**62
+"""Torch takes 64 bits; a sample adds the step to it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -52,11 +55,14 @@ class DataConfig:
 
     corpus: str = "python"
     tokenizer: str = "bpe"
-    vocab_size: int = 4096
+    vocab_size: int | None = None
     validation_fraction: float = 0.1
 
     def __post_init__(self) -> None:
-        _at_least("data.vocab_size", self.vocab_size, 1)
+        if not self.corpus:
+            raise InputError("config.empty_corpus")
+        if self.vocab_size is not None:
+            _at_least("data.vocab_size", self.vocab_size, 1)
         _between("data.validation_fraction", self.validation_fraction, 0.0001, 0.5)
 
 
@@ -78,7 +84,8 @@ class OptimConfig:
         _between("optim.weight_decay", self.weight_decay, 0.0, math.inf)
         if self.momentum is not None:
             _between("optim.momentum", self.momentum, 0.0, 1.0, open_end=True)
-        _between("optim.eps", self.eps, 0.0, math.inf)
+        if not (math.isfinite(self.eps) and self.eps > 0):  # a weight never pushed would be 0/0
+            raise InputError("config.above_zero", field="optim.eps", value=self.eps)
         if len(self.betas) != 2:
             raise InputError("config.pair", field="optim.betas", value=list(self.betas))
         for beta in self.betas:
@@ -132,6 +139,8 @@ class TrainingConfig:
             if getattr(self, name) is not None:
                 _at_least(f"training.{name}", getattr(self, name), 1)
         _at_least("training.seed", self.seed, 0)
+        if self.seed > LARGEST_SEED:
+            raise InputError("config.seed", field="training.seed", value=self.seed, largest=LARGEST_SEED)
         _at_least("training.sample_tokens", self.sample_tokens, 0)
         _one_of("training.precision", self.precision, ("auto", "float32", "bfloat16"))
         _one_of("training.compile", self.compile, ("auto", "on", "off"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import unicodedata
 from collections import deque
 from typing import Any
 
@@ -153,7 +154,17 @@ class _WideBar(BarColumn):
 
 def printable(text: str) -> str:
     """The text without control characters: a young model writes bytes a terminal would obey."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)
+    return "".join("�" if _commands(c) else c for c in text.replace("\r\n", "\n"))
+
+
+def _commands(character: str) -> bool:
+    """Whether a terminal might act on it: controls, halves of surrogates, reversals of writing direction."""
+    if character in "\n\t":
+        return False
+    return (
+        unicodedata.category(character) in ("Cc", "Cs")
+        or character in "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+    )
 
 
 def short_count(number: float) -> str:

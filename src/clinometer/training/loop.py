@@ -83,7 +83,7 @@ def train(session: Session, display: Display) -> Outcome:
                 save(session, display, must=bool(stop.signal) or at == last_step)
             if stop.signal:
                 return Outcome.INTERRUPTED if stop.signal == signal.SIGINT else Outcome.TERMINATED
-    return Outcome.DONE
+    return Outcome.DONE if session.weights_are_finite() else Outcome.NOT_FINITE
 
 
 def forward_backward(session: Session) -> tuple[float, float]:
@@ -188,11 +188,13 @@ def write_sample(session: Session, display: Display) -> None:
                 generator=generator,
                 stop_id=session.tokenizer.end_of_text_id,
             ):
-                ids.append(int(token[0]))
+                if int(token[0]) != session.tokenizer.end_of_text_id:
+                    ids.append(int(token[0]))
     except InputError as error:  # weights that are no longer finite: the run says so in its own way
         display.notice(error.key, **error.values)
         return
     text = training.sample_prompt + session.tokenizer.decode(ids)
+    session.must_be_there()
     session.folder.samples.mkdir(exist_ok=True)
     write_whole(session.folder.samples / f"step-{session.step:08d}.txt", text)
     display.sample(session.step, text)

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +28,8 @@ from clinometer.training import checkpoint
 from clinometer.training.config import FREE_ON_RESUME, RunConfig, differences
 from clinometer.training.precision import Choices, choose
 from clinometer.training.run_folder import Lines, RunFolder, describe_environment, write_whole
+
+DEFAULT_VOCABULARY = 4096
 
 TOKENIZER_CHARACTERS = 200_000_000
 """A tokenizer is trained on at most so much text; more changes the merges little and takes minutes."""
@@ -59,6 +62,7 @@ class Session:
 
     def checkpoint(self) -> Path:
         """Write everything the run needs to go on bit for bit."""
+        self.must_be_there()
         self.metrics.sync()
         self.skipped.sync()
         path = checkpoint.save_checkpoint(
@@ -82,6 +86,14 @@ class Session:
         checkpoint.prune(self.folder.checkpoints, self.config.training.keep, self.best_step)
         return path
 
+    def must_be_there(self) -> None:
+        """Raise `InputError` if the run folder was deleted or replaced under us."""
+        if self.metrics.vanished or not self.folder.config_file.exists():
+            raise InputError("run.vanished", path=self.folder.path, step=self.step)
+
+    def weights_are_finite(self) -> bool:
+        return all(bool(torch.isfinite(p).all()) for p in self.model.parameters())
+
     def close(self) -> None:
         self.metrics.close()
         self.skipped.close()
@@ -93,16 +105,16 @@ def start(config: RunConfig, path: Path, notices: Notices) -> Session:
 
     Raises `InputError` for a folder in use, a bad corpus or tokenizer, a device that is not there.
     """
-    from_stdin = config.data.corpus == "-"
-    corpus = None if from_stdin else open_corpus(config.data.corpus)
+    once = _is_stream(config.data.corpus)
+    corpus = None if once else open_corpus(config.data.corpus)
     existed = path.exists()
     folder = RunFolder.create(path, _with_full_paths(config))
     try:
-        if corpus is None:  # standard input cannot be read again on resume: the run keeps it
-            config = _keep_standard_input(config, folder)
+        if corpus is None:  # standard input, a pipe: it cannot be read again on resume, so the run keeps it
+            config = _keep_stream(config, folder)
             corpus = open_corpus(config.data.corpus)
         return _prepare(config, folder, corpus, notices, state=None, last=None)
-    except InputError:
+    except Exception:
         # Nothing was learned yet: a wrong setting must not cost a "run folder exists" on the next try.
         _remove_unstarted(folder, existed)
         raise
@@ -196,6 +208,8 @@ def _prepare(
     if state is None or state["choices"] is None:
         environment = describe_environment() | {"choices": dataclasses.asdict(choices)}
         write_whole(folder.environment_file, json.dumps(environment, indent=1, ensure_ascii=False))
+    if last is not None and state is not None:  # before anything is cut back to where it stood
+        checkpoint.load_checkpoint(last, model, optimizers if state["optimizers"] else ())
     session = Session(
         config=config,
         folder=folder,
@@ -207,8 +221,7 @@ def _prepare(
         metrics=Lines(folder.metrics_file, state["metrics_bytes"] if state else 0),
         skipped=Lines(folder.skipped_file, state["skipped_bytes"] if state else 0),
     )
-    if last is not None and state is not None:
-        checkpoint.load_checkpoint(last, model, optimizers if state["optimizers"] else ())
+    if state is not None:
         checkpoint.restore_random_state(state["random"])
         session.step = state["step"]
         session.skipped_in_a_row = state["skipped_in_a_row"]
@@ -244,12 +257,23 @@ def _tokenizer(config: RunConfig, folder: RunFolder, corpus: Corpus, notices: No
         case "bytes":
             tokenizer = byte_tokenizer()
         case "bpe":
-            notices.notice("train.tokenizer", vocab_size=config.data.vocab_size)
-            tokenizer = train_bpe(_training_text(config, corpus), config.data.vocab_size)
+            tokenizer = _train_tokenizer(config, corpus, notices)
         case path:
             tokenizer = Tokenizer.load(path)
     tokenizer.save(folder.tokenizer)
     return tokenizer
+
+
+def _train_tokenizer(config: RunConfig, corpus: Corpus, notices: Notices) -> Tokenizer:
+    """Of the size asked for; if none was, DEFAULT_VOCABULARY or as many tokens as the text can give."""
+    size = config.data.vocab_size or DEFAULT_VOCABULARY
+    notices.notice("train.tokenizer", vocab_size=size)
+    try:
+        return train_bpe(_training_text(config, corpus), size)
+    except InputError as error:
+        if config.data.vocab_size is not None or error.key != "text.vocab_large":
+            raise
+        return train_bpe(_training_text(config, corpus), error.values["largest"])
 
 
 def _training_text(config: RunConfig, corpus: Corpus) -> Iterator[str]:
@@ -283,11 +307,23 @@ def cache_folder(folder: RunFolder) -> Path:
     return folder.path / "cache"
 
 
-def _keep_standard_input(config: RunConfig, folder: RunFolder) -> RunConfig:
+def _is_stream(corpus: str) -> bool:
+    """Whether the corpus can be read only once: standard input, a named pipe, `<(command)`."""
+    path = Path(corpus)
+    return corpus == "-" or (path.exists() and not path.is_file() and not path.is_dir())
+
+
+def _keep_stream(config: RunConfig, folder: RunFolder) -> RunConfig:
     """The same configuration with its text in the run's own folder."""
     kept = folder.path.absolute() / "corpus.txt"
-    with kept.open("wb") as file:
-        shutil.copyfileobj(sys.stdin.buffer, file)
+    given = config.data.corpus
+    with (
+        kept.open("wb") as file,
+        nullcontext(sys.stdin.buffer) if given == "-" else open(given, "rb") as text,
+    ):
+        shutil.copyfileobj(text, file)
+    if not kept.stat().st_size:
+        raise InputError("config.empty_stream", given=given)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, corpus=str(kept)))
     write_whole(folder.config_file, config.to_toml())
     return config

@@ -52,6 +52,7 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             folder = cls(path)
             folder.lock()
+            folder.checkpoints.mkdir()
             write_whole(folder.config_file, config.to_toml())
         except OSError as error:
             raise InputError("run.not_writable", path=path, reason=error.strerror) from None
@@ -95,7 +96,13 @@ class Lines:
     """A file of JSON lines that grows, and can be cut back to where a checkpoint saw it."""
 
     def __init__(self, path: Path, size: int | None = None) -> None:
-        """Continue at byte `size`, dropping what came later; None to keep all there is."""
+        """Continue at byte `size`, dropping what came later; None to keep all there is.
+
+        Raises `InputError` if there is less: somebody has cut the file or taken it away.
+        """
+        found = path.stat().st_size if path.exists() else 0
+        if size is not None and found < size:
+            raise InputError("run.lines_lost", path=path, found=found, size=size)
         self._file = path.open("ab")
         if size is not None:
             self._file.truncate(size)
@@ -107,6 +114,11 @@ class Lines:
     @property
     def size(self) -> int:
         return os.fstat(self._file.fileno()).st_size
+
+    @property
+    def vanished(self) -> bool:
+        """Whether the file has been deleted under us: what is written goes nowhere."""
+        return os.fstat(self._file.fileno()).st_nlink == 0
 
     def sync(self) -> None:
         self._file.flush()

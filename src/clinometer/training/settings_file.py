@@ -27,7 +27,7 @@ def read_toml(path: Path) -> dict[str, dict[str, Any]]:
         raise InputError("config.unreadable", path=path, reason=error.strerror) from None
     try:
         table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise InputError("config.not_toml", path=path, reason=error) from None
 
     for section, values in table.items():
@@ -98,5 +98,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _spell(hint: Any) -> str:
+    if "tuple[float, float]" in str(hint):
+        return "[0.9, 0.95]"
     text = str(hint).replace("typing.", "").replace("<class '", "").replace("'>", "").replace(" | None", "")
     return text.removeprefix("Literal")

@@ -1,0 +1,180 @@
+"""What a tester broke, and what must happen instead."""
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from clinometer.messages import InputError
+from clinometer.training import prepare
+from clinometer.training.config import DataConfig, OptimConfig, TrainingConfig
+from clinometer.training.display import printable
+from clinometer.training.loop import Outcome, train
+from clinometer.training.run_folder import Lines, RunFolder
+from tests.training.conftest import SMALL, Silent, assert_refused, small, small_config
+
+
+def test_a_run_folder_deleted_while_training_stops_the_run_and_does_not_come_back_as_half_of_one(
+    config, tmp_path
+):
+    session = prepare.start(config, tmp_path / "run", Silent())
+    display = Silent()
+
+    def delete(row):
+        if row["step"] == 2:
+            shutil.rmtree(tmp_path / "run")
+
+    display.step = delete
+    with pytest.raises(InputError) as error:
+        train(session, display)
+    session.close()
+    assert error.value.key == "run.vanished"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_metrics_file_that_lost_rows_is_refused_and_not_filled_with_zeros(config, tmp_path):
+    session = prepare.start(config, tmp_path / "run", Silent())
+    assert train(session, Silent()) is Outcome.DONE
+    session.close()
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    whole = metrics.read_bytes()
+    metrics.unlink()
+    with pytest.raises(InputError) as error:
+        prepare.resume(tmp_path / "run", None, Silent())
+    assert error.value.key == "run.lines_lost"
+    assert not metrics.exists() or metrics.read_bytes() == b""
+    metrics.write_bytes(whole)
+    prepare.resume(tmp_path / "run", None, Silent()).close()
+    assert metrics.read_bytes() == whole
+
+
+def test_a_damaged_checkpoint_does_not_cost_the_rows_after_it(config, tmp_path):
+    session = prepare.start(config, tmp_path / "run", Silent())
+    train(session, Silent())
+    session.close()
+    lines = Lines(tmp_path / "run" / "metrics.jsonl")
+    lines.append(note="later")
+    lines.close()
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    (last,) = (tmp_path / "run" / "checkpoints").glob("step-00000020")
+    os.truncate(last / "optimizer.safetensors", 50)
+    with pytest.raises(InputError):
+        prepare.resume(tmp_path / "run", None, Silent())
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_reader_that_leaves_does_not_stop_the_training(corpus, tmp_path):
+    command = [sys.executable, "-m", "clinometer", "train", "--corpus", corpus, "--run", tmp_path / "run"]
+    process = subprocess.Popen(
+        [*map(str, command), *SMALL, "--training.steps=30"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.wait(timeout=120) == 0, process.stderr.read()
+    assert (tmp_path / "run" / "checkpoints" / "step-00000030").is_dir()
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_an_output_that_cannot_show_every_sign_still_works(clinometer, corpus, tmp_path, language):
+    ascii_only = {"PYTHONIOENCODING": "ascii", "CLINOMETER_LANG": language}
+    done = clinometer(
+        "train", "--corpus", corpus, "--run", "run", *small("--training.steps=2"), env=ascii_only
+    )
+    assert done.returncode == 0, done.stderr
+    done = clinometer("generate", "run", "--prompt", "从前", "--tokens", "3", env=ascii_only)
+    assert done.returncode == 0, done.stderr
+
+
+def test_seeds_that_torch_cannot_take_are_refused(call, corpus, tmp_path):
+    assert_refused(
+        call("train", "--corpus", corpus, "--run", "run", *SMALL, "--training.seed", 2**64), str(2**64)
+    )
+    assert not (tmp_path / "run").exists()
+    largest = TrainingConfig(seed=2**62)
+    assert largest.seed == 2**62
+    assert call("train", "--corpus", corpus, "--run", "run", *SMALL, "--training.steps=1")[0] == 0
+    for seed in (-1, 2**70):
+        _, out, _ = result = call("generate", "run", "--prompt", "a", "--seed", seed)
+        assert_refused(result, str(seed))
+        assert out == ""
+
+
+@pytest.mark.parametrize("wrong", [["--temperature", "nan"], ["--top-k", "0"], ["--top-p", "0"]])
+def test_a_wrong_sampling_setting_prints_nothing_before_the_error(call, corpus, wrong):
+    assert call("train", "--corpus", corpus, "--run", "run", *SMALL, "--training.steps=1")[0] == 0
+    code, out, _ = call("generate", "run", "--prompt", "hello", *wrong)
+    assert (code, out) == (2, "")
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_explained_and_the_name_stays_free(call, corpus, tmp_path):
+    (tmp_path / "big.toml").write_text("[training]\nbatch_size = 100000000000\n")
+    result = call("train", "--corpus", corpus, "--config", "big.toml", "--run", "run", *small()[:-5])
+    assert_refused(result, "batch_size", "memory")
+
+
+def test_text_from_a_pipe_is_kept_with_the_run(call, corpus, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_bytes(corpus.read_bytes()))
+    writer.start()
+    assert call("train", "--corpus", "pipe", "--run", "run", *SMALL, "--training.steps=1")[0] == 0
+    writer.join()
+    assert call("train", "--run", "run", "--resume", "--training.steps=2")[0] == 0
+    assert RunFolder(tmp_path / "run").config.data.corpus == str(tmp_path / "run" / "corpus.txt")
+
+
+def test_an_epsilon_of_zero_is_refused():
+    with pytest.raises(InputError) as error:
+        OptimConfig(eps=0.0)
+    assert error.value.key == "config.above_zero"
+
+
+def test_an_empty_corpus_name_is_not_the_current_folder(call):
+    assert_refused(call("train", "--corpus", "", "--run", "run", *SMALL), "data.corpus is empty")
+    with pytest.raises(InputError):
+        DataConfig(corpus="")
+
+
+def test_a_run_whose_weights_end_not_finite_is_not_called_done(corpus, tmp_path):
+    session = prepare.start(small_config(corpus, steps=3, sample_tokens=0), tmp_path / "run", Silent())
+    display = Silent()
+
+    def spoil(row):
+        if row["step"] == 3:
+            next(session.model.parameters()).data[0, 0] = float("inf")
+
+    display.step = spoil
+    assert train(session, display) is Outcome.NOT_FINITE
+    session.close()
+
+
+def test_text_is_shown_as_it_is_but_for_what_a_terminal_would_obey():
+    assert printable("\u3000从前\r\n👨\u200d👩 a\u00a0b\tc") == "\u3000从前\n👨\u200d👩 a\u00a0b\tc"
+    assert printable("\x1b[31mred\x00\u202e") == "�[31mred��"
+
+
+def test_a_small_text_gets_the_vocabulary_it_can_give_unless_a_size_was_asked_for(call, corpus, tmp_path):
+    settings = small("--data.tokenizer=bpe", "--training.steps=1")
+    assert call("train", "--corpus", corpus, "--run", "run", *settings)[0] == 0
+    assert_refused(
+        call("train", "--corpus", corpus, "--run", "other", *settings, "--data.vocab-size=4096"), "4096"
+    )
+
+
+def test_deeply_nested_toml_is_refused(call, tmp_path):
+    (tmp_path / "deep.toml").write_text("a=" + "[" * 20_000)
+    assert_refused(call("train", "--config", "deep.toml"), "deep.toml")
+
+
+def test_an_export_is_replaced_when_asked(call, corpus, tmp_path):
+    assert call("train", "--corpus", corpus, "--run", "run", *SMALL, "--training.steps=1")[0] == 0
+    assert call("export", "run", "--to", "out")[0] == 0
+    assert_refused(call("export", "run", "--to", "out"), "--overwrite")
+    assert call("export", "run", "--to", "out", "--overwrite")[0] == 0
