@@ -19,6 +19,8 @@ from clinometer.gradients.untouched import Before
 
 ROUGH = 0.05
 """Share of ‖g⊙v‖ that differences at low precision may be off before anyone is accused."""
+CANCELS = 1e-9
+"""Of the whole gradient: what is smaller cancels by construction (a key's bias), and is rounding alone."""
 _STEPS = (0.1, 0.03, 0.01)
 
 
@@ -32,6 +34,8 @@ class OwnGradients:
     functions: list[type]
     """Custom autograd Functions in the graph."""
     loss: float
+    size: float = 0.0
+    """Norm of all of them together."""
 
     @classmethod
     def of(cls, closure: Closure, tensors: Mapping[str, Tensor], before: Before) -> OwnGradients:
@@ -45,7 +49,8 @@ class OwnGradients:
             return cls(dtypes, {}, functions, float(loss.detach()))
         found = backward(loss, low, lambda: evaluate(closure))
         kept = {name: grad for name, grad in found.items() if grad is not None}
-        return cls(dtypes, kept, functions, float(loss.detach()))
+        size = sum(float(torch.linalg.vector_norm(grad)) ** 2 for grad in kept.values()) ** 0.5
+        return cls(dtypes, kept, functions, float(loss.detach()), size)
 
     def distance(self, name: str, exact: Tensor | None) -> float | None:
         """‖g − g₆₄‖ / ‖g₆₄‖; forgets the gradient it compared."""
@@ -53,7 +58,9 @@ class OwnGradients:
         if own is None or exact is None:
             return None
         size = float(torch.linalg.vector_norm(exact))
-        return float(torch.linalg.vector_norm(own.to(exact.dtype) - exact)) / size if size else None
+        if size <= CANCELS * self.size:
+            return None
+        return float(torch.linalg.vector_norm(own.to(exact.dtype) - exact)) / size
 
 
 def check_at_own_precision(calls: list[Call], rewind: Callable[[], None], seed: int) -> list[LayerCheck]:
