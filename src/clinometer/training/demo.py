@@ -49,7 +49,7 @@ def demo_command(console: Console, run: Path | None, quick: bool) -> int:
         if code == 0:
             look(console, display, session)
             console.print()
-            console.print(say("demo.end", run=session.folder.path), highlight=False, soft_wrap=True)
+            console.print(say("demo.end", run=session.folder.path), highlight=False)
         return code
     finally:
         session.close()

@@ -121,7 +121,8 @@ class RunDisplay:
             self._progress, self._bar_key = None, ""
 
     def _say(self, key: str, **values: Any) -> None:
-        self.console.print(say(key, **values), highlight=False, markup=False, soft_wrap=True)
+        text = say(key, **values)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=not self._live)
 
     def _line(self, row: dict[str, Any]) -> str:
         speed = self.tokens_per_second()
