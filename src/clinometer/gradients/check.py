@@ -6,6 +6,7 @@ Function alone, which names the layer whose backward is wrong.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -91,6 +92,8 @@ class _Check:
             try:
                 probe.begin(look=self._look)
             except NotRepeatable:
+                if not math.isfinite(probe.here):  # NaN differs from itself: no sign of randomness
+                    return self._result({}, [not_finite(probe.here)], probe)
                 return self._result({}, [not_repeatable(self._loss, mode)], probe)
             except Exception as error:  # it ran at its own precision, so float64 is what it cannot do
                 broken = error
@@ -243,6 +246,6 @@ def _weakest(verdicts: set[str]) -> Any:
 
 
 def _finite(probe: Probe) -> bool:
-    return bool(torch.isfinite(torch.tensor(probe.here))) and all(
+    return math.isfinite(probe.here) and all(
         grad is None or bool(torch.isfinite(grad).all()) for grad in probe.gradients.values()
     )
