@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from clinometer.gradients.check import check_gradients
 from clinometer.gradients.diagnosis import diagnose
+from clinometer.messages import InputError
 
 
 @pytest.mark.parametrize("target", [float("nan"), float("inf")])
@@ -95,3 +96,29 @@ def test_nobody_asks_a_bias_that_cancels_to_move():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     found = diagnose(model, lambda: model(x).square().mean(), optimizer=optimizer)
     assert not [f for f in found.findings if f.cause == "never-moves"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_check_tells_a_closure_that_calls_backward_itself(dtype):
+    model, x = nn.Linear(4, 1).to(dtype), torch.randn(3, 4, dtype=dtype)
+
+    def loss():
+        value = model(x).square().mean()
+        value.backward()
+        return value
+
+    with pytest.raises(InputError, match="calls backward itself"):
+        check_gradients(model, loss)
+
+
+def test_a_bias_that_cancels_is_not_called_imprecise():
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+    x = torch.randn(6, 4)
+    assert not check_gradients(model, lambda: model(x).square().mean()).findings
+
+
+def test_frozen_tensors_are_counted_apart():
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1)), torch.randn(3, 4)
+    model[0].requires_grad_(False)
+    check = check_gradients(model, lambda: model(x).square().mean())
+    assert "2 of 4 tensors pass; 2 are frozen" in check.render("en")

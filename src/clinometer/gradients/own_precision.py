@@ -47,13 +47,15 @@ class OwnGradients:
         kept = {name: grad for name, grad in found.items() if grad is not None}
         return cls(dtypes, kept, functions, float(loss.detach()))
 
-    def distance(self, name: str, exact: Tensor | None) -> float | None:
-        """‖g − g₆₄‖ / ‖g₆₄‖; forgets the gradient it compared."""
+    def distance(self, name: str, exact: Tensor | None, negligible: float = 0.0) -> float | None:
+        """‖g − g₆₄‖ / ‖g₆₄‖, where ‖g₆₄‖ is more than `negligible`; forgets the gradient it compared."""
         own = self.gradients.pop(name, None)
         if own is None or exact is None:
             return None
         size = float(torch.linalg.vector_norm(exact))
-        return float(torch.linalg.vector_norm(own.to(exact.dtype) - exact)) / size if size else None
+        return (
+            float(torch.linalg.vector_norm(own.to(exact.dtype) - exact)) / size if size > negligible else None
+        )
 
 
 def check_at_own_precision(calls: list[Call], rewind: Callable[[], None], seed: int) -> list[LayerCheck]:
