@@ -6,6 +6,7 @@ Function alone, which names the layer whose backward is wrong.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,7 @@ from clinometer.gradients.probe import NotRepeatable, Probe
 from clinometer.gradients.subject import Subject
 from clinometer.gradients.untouched import Before, modules_named_by, untouched
 from clinometer.gradients.verdict import GradientCheck, TensorCheck
+from clinometer.messages import InputError
 
 MOST_NARROWED = 6
 Progress = Callable[[int, int], None]
@@ -76,6 +78,8 @@ class _Check:
     functions: list[type] = field(default_factory=list)
     done: int = 0
     total: int = 0
+    negligible: float = 0.0
+    """The norm of a gradient below which it is rounding: one that cancels by construction."""
 
     def run(self) -> GradientCheck:
         self.started = time.perf_counter()
@@ -91,7 +95,11 @@ class _Check:
             try:
                 probe.begin(look=self._look)
             except NotRepeatable:
+                if not math.isfinite(probe.here):  # NaN differs from itself: no sign of randomness
+                    return self._result({}, [not_finite(probe.here)], probe)
                 return self._result({}, [not_repeatable(self._loss, mode)], probe)
+            except InputError:
+                raise
             except Exception as error:  # it ran at its own precision, so float64 is what it cannot do
                 broken = error
             else:
@@ -105,6 +113,8 @@ class _Check:
         calls = self._capture(self.mode)
         self.total = 1 + len(self.checked) + len(calls)
         self.everything = probe.judge_everything(self.seed)
+        sizes = (float(torch.linalg.vector_norm(g)) for g in probe.gradients.values() if g is not None)
+        self.negligible = 1e-12 * max(sizes, default=0.0)
         self._step()
         tensors = {}
         for position, name in enumerate(self.checked):
@@ -158,7 +168,7 @@ class _Check:
             probe.gradients[name] is not None,
             None,
             self._entries(probe, name),
-            own.distance(name, probe.gradients[name]),
+            own.distance(name, probe.gradients[name], self.negligible),
         )
 
     def _entries(self, probe: Probe, name: str) -> tuple[EntryCheck, ...]:
@@ -223,6 +233,7 @@ class _Check:
             loss=loss if probe is None else probe.here,
             evaluations=self.evaluations,
             seconds=time.perf_counter() - self.started,
+            frozen=sum(not t.requires_grad for t in self.subject.tensors.values()),
             held=[] if held is None else list(held.places.values()),
         )
 
@@ -243,6 +254,6 @@ def _weakest(verdicts: set[str]) -> Any:
 
 
 def _finite(probe: Probe) -> bool:
-    return bool(torch.isfinite(torch.tensor(probe.here))) and all(
+    return math.isfinite(probe.here) and all(
         grad is None or bool(torch.isfinite(grad).all()) for grad in probe.gradients.values()
     )

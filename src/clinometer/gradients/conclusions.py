@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -166,7 +167,9 @@ def not_repeatable(run: Callable[[], Tensor], mode: AbstractContextManager[Any])
 
 
 def not_finite(loss: float) -> Finding:
-    return _finding("not_finite", FAULT, [], values={"loss": format_number(loss, place="")})
+    key = "check.not_finite_gradient" if math.isfinite(loss) else "check.not_finite"
+    values = {"loss": format_number(loss, place="")}
+    return Finding("not-finite", "explained", FAULT, key, values=values)
 
 
 def _finding(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.optim import Optimizer
@@ -164,7 +164,8 @@ def diagnose(params: Any, closure: Closure | None = None, *, optimizer: Optimize
         result = run(subject, closure, before)
         reasons, origin = explain(subject, closure, result, before)
         reasons = _without_chance(subject, closure, reasons)
-        findings = loop_findings.of_run(subject, result, optimizer, before)
+        reasons, apart = _kept_apart(reasons, loop_findings.outside(subject, optimizer))
+        findings = loop_findings.of_run(subject, result, optimizer, before, apart)
         nodes = len(result.flow.graph.nodes) if result.flow else 0
     entries, found = collect(subject, reasons)
     if origin is not None and not any(f.status == "non-finite" for f in found):
@@ -223,6 +224,22 @@ def _without_chance(
         return reasons
     chance = Reason("none", "unused", EXPLAINED, "chance", group=0)
     return {**reasons, **dict.fromkeys(used_by_chance(subject, closure, unused), chance)}
+
+
+def _kept_apart(
+    reasons: dict[str, Reason | str], outside: set[str]
+) -> tuple[dict[str, Reason | str], set[str]]:
+    """Cut by detach() or no_grad(), and not in the optimizer either: two signs of one intention.
+
+    So it is with a target network, a teacher, or the generator while the discriminator learns.
+    """
+    apart = {
+        name: replace(reason, severity=EXPLAINED, variant="apart")
+        for name, reason in reasons.items()
+        if name in outside and isinstance(reason, Reason) and reason.cause == "cut"
+        if reason.variant in ("detach", "no_grad", "inference_mode")
+    }
+    return {**reasons, **apart}, set(apart)
 
 
 def collect(subject: Subject, reasons: Mapping[str, Reason | str]) -> tuple[dict[str, Entry], list[Finding]]:

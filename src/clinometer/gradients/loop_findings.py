@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -18,16 +18,25 @@ from clinometer.gradients.where import Where
 from clinometer.gradients.wording import format_number
 
 
-def standing(subject: Subject, optimizer: Optimizer | None) -> list[Finding]:
+def standing(subject: Subject, optimizer: Optimizer | None, apart: Collection[str] = ()) -> list[Finding]:
     """What can be said without running anything."""
     if optimizer is None:
         return []
-    return [*_membership(subject, optimizer), *_learning_rates(optimizer)]
+    return [*_membership(subject, optimizer, apart), *_learning_rates(optimizer)]
 
 
-def of_run(subject: Subject, run: Run, optimizer: Optimizer | None, before: Before) -> list[Finding]:
-    """What one forward and backward, and one optimizer step that is taken back, show."""
-    found = [*standing(subject, optimizer), *_hidden(subject, run, optimizer), *_piled_up(subject, before)]
+def of_run(
+    subject: Subject, run: Run, optimizer: Optimizer | None, before: Before, apart: Collection[str] = ()
+) -> list[Finding]:
+    """What one forward and backward, and one optimizer step that is taken back, show.
+
+    Nothing is said of the membership of those that are `apart` on purpose.
+    """
+    found = [
+        *standing(subject, optimizer, apart),
+        *_hidden(subject, run, optimizer),
+        *_piled_up(subject, before),
+    ]
     if "clipped" in run.trace.amp:
         found.append(_loop("unscaled-amp", FAULT, (), where=run.trace.amp["clipped"]))
     if optimizer is not None and run.flow is not None and _steps_alone(optimizer):
@@ -35,7 +44,18 @@ def of_run(subject: Subject, run: Run, optimizer: Optimizer | None, before: Befo
     return found
 
 
-def _membership(subject: Subject, optimizer: Optimizer) -> Iterator[Finding]:
+def outside(subject: Subject, optimizer: Optimizer | None) -> set[str]:
+    """The tensors that this optimizer leaves alone, if it was made for others of the model."""
+    if optimizer is None:
+        return set()
+    held = _held(optimizer)
+    ours = {name for name, tensor in subject.tensors.items() if id(tensor) in held}
+    if len(ours) < len(held):  # it holds strangers too: most likely stale
+        return set()
+    return set(subject.tensors) - ours if ours else set()
+
+
+def _membership(subject: Subject, optimizer: Optimizer, apart: Collection[str]) -> Iterator[Finding]:
     held = _held(optimizer)
     ours = {id(tensor) for tensor in subject.tensors.values()}
     missing = [n for n, t in subject.tensors.items() if t.requires_grad and t.is_leaf and id(t) not in held]
@@ -44,7 +64,7 @@ def _membership(subject: Subject, optimizer: Optimizer) -> Iterator[Finding]:
     replaced = [name for name in missing if tuple(subject.tensors[name].shape) in strangers]
     if replaced:
         yield _loop("stale-in-optimizer", FAULT, tuple(replaced), stale=len(strangers))
-    if rest := tuple(name for name in missing if name not in replaced):
+    if rest := tuple(name for name in missing if name not in replaced and name not in apart):
         yield _loop("not-in-optimizer", FAULT, rest)
 
 
@@ -128,11 +148,17 @@ def _one_step(subject: Subject, run: Run, optimizer: Optimizer, before: Before) 
     if zero:
         yield _loop("moved-while-frozen", EXPLAINED, zero, variant="zero_gradient")
     should = [n for n, t in ours.items() if t.requires_grad and run.sizes[n] and rates[id(t)].get("lr", 1.0)]
+    should = [name for name in should if not _is_rounding(ours[name], run)]
     still = tuple(name for name in should if name not in moved)
     if still:
         scheduled = all("initial_lr" in rates[id(ours[name])] for name in still)
         severity = FAULT if len(still) == len(should) and not scheduled else EXPLAINED
         yield _loop("never-moves", severity, still, dtype=str(ours[still[0]].dtype).removeprefix("torch."))
+
+
+def _is_rounding(tensor: Tensor, run: Run) -> bool:
+    """Whether its gradient cancels by construction: nobody expects such a one to move."""
+    return run.flow is not None and run.flow.graph.leaves.get(id(tensor)) in run.flow.cancelled
 
 
 def _steps_alone(optimizer: Optimizer) -> bool:

@@ -13,6 +13,7 @@ from torch.autograd.graph import _engine_run_backward
 from clinometer.gradients.constants import Held
 from clinometer.gradients.differences import EPS, ROUNDING, Along, Judgement, direction, judge, reals
 from clinometer.gradients.double import Doubled
+from clinometer.messages import InputError
 
 Mask = Callable[[Tensor], Tensor]
 
@@ -172,6 +173,8 @@ def backward(
             accumulate_grad=False,
         )
     except RuntimeError as error:
+        if "backward through the graph a second time" in str(error):
+            raise InputError("check.graph_used_up") from error
         if "heckpoint" not in str(error):
             raise
         # Reentrant checkpointing works only with gradients that are accumulated.

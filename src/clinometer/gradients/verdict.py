@@ -114,6 +114,7 @@ class GradientCheck(Result):
         loss: float,
         evaluations: int,
         seconds: float,
+        frozen: int = 0,
         held: Sequence[Where] = (),
     ) -> None:
         self._tensors = dict(tensors)
@@ -127,6 +128,8 @@ class GradientCheck(Result):
         self.loss = loss
         self.evaluations = evaluations
         self.seconds = seconds
+        self.frozen = frozen
+        """How many ask for no gradient, so that there is nothing to check."""
         self.held = tuple(held)
         """Lines whose values the gradient treats as constant; so did the check."""
 
@@ -191,8 +194,11 @@ class GradientCheck(Result):
                 )
             )
         elif passed:
-            total = format_count(len(self._tensors))
-            lines.append(Line(sentence("check.passed_of", language, count=format_count(passed), total=total)))
+            total, frozen = format_count(len(self._tensors)), format_count(self.frozen)
+            key = "check.passed_of_frozen" if self.frozen else "check.passed_of"
+            values = {"count": format_count(passed), "total": total}
+            values |= {"frozen": frozen} if self.frozen else {}
+            lines.append(Line(sentence(key, language, **values)))
         looked = sentence(
             "check.looked_at",
             language,

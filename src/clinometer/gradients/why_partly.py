@@ -63,27 +63,26 @@ def why_partly(
     for consumer, _ in above:
         if operation(consumer) in PRODUCT | {"NativeLayerNorm", "NativeBatchNorm", "Add", "Mul"}:
             if rows is not None and (found := _silent(consumer, rows, flow, up=True)):
-                return _dead(found, flow)
+                return _dead(*found, flow)
             if columns is not None and (found := _silent(consumer, columns, flow, up=False)):
-                return _dead(found, flow)
+                return _dead(*found, flow)
     return None
 
 
-def _dead(node: Node, flow: Flow) -> Reason:
+def _dead(node: Node, dead: Tensor, flow: Flow) -> Reason:
     where = flow.trace.places.get(node) or place_above(node, flow)
-    dead = flow.dead[node][0]
     values = {"zero": int(dead.sum()), "all": len(dead)}
     return Reason("partly-zero", "dead-activation", EXPLAINED, "units", where, values, group=node)
 
 
-def _silent(start: Node, zero: Tensor, flow: Flow, up: bool, most: int = 12) -> Node | None:
-    """A ReLU nearby, towards the loss or away from it, that was silent in (at least) these channels."""
+def _silent(start: Node, zero: Tensor, flow: Flow, up: bool, most: int = 12) -> tuple[Node, Tensor] | None:
+    """A ReLU nearby, towards the loss or away from it, silent in (at least) these channels; which it was."""
     queue, seen = [start], {start}
     while queue and len(seen) <= most:
         now = queue.pop(0)
         for channels in flow.dead.get(now, ()):
             if len(channels) == len(zero) and bool((channels | ~zero).all()):
-                return now
+                return now, channels
         if now is not start and operation(now) in PRODUCT | RELU:
             continue
         if up:

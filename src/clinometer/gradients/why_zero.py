@@ -83,6 +83,8 @@ def read_clue(
     size = largest(gradient) or 0.0
     if into[position].numel() == 0:  # pyright: ignore[reportOptionalMemberAccess]
         return Clue("absent-rows", "empty", EXPLAINED)
+    if name == "IndexPut" and position == 0 and _only_empty_below(node):
+        return Clue("absent-rows", "empty", EXPLAINED)
     if is_custom(node):
         return Clue("zeroed", "function", FAULT, (("function", type(node)._forward_cls.__name__),))
     if _underflows(name, into[position], gradient, size):
@@ -91,6 +93,8 @@ def read_clue(
         return Clue("zero-loss-gradient", "ignored" if _all_ignored(saved) else "minimum")
     if name in RELU:
         return Clue("dead-activation", "relu")
+    if "Softmax" in name and gradient is not None and _runs_over_one(gradient, saved("dim")):
+        return Clue("dead-activation", "single")
     if name in SMOOTH:
         return Clue("dead-activation", "saturated")
     if name in CLAMP:
@@ -112,6 +116,25 @@ def read_clue(
     if name in ("Exp", "Exp2", "Pow", "Prod", "Abs", "Cumprod"):
         return Clue("underflow" if name.startswith("Exp") else "zero-weight-downstream", "forward", EXPLAINED)
     return Clue("structural", "cancels", EXPLAINED) if name in SUM else Clue("unknown", "", EXPLAINED)
+
+
+def _only_empty_below(node: Node) -> bool:
+    """Whether all that was written before into the same tensor (o[mask] = …) had no entry: idle experts."""
+    shapes = []
+    below = node.next_functions[0][0]
+    while below is not None and operation(below) == "IndexPut":
+        written = below.next_functions[1][0]
+        if written is not None:
+            shapes.append(written._input_metadata[below.next_functions[1][1]].shape)
+        below = below.next_functions[0][0]
+    return below is None and bool(shapes) and all(0 in shape for shape in shapes)
+
+
+def _runs_over_one(gradient: Tensor, dim: int | None) -> bool:
+    """Whether a softmax has one value to choose from, so that its result is 1 whatever goes in."""
+    if dim is None or not gradient.dim():
+        return False
+    return gradient.shape[dim - 2**64 if dim >= 2**63 else dim] == 1
 
 
 def why_zero(
