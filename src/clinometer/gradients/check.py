@@ -78,8 +78,6 @@ class _Check:
     functions: list[type] = field(default_factory=list)
     done: int = 0
     total: int = 0
-    negligible: float = 0.0
-    """The norm of a gradient below which it is rounding: one that cancels by construction."""
 
     def run(self) -> GradientCheck:
         self.started = time.perf_counter()
@@ -113,8 +111,6 @@ class _Check:
         calls = self._capture(self.mode)
         self.total = 1 + len(self.checked) + len(calls)
         self.everything = probe.judge_everything(self.seed)
-        sizes = (float(torch.linalg.vector_norm(g)) for g in probe.gradients.values() if g is not None)
-        self.negligible = 1e-12 * max(sizes, default=0.0)
         self._step()
         tensors = {}
         for position, name in enumerate(self.checked):
@@ -168,7 +164,7 @@ class _Check:
             probe.gradients[name] is not None,
             None,
             self._entries(probe, name),
-            own.distance(name, probe.gradients[name], self.negligible),
+            own.distance(name, probe.gradients[name]),
         )
 
     def _entries(self, probe: Probe, name: str) -> tuple[EntryCheck, ...]:

@@ -52,21 +52,15 @@ class OwnGradients:
         size = sum(float(torch.linalg.vector_norm(grad)) ** 2 for grad in kept.values()) ** 0.5
         return cls(dtypes, kept, functions, float(loss.detach()), size)
 
-    def distance(self, name: str, exact: Tensor | None, negligible: float = 0.0) -> float | None:
-        """‖g − g₆₄‖ / ‖g₆₄‖, where ‖g₆₄‖ is more than `negligible`; forgets the gradient it compared."""
+    def distance(self, name: str, exact: Tensor | None) -> float | None:
+        """‖g − g₆₄‖ / ‖g₆₄‖; forgets the gradient it compared."""
         own = self.gradients.pop(name, None)
         if own is None or exact is None:
             return None
         size = float(torch.linalg.vector_norm(exact))
-<<<<<<< HEAD
         if size <= CANCELS * self.size:
             return None
         return float(torch.linalg.vector_norm(own.to(exact.dtype) - exact)) / size
-=======
-        return (
-            float(torch.linalg.vector_norm(own.to(exact.dtype) - exact)) / size if size > negligible else None
-        )
->>>>>>> breaker
 
 
 def check_at_own_precision(calls: list[Call], rewind: Callable[[], None], seed: int) -> list[LayerCheck]:
