@@ -178,3 +178,10 @@ def test_an_export_is_replaced_when_asked(call, corpus, tmp_path):
     assert call("export", "run", "--to", "out")[0] == 0
     assert_refused(call("export", "run", "--to", "out"), "--overwrite")
     assert call("export", "run", "--to", "out", "--overwrite")[0] == 0
+
+
+def test_a_start_that_was_killed_in_its_first_instant_can_be_made_again(call, corpus, tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / ".lock").touch()
+    (tmp_path / "run" / ".config.toml.123.tmp").touch()
+    assert call("train", "--corpus", corpus, "--run", "run", *SMALL, "--training.steps=1")[0] == 0

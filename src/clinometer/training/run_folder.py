@@ -46,13 +46,13 @@ class RunFolder:
         """A new folder with its config.toml. Raises `InputError` if there is something at `path` already."""
         if path.is_dir() and (path / "config.toml").exists():
             raise InputError("run.exists", path=path)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and (not path.is_dir() or not _is_unused(path)):
             raise InputError("run.not_empty", path=path)
         try:
             path.mkdir(parents=True, exist_ok=True)
             folder = cls(path)
             folder.lock()
-            folder.checkpoints.mkdir()
+            folder.checkpoints.mkdir(exist_ok=True)
             write_whole(folder.config_file, config.to_toml())
         except OSError as error:
             raise InputError("run.not_writable", path=path, reason=error.strerror) from None
@@ -90,6 +90,16 @@ class RunFolder:
                 for line in file:
                     if line.endswith("\n"):
                         yield json.loads(line)
+
+
+def _is_unused(path: Path) -> bool:
+    """Whether a folder holds nothing, or only what a trainer killed in its first instant left there."""
+    ours = {".lock", "checkpoints"}
+    return all(
+        (entry.name in ours or entry.name.startswith(".config.toml."))
+        and not (entry.is_dir() and any(entry.iterdir()))
+        for entry in path.iterdir()
+    )
 
 
 class Lines:
