@@ -16,10 +16,10 @@ from tests.training.conftest import small
 STEPS = 40
 
 
-def start(run, corpus, *more):
+def start(run, corpus, *more, steps=STEPS):
     command = [sys.executable, "-m", "clinometer", "train", "--run", str(run)]
     if not (run / "config.toml").exists():
-        command += ["--corpus", str(corpus), *small(f"--training.steps={STEPS}", *more)]
+        command += ["--corpus", str(corpus), *small(f"--training.steps={steps}", *more)]
     else:
         command += ["--resume"]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -65,19 +65,18 @@ def test_a_compiled_run_that_was_stopped_and_resumed_has_the_same_bytes(corpus, 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(corpus, tmp_path):
     chance = random.Random(0)
-    finish(start(tmp_path / "whole", corpus, "--training.checkpoint-every=2"))
+    settings = {"steps": 800}
+    often = "--training.checkpoint-every=2"
+    finish(start(tmp_path / "whole", corpus, often, **settings))
     kills = 0
-    process = start(tmp_path / "killed", corpus, "--training.checkpoint-every=2")
-    while kills < 20:
-        time.sleep(chance.uniform(0.5, 6.0))
-        if process.poll() is not None:
-            if process.returncode == 0:
-                break
-        else:
+    process = start(tmp_path / "killed", corpus, often, **settings)
+    while kills < 20 and process.poll() is None:
+        time.sleep(chance.uniform(0.5, 4.0))
+        if process.poll() is None:
             os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        kills += 1
-        process = start(tmp_path / "killed", corpus, "--training.checkpoint-every=2")
+            process.wait()
+            kills += 1
+            process = start(tmp_path / "killed", corpus, often, **settings)
     finish(process)
-    assert kills > 0
+    assert kills >= 3
     assert_same_bytes(tmp_path / "whole", tmp_path / "killed")
