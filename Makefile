@@ -22,6 +22,8 @@ check: .venv/.installed-dev
 bench: .venv/.installed-dev
 	$(BIN)/python -m benchmarks.optimizer
 	$(BIN)/python -m benchmarks.generation
+	$(BIN)/python -m benchmarks.diagnosis
+	$(BIN)/python -m benchmarks.check
 	$(if $(TEXT),$(BIN)/python -m benchmarks.tokenizer --text $(TEXT))
 	$(if $(and $(NANOGPT),$(TEXT)),$(BIN)/python -m benchmarks.training --nanogpt $(NANOGPT) --text $(TEXT))
 

@@ -1,5 +1,6 @@
 """What a tester broke, and what must happen instead."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -185,3 +186,19 @@ def test_a_start_that_was_killed_in_its_first_instant_can_be_made_again(call, co
     (tmp_path / "run" / ".lock").touch()
     (tmp_path / "run" / ".config.toml.123.tmp").touch()
     assert call("train", "--corpus", corpus, "--run", "run", *SMALL, "--training.steps=1")[0] == 0
+
+
+def test_a_folder_with_gpt2s_two_files_is_a_tokenizer(call, corpus, tmp_path):
+    from clinometer.text.tokenizer import Tokenizer, train_bpe
+
+    texts = [corpus.read_text(encoding="utf-8")]
+    model = json.loads(train_bpe(texts, 300).to_json())["model"]
+    folder = tmp_path / "gpt2"
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    pairs = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(pairs) + "\n")
+    opened = Tokenizer.load(folder)
+    assert opened.encode(texts[0]) == train_bpe(texts, 300).encode(texts[0])
+    settings = small("--data.tokenizer=gpt2", "--training.steps=1")
+    assert call("train", "--corpus", corpus, "--run", "run", *settings)[0] == 0

@@ -141,11 +141,14 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Open a tokenizer.json, or the folder that holds one."""
+        """Open a tokenizer.json, the folder that holds one, or one with GPT-2's vocab.json and merges.txt."""
         import tokenizers
 
         path = Path(path)
         file = path / TOKENIZER_FILE if os.path.isdir(path) else path  # is_dir() may raise
+        pair = path / "vocab.json", path / "merges.txt"
+        if not os.path.isfile(file) and all(map(os.path.isfile, pair)):
+            return from_gpt2_files(*pair)
         text = _read(file)
         try:
             json.loads(text)
