@@ -149,6 +149,8 @@ def _resume(folder: RunFolder, changed: RunConfig | None, notices: Notices) -> S
     saved = checkpoint.checkpoints(folder.checkpoints)
     last = saved[-1] if saved else None
     state = checkpoint.read_state(last) if last else None
+    if last is None:
+        notices.notice("train.from_start", path=path)
     if state is not None and config.training.steps < state["step"]:
         raise InputError("resume.steps", path=path, steps=config.training.steps, done=state["step"])
     session = _prepare(config, folder, open_corpus(config.data.corpus), notices, state=state, last=last)
