@@ -17,7 +17,7 @@ import torch
 
 from clinometer.messages import InputError
 from clinometer.text.corpus import Corpus, open_corpus
-from clinometer.text.encoding import encode_corpus
+from clinometer.text.encoding import Progress, encode_corpus
 from clinometer.text.sampler import windows_per_epoch
 from clinometer.text.shards import TokenData
 from clinometer.text.split import split
@@ -221,12 +221,29 @@ def _encode(
     config: RunConfig, folder: RunFolder, corpus: Corpus, tokenizer: Tokenizer, notices: Notices
 ) -> TokenData:
     notices.notice("train.encoding", corpus=corpus.name)
-    return encode_corpus(
+    return encode(
+        config,
+        folder,
+        tokenizer,
+        lambda done, total: notices.progress("train.encoding_bar", done, total),
         corpus,
+    )
+
+
+def encode(
+    config: RunConfig,
+    folder: RunFolder,
+    tokenizer: Tokenizer,
+    progress: Progress,
+    corpus: Corpus | None = None,
+) -> TokenData:
+    """The run's text (`corpus`, if it is open already) as tokens, made now or found in the cache."""
+    return encode_corpus(
+        corpus or open_corpus(config.data.corpus),
         tokenizer,
         cache_folder(folder) / "tokens",
         fraction=config.data.validation_fraction,
-        progress=lambda done, total: notices.progress("train.encoding_bar", done, total),
+        progress=progress,
     )
 
 
