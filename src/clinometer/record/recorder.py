@@ -150,15 +150,7 @@ class Recorder:
                 return
             self._file.execute("BEGIN IMMEDIATE")
             for row in rows:
-                pin = (int(row["tensor"]), to_json([int(i) for i in row["index"]]))
-                self._file.execute(
-                    "INSERT OR IGNORE INTO pins (tensor, position, since) VALUES (?, ?, ?)", (*pin, int(step))
-                )
-                numbers = [_number(row.get(field), absent=math.nan) for field in WEIGHT_FIELDS]
-                self._file.execute(
-                    "INSERT OR REPLACE INTO weights SELECT id, ?, ? FROM pins WHERE tensor = ? AND position = ?",
-                    (int(step), np.array(numbers, dtype="<f8"), *pin),
-                )
+                self._weight(int(step), row)
             self._file.execute("COMMIT")
 
     def event(self, step: int, time: float, kind: str, data: Mapping[str, Any]) -> None:
@@ -272,6 +264,18 @@ class Recorder:
         numbers = np.full(len(self._scalars), ABSENT_NUMBER, dtype="<f8")
         numbers[list(values)] = list(values.values())
         return numbers
+
+    def _weight(self, step: int, row: dict[str, Any]) -> None:
+        pin = (int(row["tensor"]), to_json([int(i) for i in row["index"]]))
+        numbers = [_number(row.get(field), absent=math.nan) for field in WEIGHT_FIELDS]
+        self._file.execute(
+            "INSERT OR IGNORE INTO pins (tensor, position, since) VALUES (?, ?, ?)", (*pin, step)
+        )
+        self._file.execute(
+            "INSERT OR REPLACE INTO weights"
+            " SELECT id, ?, ? FROM pins WHERE tensor = ? AND position = ?",
+            (step, np.array(numbers, dtype="<f8"), *pin),
+        )
 
     def _new_scalar(self, step: int, name: str) -> int | None:
         if name in self._scalars:

@@ -40,6 +40,11 @@ class Window:
 
 def cells_of(values: np.ndarray, present: np.ndarray, dtype: str) -> Cells:
     """Aggregate the first axis of `values` where `present`; no value at all gives NaN. Infinities and NaN count."""
+    if present.all():  # as in most windows, and a third of the time
+        mean = values.mean(axis=0, dtype=np.float64)
+        low, high = values.min(axis=0), values.max(axis=0)
+        counts = np.full(mean.shape, len(values))
+        return Cells(mean.astype(dtype), low.astype(dtype), high.astype(dtype), counts)
     counts = present.sum(axis=0)
     total = np.where(present, values, 0).sum(axis=0, dtype=np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
