@@ -1,7 +1,7 @@
 // The address is the view: what is in it can be shared, and going back goes back.
 
 const KNOWN = ["run", "runs", "page", "tensor", "index", "step", "stat", "kind", "rows", "cols", "from", "to",
-  "report", "filter", "lang", "theme"];
+  "report", "token", "filter", "lang", "theme"];
 const listeners = new Set();
 
 export function here() {

@@ -1,4 +1,4 @@
-// The page's sentences in the reader's language. `say("page.key", {name: value})`.
+// The page's sentences in the reader's language. `say(key, {name: value})`.
 
 let sentences = {};
 let current = "en";
