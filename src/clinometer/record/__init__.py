@@ -1,1 +1,1 @@
-"""The run file and what lies beside it: writer, reader, replays."""
+"""The run file: everything that was watched, in one SQLite file a run (docs/en/run-file.md)."""

@@ -1,0 +1,99 @@
+"""Opening a file that says it is a run: what it must have, and what is said when it has not."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from pathlib import Path
+
+from clinometer.messages import InputError
+from clinometer.record import schema
+
+_MOST_BYTES = 1 << 30
+"""No text or blob of a run file is longer; a damaged length must not ask for more memory than there is."""
+
+
+def open_for_reading(path: Path) -> sqlite3.Connection:
+    """A connection that cannot write. Raises `InputError` if this is no run file, or a newer or a damaged one."""
+    _must_be_a_file(path)
+    try:
+        connection = schema.connect(path, mode="ro")
+        try:
+            version = _check(connection, path)
+        except sqlite3.OperationalError as error:
+            # A folder that cannot be written has no place for WAL's shared memory. Where no WAL is left
+            # nobody is writing either, and the file can be read as it stands.
+            connection.close()
+            wal = path.with_name(path.name + "-wal")
+            if _is_busy(error) or os.access(path.parent, os.W_OK) or (wal.exists() and wal.stat().st_size):
+                raise
+            connection = schema.connect(path, mode="ro&immutable=1")
+            version = _check(connection, path)
+        try:
+            if version < schema.VERSION:
+                schema.view_as_current(connection, version)
+        except BaseException:
+            connection.close()
+            raise
+    except sqlite3.Error as error:
+        raise damaged(path, error) from None
+    return connection
+
+
+def open_for_writing(path: Path) -> sqlite3.Connection:
+    """A connection to a file that is there, brought up to this version. Raises as `open_for_reading` does."""
+    _must_be_a_file(path)
+    try:
+        connection = schema.connect(path, mode="rw")
+        version = _check(connection, path)
+        if version < schema.VERSION:
+            schema.upgrade(connection, version)
+    except sqlite3.Error as error:
+        raise damaged(path, error) from None
+    return connection
+
+
+def damaged(path: Path, error: Exception) -> InputError:
+    if isinstance(error, sqlite3.OperationalError) and _is_busy(error):
+        return InputError("record.busy", path=path)
+    if isinstance(error, sqlite3.OperationalError) and "unable to open" in str(error):
+        return InputError("record.cannot_open", path=path, reason=error)
+    if isinstance(error, sqlite3.DatabaseError) and "not a database" in str(error):
+        return InputError("record.not_a_run_file", path=path)
+    return InputError("record.damaged", path=path, reason=str(error) or type(error).__name__)
+
+
+def _must_be_a_file(path: Path) -> None:
+    if not path.is_file():
+        if not path.parent.exists():
+            raise InputError("record.no_folder", path=path.parent)
+        raise InputError("record.missing" if not path.exists() else "record.not_a_run_file", path=path)
+    if path.stat().st_size == 0:
+        raise InputError("record.empty", path=path)
+
+
+def _check(connection: sqlite3.Connection, path: Path) -> int:
+    """The file's version, once it is known to be a run file of a version that can be read."""
+    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MOST_BYTES)
+    connection.execute("PRAGMA trusted_schema = OFF")
+    connection.execute("PRAGMA cell_size_check = ON")
+    (application,) = connection.execute("PRAGMA application_id").fetchone()
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if application != schema.APPLICATION_ID:
+        connection.close()
+        raise InputError("record.not_a_run_file", path=path)
+    if version > schema.VERSION:
+        connection.close()
+        raise InputError("record.newer", path=path, found=version, known=schema.VERSION)
+    # A file may come from anybody: a view or a trigger in it would be a program that we run.
+    foreign = connection.execute(
+        "SELECT count(*) FROM sqlite_master WHERE type NOT IN ('table', 'index')"
+    ).fetchone()
+    if version < 1 or foreign[0]:
+        connection.close()
+        raise InputError("record.not_a_run_file", path=path)
+    return version
+
+
+def _is_busy(error: sqlite3.Error) -> bool:
+    return "locked" in str(error) or "busy" in str(error)

@@ -1,0 +1,267 @@
+"""The gradient map: tensors in the order data flows, steps to the right, one statistic as colour."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from clinometer.record.reader import RunFile
+from clinometer.view.figures import colours
+from clinometer.view.figures.scalars import escaped
+from clinometer.view.figures.order import in_order, short_name
+from clinometer.view.figures.style import Figure, Style, four, packed, style, times
+from clinometer.view.figures.words import is_log, statistic_axis, statistic_label, statistic_unit
+
+RECENT = 0.1
+"""The share of columns, at the end, by which rows are compared."""
+FAR = 30.0
+"""A row this many times away from the median of its like is named in the caption."""
+GRADIENT = frozenset({"grad_norm", "grad_max", "grad_rms"})
+
+
+@dataclass
+class Map:
+    """Cells of tensors × columns in display order."""
+
+    statistic: str
+    tensors: list[dict[str, Any]]
+    step: np.ndarray
+    stride: int
+    values: np.ndarray
+    """float32; NaN: nothing there; +inf: not finite; 0: a true zero."""
+    alarm: np.ndarray
+    """bool: a gradient in this cell was not finite."""
+
+    @property
+    def log(self) -> bool:
+        return is_log(self.statistic)
+
+    @property
+    def dead(self) -> np.ndarray:
+        """bool, a row each: gradients were there, and every one was zero."""
+        seen = np.isfinite(self.values)
+        if self.statistic == "grad_zeros":
+            return seen.any(1) & (np.where(seen, self.values, 1.0) == 1.0).all(1)
+        if self.statistic not in GRADIENT:
+            return np.zeros(len(self.values), dtype=bool)
+        return seen.any(1) & (np.where(seen, self.values, 0.0) == 0.0).all(1) & ~self.alarm.any(1)
+
+    def bounds(self) -> tuple[float, float]:
+        """The colour range, in log10 where the statistic is one of magnitude; free of a few outliers."""
+        good = self.values[np.isfinite(self.values)]
+        if self.log:
+            good = np.log10(good[good > 0])
+        if not len(good):
+            return (-1.0, 1.0)
+        low, high = (float(x) for x in np.percentile(good, [1, 99]))
+        return (low, high) if high - low > 1e-6 else (low - 0.5, high + 0.5)
+
+
+def read_map(
+    run: RunFile,
+    statistic: str = "grad_norm",
+    first: int | None = None,
+    last: int | None = None,
+    columns: int = 1280,
+    ids: Sequence[int] | None = None,
+) -> Map:
+    """The cells of one statistic, of all tensors or of `ids`."""
+    tensors = in_order(run.tensors())
+    if ids is not None:
+        wanted = set(ids)
+        tensors = [t for t in tensors if t["id"] in wanted]
+    rows = [t["id"] for t in tensors]
+    grid = run.grid(statistic, first, last, columns, rows)
+    values = np.ascontiguousarray(grid["values"], dtype=np.float32)
+    if statistic == "grad_norm":
+        alarm = np.isposinf(values)
+    else:
+        counts = run.grid("grad_nonfinite", first, last, columns, rows)["values"]
+        alarm = np.nan_to_num(counts, nan=0.0) > 0
+    return Map(statistic, tensors, grid["step"], int(grid["stride"]), values, alarm)
+
+
+def gradient_map(
+    run: RunFile,
+    *,
+    language: str = "en",
+    theme: str = "light",
+    stat: str = "grad_norm",
+    first: int | None = None,
+    last: int | None = None,
+    columns: int = 1280,
+    tensors: Sequence[int] | None = None,
+) -> Figure:
+    """The map as a Plotly heat map (the page draws the same cells itself)."""
+    say = style(language, theme)
+    cells = read_map(run, stat, first, last, columns, tensors)
+    if not len(cells.step) or not cells.tensors:
+        return say.empty("map")
+    names = [escaped(t["name"]) for t in cells.tensors]
+    with np.errstate(divide="ignore"):
+        shown = np.log10(cells.values) if cells.log else cells.values.copy()
+    shown[~np.isfinite(shown) | cells.alarm] = np.nan
+    low, high = cells.bounds()
+    x = cells.step.tolist()
+    key = statistic_axis(stat, language)
+    decades = np.arange(np.ceil(low), np.floor(high) + 1) if cells.log else np.array([])
+    data: list[dict[str, Any]] = [
+        {
+            "type": "heatmap",
+            "x": x,
+            "y": names,
+            "z": packed(shown.astype(np.float32)),
+            "zmin": low,
+            "zmax": high,
+            "colorscale": colours.scale(say.theme),
+            "hoverongaps": False,
+            "hovertemplate": f"%{{y}}<br>{say.say('axis.step')} %{{x}}<br>{say.say('map.log' if cells.log else 'map.value', label=statistic_label(stat, language))} %{{z:.4g}}<extra></extra>",
+            "colorbar": {
+                "title": {"text": key, "side": "right", "font": {"size": 11, "color": say["soft"]}},
+                "tickfont": {"size": 11, "color": say["soft"]},
+                "thickness": 10,
+                "outlinewidth": 0,
+                **(
+                    {"tickvals": decades.tolist(), "ticktext": [f"10<sup>{int(d)}</sup>" for d in decades]}
+                    if len(decades) >= 2
+                    else {}
+                ),
+            },
+        }
+    ]
+    if cells.alarm.any():
+        flat = np.where(cells.alarm, 1.0, np.nan).astype(np.float32)
+        data.append(
+            {
+                "type": "heatmap",
+                "x": x,
+                "y": names,
+                "z": packed(flat),
+                "colorscale": [[0, say["alarm"]], [1, say["alarm"]]],
+                "showscale": False,
+                "hoverongaps": False,
+                "name": say.say("map.not_finite"),
+                "hovertemplate": f"%{{y}}<br>{say.say('axis.step')} %{{x}}<br>{say.say('map.not_finite')}<extra></extra>",
+            }
+        )
+    if cells.dead.any():
+        data.append(_hatched(say, cells))
+    layout = say.layout(
+        f"{run.id}-map",
+        xaxis=say.steps(),
+        yaxis=say.axis(
+            say.say("axis.tensors"),
+            type="category",
+            autorange="reversed",
+            tickvals=names,
+            ticktext=[escaped(short_name(t), 40) for t in cells.tensors],
+            showgrid=False,
+            zeroline=False,
+        ),
+        hovermode="closest",
+        barmode="overlay",
+        showlegend=False,
+        shapes=_rules(say, cells.tensors),
+        height=max(240, 90 + 14 * len(names)),
+    )
+    return Figure(data, layout, map_caption(say, cells))
+
+
+def map_caption(say: Style, cells: Map) -> str:
+    """What a healthy map looks like and what this one does."""
+    if not cells.log:
+        return say.join(say.say("map.healthy_value"), _alarm_sentence(say, cells))
+    parts = [say.say("map.healthy" if cells.statistic in GRADIENT else "map.healthy_other")]
+    tail = max(1, int(len(cells.step) * RECENT))
+    recent = np.where((cells.values > 0) & np.isfinite(cells.values), cells.values, np.nan)[:, -tail:]
+    seen = np.isfinite(recent).any(1)
+    if seen.any():
+        level = np.exp(np.nanmean(np.log(recent[seen].astype(np.float64)), axis=1))
+        names = [t["name"] for t, s in zip(cells.tensors, seen, strict=True) if s]
+        kinds = [t.get("kind") or "" for t, s in zip(cells.tensors, seen, strict=True) if s]
+        parts.append(say.say("map.spread", decades=four(float(np.log10(level.max() / level.min())))))
+        ratio, worst, place = _odd_one(level, kinds)
+        if ratio >= FAR:
+            low = level[worst] < place
+            parts.append(say.say("map.below" if low else "map.above", name=names[worst], times=times(ratio)))
+    dead = [t["name"] for t, d in zip(cells.tensors, cells.dead, strict=True) if d]
+    if dead:
+        parts.append(say.say("map.dead", names=say.names(dead)))
+    return say.join(*parts, _alarm_sentence(say, cells))
+
+
+def _odd_one(level: np.ndarray, kinds: list[str]) -> tuple[float, int, float]:
+    """How far the oddest row is from the median of its kind (of all, where a kind has fewer than three)."""
+    everyone = float(np.median(level))
+    place = np.full(len(level), everyone)
+    for kind in set(kinds):
+        same = np.array([k == kind for k in kinds])
+        if kind and same.sum() >= 3:
+            place[same] = np.median(level[same])
+    distance = np.abs(np.log(level / place))
+    worst = int(distance.argmax())
+    return float(np.exp(distance[worst])), worst, float(place[worst])
+
+
+def _alarm_sentence(say: Style, cells: Map) -> str | None:
+    if not cells.alarm.any():
+        return None
+    column = int(cells.alarm.any(0).argmax())
+    names = [t["name"] for t, a in zip(cells.tensors, cells.alarm[:, column], strict=True) if a]
+    return say.say("map.alarm", step=f"{int(cells.step[column]):,}", names=say.names(names))
+
+
+def _hatched(say: Style, cells: Map) -> dict[str, Any]:
+    """Dead rows as bars with a hatch: a heat map's cells cannot have one."""
+    rows = [escaped(t["name"]) for t, dead in zip(cells.tensors, cells.dead, strict=True) if dead]
+    start = float(cells.step[0]) - cells.stride / 2
+    return {
+        "type": "bar",
+        "orientation": "h",
+        "y": rows,
+        "x": [float(cells.step[-1] - cells.step[0] + cells.stride)] * len(rows),
+        "base": [start] * len(rows),
+        "width": 1,
+        "marker": {
+            "color": say["panel"],
+            "pattern": {"shape": "/", "fgcolor": say["soft"], "size": 6, "solidity": 0.2},
+            "line": {"width": 0},
+        },
+        "hovertemplate": f"%{{y}}<br>{say.say('map.zero')}<extra></extra>",
+    }
+
+
+def _rules(say: Style, tensors: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A thin rule wherever one layer ends."""
+    ends = [i for i in range(1, len(tensors)) if tensors[i]["layer"] != tensors[i - 1]["layer"]]
+    line = {"color": say["paper"], "width": 1}
+    return [
+        {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": i - 0.5, "y1": i - 0.5, "line": line} for i in ends
+    ]
+
+
+def map_answer(cells: Map, say: Style) -> dict[str, Any]:
+    """The cells for the page's canvas."""
+    low, high = cells.bounds()
+    return {
+        "stat": cells.statistic,
+        "label": statistic_label(cells.statistic, say.language),
+        "unit": statistic_unit(cells.statistic, say.language),
+        "log": cells.log,
+        "step": cells.step.tolist(),
+        "stride": cells.stride,
+        "first": int(cells.step[0]) if len(cells.step) else None,
+        "last": int(cells.step[-1]) + cells.stride - 1 if len(cells.step) else None,
+        "ids": [t["id"] for t in cells.tensors],
+        "rows": len(cells.tensors),
+        "columns": len(cells.step),
+        "values": packed(cells.values)["bdata"],
+        "alarm": packed(cells.alarm.astype(np.uint8))["bdata"],
+        "low": low,
+        "high": high,
+        "dead": [t["id"] for t, d in zip(cells.tensors, cells.dead, strict=True) if d],
+        "caption": map_caption(say, cells) if len(cells.step) and cells.tensors else "",
+    }

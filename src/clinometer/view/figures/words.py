@@ -1,0 +1,66 @@
+"""Sentences about what a run file holds: alerts, statistics, kinds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from clinometer.messages import say, sentences
+from clinometer.view.figures.style import four
+
+LOG_STATISTICS = frozenset(
+    "grad_norm grad_max grad_rms weight_norm weight_rms update_norm update_rms update_ratio moment_norm moment_rms".split()
+)
+
+
+def statistic_label(name: str, language: str) -> str:
+    """What a statistic is called: "gradient norm ‖g‖"."""
+    return _known(f"figure.statistic.{name}", language) or name
+
+
+def statistic_unit(name: str, language: str) -> str:
+    return _known(f"figure.unit.{name}", language) or ""
+
+
+def statistic_axis(name: str, language: str) -> str:
+    """Label and unit, as an axis shows them."""
+    label, unit = statistic_label(name, language), statistic_unit(name, language)
+    return f"{label} ({unit})" if unit else label
+
+
+def is_log(name: str) -> bool:
+    """Whether a statistic is shown by its order of magnitude."""
+    return name in LOG_STATISTICS
+
+
+def alert_sentences(alert: dict[str, Any], language: str) -> tuple[str, str]:
+    """What an alert says and its remedy; a cause this version has no words for is shown by its name."""
+    values = {
+        name: four(value) if isinstance(value, float) else value
+        for name, value in {**alert.get("values", {}), "step": alert["step"]}.items()
+    }
+    names = alert["tensors"]
+    values.setdefault("tensors", _names(names, language))
+    values.setdefault("count", len(names))
+    values.setdefault("name", names[0] if names else "")
+    text = _filled(alert.get("key"), language, values) or str(alert["cause"])
+    return text, _filled(alert.get("remedy"), language, values) or ""
+
+
+def _names(names: list[str], language: str, keep: int = 3) -> str:
+    listed = say("figure.list.separator", language).join(names[:keep])
+    rest = len(names) - keep
+    return listed if rest <= 0 else say("figure.list.more", language, names=listed, count=f"{rest:,}")
+
+
+def _filled(key: Any, language: str, values: dict[str, Any]) -> str | None:
+    template = _known(key, language) if isinstance(key, str) else None
+    if template is None:
+        return None
+    try:
+        return template.format(**values)
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError):
+        return template  # written by another version, with other values: the bare words are better than none
+
+
+def _known(key: str, language: str) -> str | None:
+    return sentences(language).get(key)

@@ -1,0 +1,194 @@
+"""The microscope's server: a Starlette application on uvicorn."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import sys
+import threading
+import traceback
+import webbrowser
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from clinometer.messages import LANGUAGES, InputError, current_language, say
+from clinometer.view import api_figures, api_replays, api_runs
+from clinometer.view.answers import json_answer
+from clinometer.view.calls import make_pool
+from clinometer.view.errors import ApiError, body_of
+from clinometer.view.library import Library
+from clinometer.view.live import Live
+from clinometer.view.openapi import description
+from clinometer.view.pages import Pages
+from clinometer.view.replaying import Replays
+from clinometer.view.safety import Guard, hosts_for, is_loopback
+
+PORT = 8713
+TRIED_PORTS = 20
+
+
+def make_app(
+    root: Path,
+    *,
+    token: str | None = None,
+    allowed_hosts: Iterable[str] = (),
+    host: str = "127.0.0.1",
+    language: str | None = None,
+) -> Starlette:
+    """The application for the runs at or under `root`; it reads, and writes nothing.
+
+    `allowed_hosts` are further names (with their port where it differs) that may stand in the Host header.
+    """
+    language = language or current_language()
+    library = Library(root)
+    replays = Replays()
+    pool = make_pool()
+    live = Live(lambda wanted: api_runs.states(library, wanted))
+    pages = Pages(language)
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+        await live.close()
+        await run_in_threadpool(replays.close)
+        await run_in_threadpool(pool.shutdown)
+        library.close()
+
+    async def openapi(request: Request) -> Response:
+        return json_answer(request, description())
+
+    async def stream(request: Request) -> Response:
+        return await live.answer(request)
+
+    routes = [
+        Route("/", pages.page),
+        Route("/static/{hash}/{name}", pages.file),
+        Route("/api/openapi.json", openapi),
+        Route("/api/live", stream),
+        *api_runs.routes(),
+        *api_figures.routes(),
+        *api_replays.routes(),
+    ]
+
+    def answer_error(request: Request, error: Exception) -> Response:
+        given = request.query_params.get("lang", "")
+        said = given if given in LANGUAGES else language
+        if isinstance(error, ApiError):
+            return json_answer(request, error.body(said), error.status)
+        if isinstance(error, InputError):
+            return json_answer(request, body_of(error, said), 422)
+        status = error.status_code if isinstance(error, HTTPException) else 500
+        if status == 500:
+            traceback.print_exception(error, file=sys.stderr)
+        key = {404: "view.no_page", 405: "view.no_method"}.get(status, "view.failed")
+        return json_answer(request, ApiError(status, key).body(said), status)
+
+    app = Starlette(
+        routes=routes,
+        lifespan=lifespan,
+        exception_handlers=dict.fromkeys((ApiError, InputError, HTTPException), answer_error),
+    )
+    app.state.library = library
+    app.state.replays = replays
+    app.state.live = live
+    app.state.pool = pool
+    app.state.language = language
+    app.add_middleware(Guard, hosts=hosts_for(host, allowed_hosts), token=token, language=language)
+    return app
+
+
+class _Server(uvicorn.Server):
+    """Ends the live streams before it waits for connections: a page left open must not hold Ctrl-C up."""
+
+    def __init__(self, config: uvicorn.Config, live: Live) -> None:
+        super().__init__(config)
+        self._live = live
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await self._live.close()
+        await super().shutdown(sockets)
+
+
+def serve(
+    root: Path,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    *,
+    token: str | None = None,
+    allowed_hosts: Iterable[str] = (),
+    open_browser: bool = True,
+    language: str | None = None,
+    announce: Callable[[str], None] = print,
+    path: str = "/",
+) -> None:
+    """Serve until Ctrl-C. `port` None takes 8713 or the next free one; `announce` gets the address.
+
+    Raises `InputError` for a port in use, for an address of another machine, and for a public address
+    without a token.
+    """
+    if token is None and not is_loopback(host):
+        raise InputError("view.token_needed", host=host)
+    listener = _listen(host, port)
+    port = listener.getsockname()[1]
+    app = make_app(root, token=token, allowed_hosts=allowed_hosts, host=host, language=language)
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    address = f"http://{shown}:{port}{path}"
+    if token is not None:
+        address += f"{'&' if '?' in path else '?'}token={token}"
+    server = _Server(
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            limit_concurrency=128,
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=2,
+            h11_max_incomplete_event_size=32_768,
+            proxy_headers=False,
+        ),
+        app.state.live,
+    )
+    announce(address)
+    if open_browser:
+        threading.Timer(0.3, webbrowser.open, (address,)).start()
+    try:
+        server.run(sockets=[listener])
+    finally:
+        listener.close()
+
+
+def _listen(host: str, port: int | None) -> socket.socket:
+    """A listening socket: on `port`, or on 8713 or the next free one."""
+    try:
+        found = socket.getaddrinfo(host or "0.0.0.0", 0, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError):
+        raise InputError("view.no_address", host=host) from None
+    family, address = found[0], found[4][0]
+    for tried in range(PORT, PORT + TRIED_PORTS) if port is None else (port,):
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        if sys.platform != "win32":  # there it would let two servers share a port
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((address, tried))
+            listener.listen(128)
+            return listener
+        except OverflowError:
+            listener.close()
+            raise InputError("view.no_port", port=tried) from None
+        except OSError as error:
+            listener.close()
+            if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                raise InputError("view.no_address", host=host) from None
+            if port is not None or error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                raise InputError("view.port", port=tried, reason=error.strerror) from None
+    raise InputError("view.no_free_port", first=PORT, last=PORT + TRIED_PORTS - 1)

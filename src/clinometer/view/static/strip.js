@@ -1,0 +1,16 @@
+// The four numbers at the top of a run, each with its last hundred steps.
+
+import { h, replace } from "./dom.js";
+import { number } from "./number.js";
+import { drawSpark, sparkline } from "./spark.js";
+
+export function drawStrip(element, numbers) {
+  replace(element, numbers.map((item) => {
+    const spark = sparkline(112, 28);
+    drawSpark(spark, item.spark ?? [], { ink: item.name === "alerts" && item.value ? "warning" : "accent" });
+    return h("div", { class: "strip-number", "data-number": item.name },
+      h("div", { class: "strip-label" }, item.label), h("div", { class: "strip-value" },
+        h("span", { class: item.name === "alerts" && item.value ? "warning" : null }, item.text ?? number(item.value)),
+        item.unit ? h("span", { class: "quiet small" }, " ", item.unit) : null), spark);
+  }));
+}

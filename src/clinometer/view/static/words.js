@@ -1,0 +1,41 @@
+// The page's sentences in the reader's language. `say(key, {name: value})`.
+
+let sentences = {};
+let current = "en";
+
+export async function loadWords(language) {
+  const answer = await fetch(`/api/messages?lang=${language}`);
+  if (!answer.ok) throw new Error(`/api/messages: ${answer.status}`);
+  const body = await answer.json();
+  sentences = body.messages;
+  current = language;
+  document.documentElement.lang = language === "zh" ? "zh-CN" : "en";
+}
+
+export function language() {
+  return current;
+}
+
+export function say(key, values = {}) {
+  const sentence = sentences[key] ?? key;
+  return sentence.replace(/\{(\w+)\}/g, (whole, name) => (name in values ? values[name] : whole));
+}
+
+// "3 min ago": for how long something has been as it is.
+export function ago(unix) {
+  return say("page.ago", { time: lasting(Math.max(0, Date.now() / 1000 - unix)) });
+}
+
+export function lasting(seconds) {
+  if (seconds < 60) return say("page.seconds", { n: Math.round(seconds) });
+  if (seconds < 3600) return say("page.minutes", { n: Math.round(seconds / 60) });
+  if (seconds < 172800) return say("page.hours", { n: Math.round(seconds / 3600) });
+  return say("page.days", { n: Math.round(seconds / 86400) });
+}
+
+export function clock(unix) {
+  const locale = current === "zh" ? "zh-CN" : "en-GB";
+  return new Date(unix * 1000).toLocaleString(locale, {
+    year: "numeric", month: "short", day: "numeric", hour: "2-digit", minute: "2-digit",
+  });
+}
