@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 
 from clinometer.record.rollups import ABSENT_NUMBER
-from clinometer.record.schema import ABSENT, LEVELS, STATISTICS
-from clinometer.record.windows import SHIFT
+from clinometer.record.schema import ABSENT, LEVELS, STATISTICS, rollup_key
 
-MOST_BYTES = 32 << 20
+MOST_BYTES = 24 << 20
 """What one answer may read: a wider range is then seen in fewer, coarser cells."""
 
 
@@ -50,8 +49,11 @@ class Pieces:
         return Pieces(self.start[begins], rows, mean, low, high, counts)
 
     def weights(self) -> np.ndarray:
-        """How many values each cell has, (n, W)."""
-        return np.where(np.isnan(self.mean), 0, self.rows[:, None]) if self.counts is None else self.counts
+        """How many values each cell has, (n, W), in the values' own dtype: exact, for they are few."""
+        if self.counts is not None:
+            return self.counts
+        dtype = self.mean.dtype
+        return np.where(np.isnan(self.mean), dtype.type(0), self.rows[:, None].astype(dtype))
 
     def _means(self, begins: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         rows = np.add.reduceat(self.rows, begins)
@@ -64,10 +66,10 @@ class Pieces:
             mean = _reduce(np.add, values, begins) / rows[:, None].astype(values.dtype)
             return np.add.reduceat(self.rows, begins), mean, None
         weights = self.weights()
-        weighted = np.where(weights > 0, self.mean * weights, 0)
+        weighted = np.where(weights > 0, self.mean * weights, self.mean.dtype.type(0))
         count = _reduce(np.add, weights, begins)
         with np.errstate(invalid="ignore", divide="ignore"):
-            mean = (_reduce(np.add, weighted, begins) / count).astype(self.mean.dtype)
+            mean = _reduce(np.add, weighted, begins) / count
         return rows, mean, count
 
 
@@ -118,16 +120,10 @@ def statistics(
     found: list[list[Pieces]] = [[] for _ in wanted]
     for size in [size for size in reversed(LEVELS) if size <= level]:
         begin = first
-        for parts, statistic in zip(found, wanted, strict=True):
-            columns = ["mean", "low", "high"] if ends else ["mean"]
-            rows = connection.execute(
-                f"SELECT key, rows, counts, {', '.join(map(cut.sql, columns))}"
-                f" FROM rollup_{size} WHERE key BETWEEN ? AND ?",
-                (statistic << SHIFT | first, statistic << SHIFT | last),
-            ).fetchall()
-            if rows:
-                parts.append(_windows(rows, statistic, cut))
-                begin = int(parts[-1].start[-1]) + size
+        for pieces, statistic in zip(found, wanted, strict=True):
+            if piece := _windows(connection, size, statistic, first, last, cut, ends):
+                pieces.append(piece)
+                begin = int(piece.start[-1]) + size
         first = begin
     size = len(STATISTICS)
     rows = connection.execute(
@@ -135,7 +131,7 @@ def statistics(
     ).fetchall()
     if rows:
         start = np.array([row[0] for row in rows], dtype=np.int64)
-        table = _stacked([row[1] for row in rows], "<f4", cut.width * size, np.nan)
+        table = stacked([row[1] for row in rows], "<f4", cut.width * size, np.nan)
         table = table.reshape(len(rows), cut.width, size)
         for parts, statistic in zip(found, wanted, strict=True):
             values = np.ascontiguousarray(table[:, cut.columns, statistic])
@@ -144,7 +140,7 @@ def statistics(
 
 
 class _Cut:
-    """The columns of some tensors in blobs of all: read as one stretch, if it is short enough to be worth it."""
+    """The columns of some tensors in blobs of all: one stretch is read, if that saves much."""
 
     def __init__(self, ids: Sequence[int], width: int) -> None:
         low, high = (min(ids), max(ids) + 1) if len(ids) else (0, 0)
@@ -161,20 +157,39 @@ class _Cut:
         return f"substr({column}, {self.low * size + 1}, {self.width * size})" if self.partly else column
 
 
-def _windows(rows: list[tuple], statistic: int, cut: _Cut) -> Pieces:
-    start = np.array([row[0] for row in rows], dtype=np.int64) - (statistic << SHIFT)
-    count = np.array([row[1] for row in rows], dtype=np.int64)
-    parts = [
-        _stacked([row[i] for row in rows], "<f4", cut.width, np.nan)[:, cut.columns]
-        for i in range(3, len(rows[0]))
-    ]
-    pieces = Pieces(start, count, parts[0], parts[1 % len(parts)], parts[2 % len(parts)])
+def _windows(
+    connection: sqlite3.Connection, level: int, statistic: int, first: int, last: int, cut: _Cut, ends: bool
+) -> Pieces | None:
+    """The closed windows of one level, or None if there are none."""
+
+    def read(part: int, columns: str) -> list[tuple]:
+        begin, end = rollup_key(statistic, part, first), rollup_key(statistic, part, last)
+        return connection.execute(
+            f"SELECT {columns}, {cut.sql('cells')} FROM rollup_{level} WHERE key BETWEEN ? AND ?",
+            (begin, end),
+        ).fetchall()
+
+    def table(rows: list[tuple]) -> np.ndarray:
+        return stacked([row[-1] for row in rows], "<f4", cut.width, np.nan)[:, cut.columns]
+
+    rows = read(0, "key, rows, counts")
+    if not rows:
+        return None
+    start = np.array([row[0] for row in rows], dtype=np.int64) - rollup_key(statistic, 0, 0)
+    mean = table(rows)
+    low, high = (table(read(part, "key")) for part in (1, 2)) if ends else (mean, mean)
+    pieces = Pieces(start, np.array([row[1] for row in rows], dtype=np.int64), mean, low, high)
     if any(row[2] is not None for row in rows):
         pieces.counts = pieces.weights()
         for i, row in enumerate(rows):
             if row[2] is not None:
-                pieces.counts[i] = _stacked([row[2]], "<u2", -1, 0)[0][cut.low :][: cut.width][cut.columns]
+                counts = np.frombuffer(row[2], "<u2")[cut.low :][: cut.width]
+                pieces.counts[i] = _padded(counts, cut.width)[cut.columns]
     return pieces
+
+
+def _padded(counts: np.ndarray, width: int) -> np.ndarray:
+    return np.concatenate([counts, np.zeros(width - len(counts), counts.dtype)])
 
 
 def scalars(
@@ -188,7 +203,7 @@ def scalars(
             (first, last),
         ).fetchall()
         if rows:
-            table = _stacked([row[3] for row in rows], "<f8", width * 4, np.nan).reshape(-1, width, 4)[:, ids]
+            table = stacked([row[3] for row in rows], "<f8", width * 4, np.nan).reshape(-1, width, 4)[:, ids]
             mean, low, high, counts = np.moveaxis(table, -1, 0)
             found.append(_timed(rows, [row[1] for row in rows], mean, low, high, np.nan_to_num(counts)))
             first = int(rows[-1][0]) + size
@@ -196,7 +211,7 @@ def scalars(
         "SELECT step, 0, time, scalars FROM steps WHERE step BETWEEN ? AND ?", (first, last)
     ).fetchall()
     if rows:
-        values = _stacked([row[3] for row in rows], "<f8", width, ABSENT_NUMBER)[:, ids]
+        values = stacked([row[3] for row in rows], "<f8", width, ABSENT_NUMBER)[:, ids]
         there = np.ascontiguousarray(values).view("<u8") != ABSENT
         found.append(_timed(rows, [1] * len(rows), values, values, values, there))
     return _joined(found, len(ids) + 1, "<f8")
@@ -206,14 +221,12 @@ def _timed(rows: list[tuple], count: list[int], *columns: np.ndarray) -> Pieces:
     start, steps = np.array([row[0] for row in rows], np.int64), np.array(count, np.int64)
     time = np.array([row[2] for row in rows], np.float64)[:, None]
     mean, low, high = (np.concatenate([part, time], axis=1) for part in columns[:3])
-    counts = np.concatenate([columns[3].astype(np.int64), np.ones_like(time, np.int64)], axis=1)
+    counts = np.concatenate([columns[3].astype(np.float64), np.ones_like(time)], axis=1)
     return Pieces(start, steps, mean, low, high, counts)
 
 
-def _stacked(blobs: list[bytes], dtype: str, width: int, filler: float) -> np.ndarray:
+def stacked(blobs: list[bytes], dtype: str, width: int, filler: float) -> np.ndarray:
     """Rows (n, width) out of blobs; rows from before there were so many columns are filled up."""
-    if width < 0:
-        return np.frombuffer(blobs[0], dtype=dtype)[None]
     size = np.dtype(dtype).itemsize * width
     if all(len(blob) == size for blob in blobs):
         return np.frombuffer(b"".join(blobs), dtype=dtype).reshape(len(blobs), width)

@@ -12,7 +12,8 @@ import numpy as np
 from clinometer.messages import InputError
 from clinometer.record import cells, histograms
 from clinometer.record.derived import DERIVED, STORED_FOR, derive
-from clinometer.record.schema import HISTOGRAM_KINDS, LOW_EXPONENT, STATISTICS, WEIGHT_FIELDS
+from clinometer.record.rollups import ABSENT_NUMBER
+from clinometer.record.schema import ABSENT, HISTOGRAM_KINDS, LOW_EXPONENT, STATISTICS, WEIGHT_FIELDS
 
 
 class Range:
@@ -168,6 +169,23 @@ def weight(
     table = table.reshape(len(rows), len(WEIGHT_FIELDS))
     columns = {field: table[:, i].copy() for i, field in enumerate(WEIGHT_FIELDS)}
     return {"step": np.array([row[0] for row in rows], dtype=np.int64), **columns}
+
+
+def rows(connection: sqlite3.Connection, first: int, last: int, limit: int) -> dict[str, Any]:
+    found = connection.execute(
+        "SELECT step, time, scalars, statistics FROM steps WHERE step BETWEEN ? AND ? ORDER BY step LIMIT ?",
+        (first, last, limit),
+    ).fetchall()
+    names, width = scalar_ids(connection), width_of(connection)
+    numbers = cells.stacked([row[2] for row in found], "<f8", len(names), ABSENT_NUMBER)
+    statistics = cells.stacked([row[3] for row in found], "<f4", width * len(STATISTICS), np.nan)
+    return {
+        "step": np.array([row[0] for row in found], dtype=np.int64),
+        "time": np.array([row[1] for row in found], dtype=np.float64),
+        "scalars": {name: numbers[:, column] for name, column in names.items()},
+        "logged": {name: numbers.view("<u8")[:, column] != ABSENT for name, column in names.items()},
+        "statistics": statistics.reshape(len(found), width, len(STATISTICS)),
+    }
 
 
 def width_of(connection: sqlite3.Connection) -> int:

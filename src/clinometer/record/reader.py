@@ -208,6 +208,14 @@ class RunFile:
         return {"step": step, "time": found[0], "scalars": scalars, "statistics": statistics}
 
     @_reading
+    def rows(self, first: int | None = None, last: int | None = None, limit: int = 1000) -> dict[str, Any]:
+        """The first `limit` steps of a range as they are, for exports: read on from the last step + 1.
+
+        {"step" (n,), "time" (n,), "scalars": {name: (n,)}, "logged": {name: (n,) bool}, "statistics": (n, T, 8)}
+        """
+        return curves.rows(self._connection, 0 if first is None else _bounded(first), _bounded(last), limit)
+
+    @_reading
     def histograms(
         self,
         tensor_id: int,
