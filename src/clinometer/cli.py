@@ -86,12 +86,18 @@ def build_app() -> App:
         ("diagnose", diagnose),
         ("check", check),
         ("explain", explain),
+        ("view", view),
+        ("report", report),
         ("export", export),
         ("import", import_),
         ("doctor", doctor),
         ("demo", demo),
     ):
         app.command(_with_help(command, name), name=name, help=say(f"cli.{name}.about"))
+    records = App(name="runs", help=say("cli.runs.about"), help_format="plaintext")
+    records.default(_with_help(runs, "runs"))
+    records.command(_with_help(runs_export, "runs_export"), name="export", help=say("cli.runs_export.about"))
+    app.command(records)
     app.register_install_completion_command(name="--install-completion")  # pyright: ignore
     return app
 
@@ -187,6 +193,54 @@ def explain(
     from clinometer.training.explain import explain_command
 
     return explain_command(_console(), run, step, parameter, index, machine=machine, inexact=inexact)
+
+
+def view(
+    path: Path = Path("runs"),
+    *,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    token: str | None = None,
+    allow_host: tuple[str, ...] = (),
+    no_open: bool = False,
+) -> int:
+    from clinometer.view.command import view_command
+
+    return view_command(
+        _console(),
+        path,
+        host=host,
+        port=port,
+        token=token,
+        allow_host=allow_host,
+        open_browser=not no_open,
+    )
+
+
+def report(run: Path, *, to: Path) -> int:
+    from clinometer.view.command import report_command
+
+    return report_command(_console(), run, to)
+
+
+def runs(folder: Path = Path("runs")) -> int:
+    from clinometer.record.command import runs_command
+
+    return runs_command(_console(), folder)
+
+
+def runs_export(
+    run: Path,
+    *,
+    to: Path,
+    table: str = "steps",
+    first: int | None = None,
+    last: int | None = None,
+    overwrite: bool = False,
+) -> int:
+    from clinometer.record.command import export_command
+
+    return export_command(_console(), run, to, table, first, last, overwrite)
 
 
 def demo(*, run: Path | None = None, quick: bool = False) -> int:
