@@ -19,6 +19,7 @@ from clinometer.training.display import RunDisplay, clock, printable, short_coun
 from clinometer.training.loop import Outcome, train
 from clinometer.training.precision import choose_device, matmul_rate
 from clinometer.training.prepare import Session, begin_with, resume, start
+from clinometer.training.recording import open_record
 from clinometer.training.run_folder import RunFolder
 from clinometer.training.trained import import_run, load_run
 
@@ -94,10 +95,16 @@ def run_session(session: Session, display: RunDisplay) -> int:
         peak=matmul_rate(torch.device(choices.device), choices.precision),
     )
     before, began = session.step, time.perf_counter()
+    record = open_record(session, display)
+    outcome: Outcome | None = None
     try:
-        outcome = train(session, display)
+        outcome = train(session, display, record)
+    except KeyboardInterrupt:
+        outcome = Outcome.INTERRUPTED
+        raise
     finally:
         display.end()
+        record.close(outcome)
     seconds = time.perf_counter() - began
     _say_outcome(session, display, outcome, seconds, (session.step - before) * tokens_per_step / seconds)
     return outcome.value

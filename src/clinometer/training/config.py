@@ -131,6 +131,7 @@ class TrainingConfig:
     checkpoint_every: int | None = None
     keep: int = 2
     max_skipped: int = 10
+    watch_every: int = 1
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "eval_batches", "keep", "max_skipped"):
@@ -142,6 +143,7 @@ class TrainingConfig:
         if self.seed > LARGEST_SEED:
             raise InputError("config.seed", field="training.seed", value=self.seed, largest=LARGEST_SEED)
         _at_least("training.sample_tokens", self.sample_tokens, 0)
+        _at_least("training.watch_every", self.watch_every, 0)
         _one_of("training.precision", self.precision, ("auto", "float32", "bfloat16"))
         _one_of("training.compile", self.compile, ("auto", "on", "off"))
         micro = self.micro_batch_size
@@ -159,6 +161,7 @@ FREE_ON_RESUME = {
     "training.checkpoint_every",
     "training.keep",
     "training.max_skipped",
+    "training.watch_every",
 }
 """Fields a resumed run may change: none of them alters a step already taken."""
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from enum import Enum
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -33,6 +34,17 @@ class Display(Protocol):
     def notice(self, key: str, /, **values: Any) -> None: ...
 
 
+class Record:
+    """What the loop tells the run file; this one listens to nothing (recording.py has the one that writes)."""
+
+    def before_step(self, loss: float, norm: float, taken: bool) -> None: ...
+    def step(self) -> None: ...
+    def validation(self, loss: float, best: bool) -> None: ...
+    def sample(self, text: str) -> None: ...
+    def checkpoint(self, path: Path) -> None: ...
+    def close(self, outcome: Outcome | None) -> None: ...
+
+
 class Outcome(Enum):
     """How a run ended, and the exit code that says so."""
 
@@ -42,19 +54,20 @@ class Outcome(Enum):
     TERMINATED = 143
 
 
-def train(session: Session, display: Display) -> Outcome:
+def train(session: Session, display: Display, record: Record | None = None) -> Outcome:
     """Take the steps that are left: batch → loss → backward → clip → step, with what comes between them.
 
     On Ctrl-C or SIGTERM the step in hand is finished and a checkpoint written. A loss or gradient that is not
     finite takes no step and leaves the optimizer as it was; after `max_skipped` of them the run stops.
     """
+    record = record or Record()
     config = session.config
     last_step = config.training.steps
     with stop_on_signal() as stop:
         while session.step < last_step:
             began = time.perf_counter()
             lr = learning_rate(config, session.step + 1)
-            loss, norm, taken = take_step(session, lr)
+            loss, norm, taken = take_step(session, lr, before_step=record.before_step)
             session.skipped_in_a_row = 0 if taken else session.skipped_in_a_row + 1
             if not taken:
                 record_skipped(session, loss, norm, display)
@@ -62,33 +75,41 @@ def train(session: Session, display: Display) -> Outcome:
             row = {"step": session.step, "loss": loss, "lr": lr, "grad_norm": norm, "taken": taken}
             session.metrics.append(**finite_or_text(row), seconds=time.perf_counter() - began)
             display.step(row)
+            record.step()
 
             at = session.step
             if session.skipped_in_a_row >= config.training.max_skipped:
                 session.checkpoint()
                 return Outcome.NOT_FINITE
-            improved = (at % config.eval_every == 0 or at == last_step) and validate(session, display)
+            improved = (at % config.eval_every == 0 or at == last_step) and validate(session, display, record)
             if config.training.sample_tokens and (at % config.sample_every == 0 or at == last_step):
-                write_sample(session, display)
+                write_sample(session, display, record)
             if improved or stop.signal or at % config.checkpoint_every == 0 or at == last_step:
-                save(session, display, must=bool(stop.signal) or at == last_step)
+                save(session, display, record, must=bool(stop.signal) or at == last_step)
             if stop.signal:
                 return Outcome.INTERRUPTED if stop.signal == signal.SIGINT else Outcome.TERMINATED
     return Outcome.DONE if session.weights_are_finite() else Outcome.NOT_FINITE
 
 
 def take_step(
-    computation: Computation, lr: float, before_clipping: Callable[[], None] | None = None
+    computation: Computation,
+    lr: float,
+    *,
+    before_clipping: Callable[[], None] | None = None,
+    before_step: Callable[[float, float, bool], None] | None = None,
 ) -> tuple[float, float, bool]:
     """One step at the rate `lr`; returns its loss, the gradient's norm before clipping, whether it was taken.
 
-    `before_clipping` is called while the gradients are the loss's own.
+    `before_clipping` is called while the gradients are the loss's own, `before_step` with what is returned,
+    while they are still there.
     """
     for optimizer in computation.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
     loss, norm = forward_backward(computation, before_clipping)
     taken = math.isfinite(loss) and math.isfinite(norm)
+    if before_step is not None:
+        before_step(loss, norm, taken)
     if taken:
         for optimizer in computation.optimizers:
             optimizer.step()
@@ -172,7 +193,7 @@ def evaluate(session: Session) -> float | None:
     return total / seen
 
 
-def validate(session: Session, display: Display) -> bool:
+def validate(session: Session, display: Display, record: Record) -> bool:
     """Measure and record the validation loss; true if it is the best so far."""
     loss = evaluate(session)
     if loss is None:
@@ -182,10 +203,11 @@ def validate(session: Session, display: Display) -> bool:
     if best:
         session.best_loss, session.best_step = loss, session.step
     display.validation(session.step, loss, best)
+    record.validation(loss, best)
     return best
 
 
-def write_sample(session: Session, display: Display) -> None:
+def write_sample(session: Session, display: Display, record: Record) -> None:
     """Let the model continue the sample prompt, into samples/ and onto the screen."""
     training = session.config.training
     begin = begin_with(session.tokenizer, session.data.header.documents > 1, training.sample_prompt)
@@ -214,13 +236,14 @@ def write_sample(session: Session, display: Display) -> None:
     session.folder.samples.mkdir(exist_ok=True)
     write_whole(session.folder.samples / f"step-{session.step:08d}.txt", text)
     display.sample(session.step, text)
+    record.sample(text)
 
 
-def save(session: Session, display: Display, *, must: bool) -> None:
+def save(session: Session, display: Display, record: Record, *, must: bool) -> None:
     """Write a checkpoint. One that fails in the middle of a run is reported and the run goes on; the last
     one is an error, because its work would be lost."""
     try:
-        session.checkpoint()
+        record.checkpoint(session.checkpoint())
     except InputError as error:
         if must:
             raise

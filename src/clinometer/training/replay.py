@@ -263,7 +263,7 @@ def _take(computation: Computation, record: _Record) -> tuple[dict[str, Any], di
             if p.grad is not None:
                 tensors[f"{name}.grad"] = p.grad.detach().clone()
 
-    loss, norm, taken = take_step(computation, row.lr, keep_gradients)
+    loss, norm, taken = take_step(computation, row.lr, before_clipping=keep_gradients)
     record.hold(step, loss, norm)
     tensors |= {f"{name}.after": p.detach() for name, p in named.items()}
     loss_after, _ = by_token(model, choices, token_ids, targets, size, gradient=False)

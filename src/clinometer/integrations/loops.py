@@ -1,0 +1,83 @@
+"""watch() for anybody's training loop.
+
+    import clinometer
+    clinometer.watch(model, optimizer)           # made once, before the loop; the loop stays as it is
+
+It writes a run file that `clinometer view` shows while the training goes on.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from clinometer.messages import InputError, say
+from clinometer.monitoring import watcher
+from clinometer.monitoring.watcher import Sink, Watch
+from clinometer.record.recorder import Recorder
+
+Target = str | PathLike[str] | Sink
+
+
+def watch(
+    model: Any,
+    optimizer: Any,
+    to: Target | Iterable[Target] | None = None,
+    every: int = 1,
+    **config: Any,
+) -> Watch:
+    """Record every tensor of `model` at every step of `optimizer`, and say so when something goes wrong.
+
+    `model`: a module, or a mapping of names to tensors. `optimizer`: one, or several that share the model.
+    `to`: a folder for a new run, a sink (`clinometer.record.sinks` has TensorBoard and W&B-shaped ones), or
+    several; None makes runs/<script>-<n>. To go on with a run, give `Recorder(folder, continue_from=step)`.
+    `every`: measure each that many steps. `config`: what should stand in the run's description.
+
+    The returned `Watch` takes what a loop knows and the optimizer does not: `.log(tokens=…)`, `.batch(…)`,
+    `.pin(name, index)`; `.close()` ends it, else the end of the program does. Where the run is written and
+    each alert are printed to standard error; set `.on_alert` to hear them instead.
+
+    Raises InputError: no model, no optimizer, a folder that holds a run already or cannot be written.
+    """
+    targets = [to] if to is None or isinstance(to, str | PathLike | Sink) else list(to)
+    sinks = [_sink(target) for target in targets]
+    try:
+        one = watcher.watch(model, optimizer, sinks, every, **config)
+    except BaseException:
+        for sink in sinks:
+            if isinstance(sink, Recorder):
+                sink.close("failed")
+        raise
+    one.on_alert = _print_alert
+    for sink in sinks:
+        if isinstance(sink, Recorder):
+            print(say("watch.writes", folder=sink.folder), file=sys.stderr)
+    return one
+
+
+def _sink(target: Any) -> Any:
+    if target is None:
+        return Recorder(next_folder())
+    if isinstance(target, str | PathLike):
+        return Recorder(Path(target))
+    if isinstance(target, Sink):
+        return target
+    raise InputError("watch.not_a_sink", type=type(target).__name__)
+
+
+def next_folder() -> Path:
+    """runs/<script>-<n>, the first number that is free."""
+    stem = Path(sys.argv[0]).stem if sys.argv and sys.argv[0] not in ("", "-c", "-m") else ""
+    name = "".join(sign if sign.isalnum() or sign in "-_" else "-" for sign in stem) or "run"
+    number = 1
+    while Path("runs", f"{name}-{number}").exists():
+        number += 1
+    return Path("runs", f"{name}-{number}")
+
+
+def _print_alert(alert: dict[str, Any]) -> None:
+    """The sentence of an alert when it opens; that it grows or closes stands in the run file."""
+    print(watcher.alert_text(alert), file=sys.stderr)

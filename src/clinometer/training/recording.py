@@ -1,0 +1,91 @@
+"""The run file of a training: every tensor at every step, and what happened beside them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from clinometer.messages import InputError
+from clinometer.monitoring.watcher import alert_text, watch
+from clinometer.record.recorder import Recorder
+from clinometer.record.schema import FILE_NAME
+from clinometer.training.loop import Display, Outcome, Record
+from clinometer.training.prepare import Session
+
+PINNED = ("attn.q_proj", "attn.v_proj", "attn.output_proj", "ffn.w1", "ffn.w2")
+"""Of the middle layer: weights whose every step is written down in full, so that there is one to look at."""
+
+_STATES = {
+    Outcome.DONE: "done",
+    Outcome.NOT_FINITE: "failed",
+    Outcome.INTERRUPTED: "stopped",
+    Outcome.TERMINATED: "stopped",
+}
+
+
+def open_record(session: Session, display: Display) -> Record:
+    """The run's record, cut back to where the session stands; a silent one if it is off or cannot be opened.
+
+    A training does not fail because it cannot be written down: the display is told why.
+    """
+    if not session.config.training.watch_every:
+        return Record()
+    there = (session.folder.path / FILE_NAME).exists()
+    try:
+        recorder = Recorder(session.folder.path, continue_from=session.step if there else None)
+    except InputError as error:
+        display.notice("train.unrecorded", reason=str(error))
+        return Record()
+    return Recording(session, display, recorder)
+
+
+class Recording(Record):
+    """Writes what the loop tells into RUN/run.sqlite, beside what the watch sees by itself."""
+
+    def __init__(self, session: Session, display: Display, recorder: Recorder) -> None:
+        config = session.config
+        self._display = display
+        self._session = session
+        self._shown: set[int] = set()
+        self._tokens = config.training.batch_size * config.model.context_length
+        self.watch = watch(
+            session.model,
+            session.optimizers,
+            recorder,
+            every=config.training.watch_every,
+            name=session.folder.path.name,
+            **config.to_dict(),
+        )
+        self.watch.step = session.step
+        self.watch.on_alert = self._show
+        layer = config.model.num_layers // 2
+        for kind in PINNED:
+            self.watch.pin(f"layers.{layer}.{kind}.weight", (0, 0))
+        if session.step:
+            self.watch.event("resumed", step=session.step)
+
+    def before_step(self, loss: float, norm: float, taken: bool) -> None:
+        self.watch.log(loss=loss, tokens=self._tokens)
+        self.watch.batch({"step": self._session.step + 1, "seed": self._session.config.training.seed})
+        if not taken:
+            self.watch.skip()
+
+    def step(self) -> None:
+        self.watch.flush()
+
+    def validation(self, loss: float, best: bool) -> None:
+        self.watch.event("validation", loss=loss, best=best)
+
+    def sample(self, text: str) -> None:
+        self.watch.event("sample", text=text)
+
+    def checkpoint(self, path: Path) -> None:
+        self.watch.event("checkpoint", path=path.name)
+
+    def close(self, outcome: Outcome | None) -> None:
+        self.watch.close("failed" if outcome is None else _STATES[outcome])
+
+    def _show(self, alert: dict[str, Any]) -> None:
+        if alert["until"] is None and alert["id"] not in self._shown:
+            self._shown.add(alert["id"])
+            self._display.notice("train.alert", text=alert_text(alert))
