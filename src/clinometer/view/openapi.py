@@ -19,7 +19,12 @@ _ROUTES: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ("/api/theme", "get", "colours of both themes and the map's scale", ()),
     ("/api/runs", "get", "the runs, newest first", ("lang",)),
     ("/api/runs/{id}", "get", "one run with its tensors and alerts", ("lang",)),
-    ("/api/runs/{id}/strip", "get", "loss, gradient norm, speed and alerts, with the last 100 steps", ("lang",)),
+    (
+        "/api/runs/{id}/strip",
+        "get",
+        "loss, gradient norm, speed and alerts, with the last 100 steps",
+        ("lang",),
+    ),
     ("/api/runs/{id}/alerts", "get", "alerts that touch a range of steps", (*_TIME, "lang")),
     ("/api/runs/{id}/events", "get", "events, newest first", ("kind", *_TIME, "limit", "lang")),
     ("/api/runs/{id}/reports", "get", "diagnoses and checks, newest first", ("lang",)),
@@ -28,9 +33,27 @@ _ROUTES: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
         "/api/runs/{id}/figure/{name}",
         "get",
         "a Plotly figure and its caption",
-        (*_LOOKS, *_TIME, "points", "smooth", "stat", "columns", "tensors", "tensor", "kind", "count", "step", "index"),
+        (
+            *_LOOKS,
+            *_TIME,
+            "points",
+            "smooth",
+            "stat",
+            "columns",
+            "tensors",
+            "tensor",
+            "kind",
+            "count",
+            "step",
+            "index",
+        ),
     ),
-    ("/api/runs/{id}/map", "get", "cells of the gradient map", (*_LOOKS, *_TIME, "stat", "columns", "tensors")),
+    (
+        "/api/runs/{id}/map",
+        "get",
+        "cells of the gradient map",
+        (*_LOOKS, *_TIME, "stat", "columns", "tensors"),
+    ),
     ("/api/compare", "get", "a figure of several runs", (*_LOOKS, *_TIME, "ids", "metric")),
     ("/api/runs/{id}/replays", "get", "the replayed steps", ("lang",)),
     (
@@ -40,8 +63,18 @@ _ROUTES: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
         ("step", "tensor", "kind", "rows", "cols", "height", "width", "lang"),
     ),
     ("/api/runs/{id}/entry", "get", "one weight's numbers at a replayed step", (*_ENTRY, "lang")),
-    ("/api/runs/{id}/weight", "get", "a weight's anatomy and who pushed it", (*_ENTRY, "row", "rows", "lang")),
-    ("/api/runs/{id}/batch", "get", "a replayed step's batch, token by token", ("step", "row", "rows", "lang")),
+    (
+        "/api/runs/{id}/weight",
+        "get",
+        "a weight's anatomy and who pushed it",
+        (*_ENTRY, "row", "rows", "lang"),
+    ),
+    (
+        "/api/runs/{id}/batch",
+        "get",
+        "a replayed step's batch, token by token",
+        ("step", "row", "rows", "lang"),
+    ),
     ("/api/runs/{id}/replay", "post", "starts a replay", ("lang",)),
     ("/api/jobs", "get", "the last replays", ("lang",)),
     ("/api/jobs/{job}", "get", "one replay's progress", ("lang",)),
@@ -98,7 +131,13 @@ def description() -> dict[str, Any]:
             "summary": summary,
             "parameters": [
                 *(
-                    {"name": n, "in": "path", "required": True, "schema": {"type": "string"}, "description": _PLACES[n]}
+                    {
+                        "name": n,
+                        "in": "path",
+                        "required": True,
+                        "schema": {"type": "string"},
+                        "description": _PLACES[n],
+                    }
                     for n in places
                 ),
                 *({"name": n, "in": "query", "schema": _SCHEMAS.get(n, {"type": "string"})} for n in query),

@@ -10,8 +10,8 @@ import numpy as np
 
 from clinometer.record.reader import RunFile
 from clinometer.view.figures import colours
-from clinometer.view.figures.scalars import escaped
 from clinometer.view.figures.order import in_order, short_name
+from clinometer.view.figures.scalars import escaped, over_steps
 from clinometer.view.figures.style import Figure, Style, four, packed, style, times
 from clinometer.view.figures.words import is_log, statistic_axis, statistic_label, statistic_unit
 
@@ -19,6 +19,8 @@ RECENT = 0.1
 """The share of columns, at the end, by which rows are compared."""
 FAR = 30.0
 """A row this many times away from the median of its like is named in the caption."""
+MAX_HATCHED = 400
+"""Stretches of zeros that are drawn, the longest first."""
 GRADIENT = frozenset({"grad_norm", "grad_max", "grad_rms"})
 
 
@@ -40,14 +42,18 @@ class Map:
         return is_log(self.statistic)
 
     @property
-    def dead(self) -> np.ndarray:
-        """bool, a row each: gradients were there, and every one was zero."""
-        seen = np.isfinite(self.values)
+    def zero(self) -> np.ndarray:
+        """bool: cells whose gradient was there and exactly zero throughout."""
         if self.statistic == "grad_zeros":
-            return seen.any(1) & (np.where(seen, self.values, 1.0) == 1.0).all(1)
-        if self.statistic not in GRADIENT:
-            return np.zeros(len(self.values), dtype=bool)
-        return seen.any(1) & (np.where(seen, self.values, 0.0) == 0.0).all(1) & ~self.alarm.any(1)
+            return self.values == 1.0
+        return (self.values == 0.0) & (self.statistic in GRADIENT)
+
+    @property
+    def dead(self) -> np.ndarray:
+        """bool, a row each: lately there were gradients, and every one was zero."""
+        tail = slice(-max(1, int(len(self.step) * RECENT)), None)
+        seen = np.isfinite(self.values[:, tail]) | self.alarm[:, tail]
+        return seen.any(1) & (self.zero[:, tail] | ~seen).all(1)
 
     def bounds(self) -> tuple[float, float]:
         """The colour range, in log10 where the statistic is one of magnitude; free of a few outliers."""
@@ -147,11 +153,11 @@ def gradient_map(
                 "hovertemplate": f"%{{y}}<br>{say.say('axis.step')} %{{x}}<br>{say.say('map.not_finite')}<extra></extra>",
             }
         )
-    if cells.dead.any():
+    if cells.zero.any():
         data.append(_hatched(say, cells))
     layout = say.layout(
         f"{run.id}-map",
-        xaxis=say.steps(),
+        xaxis=over_steps(run, say, first, last),
         yaxis=say.axis(
             say.say("axis.tensors"),
             type="category",
@@ -215,15 +221,17 @@ def _alarm_sentence(say: Style, cells: Map) -> str | None:
 
 
 def _hatched(say: Style, cells: Map) -> dict[str, Any]:
-    """Dead rows as bars with a hatch: a heat map's cells cannot have one."""
-    rows = [escaped(t["name"]) for t, dead in zip(cells.tensors, cells.dead, strict=True) if dead]
-    start = float(cells.step[0]) - cells.stride / 2
+    """Stretches of zeros as bars with a hatch: a heat map's cells cannot have one."""
+    edges = np.diff(np.pad(cells.zero, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+    (rows, starts), (_, ends) = np.nonzero(edges == 1), np.nonzero(edges == -1)
+    longest = np.argsort(starts - ends, kind="stable")[:MAX_HATCHED]
+    rows, starts, ends = rows[longest], starts[longest], ends[longest]
     return {
         "type": "bar",
         "orientation": "h",
-        "y": rows,
-        "x": [float(cells.step[-1] - cells.step[0] + cells.stride)] * len(rows),
-        "base": [start] * len(rows),
+        "y": [escaped(cells.tensors[row]["name"]) for row in rows],
+        "x": ((ends - starts) * cells.stride).tolist(),
+        "base": (cells.step[starts] - cells.stride / 2).tolist(),
         "width": 1,
         "marker": {
             "color": say["panel"],
@@ -239,7 +247,8 @@ def _rules(say: Style, tensors: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ends = [i for i in range(1, len(tensors)) if tensors[i]["layer"] != tensors[i - 1]["layer"]]
     line = {"color": say["paper"], "width": 1}
     return [
-        {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": i - 0.5, "y1": i - 0.5, "line": line} for i in ends
+        {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": i - 0.5, "y1": i - 0.5, "line": line}
+        for i in ends
     ]
 
 

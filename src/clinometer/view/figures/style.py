@@ -79,10 +79,12 @@ class Style:
 
     def steps(self, **more: Any) -> dict[str, Any]:
         """The axis of steps, the same in every figure over time, so that a zoom can be shared."""
-        return self.axis(self.say("axis.step"), type="linear", tickformat=",", showgrid=False, **more)
+        return self.axis(
+            self.say("axis.step"), type="linear", tickformat=",", showgrid=False, zeroline=False, **more
+        )
 
     def log(self, title: str, **more: Any) -> dict[str, Any]:
-        return self.axis(title, type="log", exponentformat="power", showexponent="all", dtick=1, **more)
+        return self.axis(title, type="log", exponentformat="power", showexponent="all", **more)
 
     def layout(self, revision: str, **more: Any) -> dict[str, Any]:
         """A layout without title, on the page's own paper; `revision` keeps the zoom through updates."""
@@ -102,6 +104,7 @@ class Style:
                 "x": 0,
                 "y": 1.02,
                 "yanchor": "bottom",
+                "traceorder": "normal",
                 "font": {"size": 11, "color": self["soft"]},
                 "bgcolor": "rgba(0,0,0,0)",
             },

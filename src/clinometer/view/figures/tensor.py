@@ -9,7 +9,7 @@ import numpy as np
 
 from clinometer.record.reader import RunFile
 from clinometer.view.figures import colours
-from clinometer.view.figures.scalars import alert_ticks, escaped, positive, ticks_axis
+from clinometer.view.figures.scalars import alert_ticks, over_steps, positive, ticks_axis
 from clinometer.view.figures.style import Figure, Style, band, four, line, packed, percent, style, times
 from clinometer.view.figures.words import is_log, statistic_axis, statistic_label, statistic_unit
 
@@ -60,7 +60,7 @@ def tensor(
     data += alert_ticks(run, say, first, last)
     layout = say.layout(
         f"{run.id}-tensor-{tensor['id']}",
-        xaxis=say.steps(),
+        xaxis=over_steps(run, say, first, last),
         yaxis=say.log(title) if log else say.axis(title),
         yaxis2=ticks_axis(),
         showlegend=len(stat) > 1,
@@ -101,7 +101,11 @@ def ridge(
             "colorscale": colours.scale(say.theme),
             "hoverongaps": False,
             "colorbar": {
-                "title": {"text": say.say("axis.share"), "side": "right", "font": {"size": 11, "color": say["soft"]}},
+                "title": {
+                    "text": say.say("axis.share"),
+                    "side": "right",
+                    "font": {"size": 11, "color": say["soft"]},
+                },
                 "tickfont": {"size": 11, "color": say["soft"]},
                 "tickformat": ".0%",
                 "thickness": 10,
@@ -113,13 +117,15 @@ def ridge(
     zero = counts[:, 0] / total[:, 0]
     layout = say.layout(
         f"{run.id}-ridge-{tensor['id']}-{kind}",
-        xaxis=say.steps(),
+        xaxis=over_steps(run, say, first, last),
         yaxis=_powers(say, kind, low, high),
         hovermode="closest",
         shapes=_underflow(say, low, high, horizontal=True),
         annotations=_underflow_names(say, low, high, horizontal=True),
     )
-    return Figure(data, layout, _histogram_caption(say, kind, tensor, counts[-1], float(zero[-1]), int(steps[-1])))
+    return Figure(
+        data, layout, _histogram_caption(say, kind, tensor, counts[-1], float(zero[-1]), int(steps[-1]))
+    )
 
 
 def histogram(
@@ -163,7 +169,9 @@ def histogram(
     return Figure(data, layout, _histogram_caption(say, kind, tensor, counts, counts[0] / total, at))
 
 
-def _series_caption(say: Style, name: str, tensor: dict[str, Any], step: np.ndarray, mean: np.ndarray) -> str | None:
+def _series_caption(
+    say: Style, name: str, tensor: dict[str, Any], step: np.ndarray, mean: np.ndarray
+) -> str | None:
     good = np.isfinite(mean)
     label = statistic_label(name, say.language)
     if np.isinf(mean).any():
@@ -175,7 +183,9 @@ def _series_caption(say: Style, name: str, tensor: dict[str, Any], step: np.ndar
         return say.say("tensor.all_zero", label=label)
     n = max(1, len(values) // 10)
     early, late = float(np.median(values[:n])), float(np.median(values[-n:]))
-    text = say.say("tensor.now", label=label, value=four(late), low=four(values.min()), high=four(values.max()))
+    text = say.say(
+        "tensor.now", label=label, value=four(late), low=four(values.min()), high=four(values.max())
+    )
     if is_log(name) and early > 0 and late > 0 and len(values) >= 20 and not 1 / 3 < late / early < 3:
         key = "tensor.rose" if late > early else "tensor.fell"
         text = say.join(text, say.say(key, times=times(max(late / early, early / late))))

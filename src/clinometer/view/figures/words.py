@@ -8,7 +8,18 @@ from clinometer.messages import say, sentences
 from clinometer.view.figures.style import four
 
 LOG_STATISTICS = frozenset(
-    "grad_norm grad_max grad_rms weight_norm weight_rms update_norm update_rms update_ratio moment_norm moment_rms".split()
+    [
+        "grad_norm",
+        "grad_max",
+        "grad_rms",
+        "weight_norm",
+        "weight_rms",
+        "update_norm",
+        "update_rms",
+        "update_ratio",
+        "moment_norm",
+        "moment_rms",
+    ]
 )
 
 
