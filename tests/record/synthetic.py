@@ -1,7 +1,7 @@
 """Run files of any size that look like a language model's, made fast: for tests of the reader and of the page.
 
-    synthetic(folder, steps=100_000, layers=42)      # about 300 tensors
-    python -m tests.record.synthetic FOLDER --steps 100000 --layers 42
+synthetic(folder, steps=100_000, layers=42)      # about 300 tensors
+python -m tests.record.synthetic FOLDER --steps 100000 --layers 42
 """
 
 from __future__ import annotations

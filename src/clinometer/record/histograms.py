@@ -1,6 +1,7 @@
 """Histograms in few bytes: most of a tensor's 64 buckets are empty, so a bit says which are not.
 
-A blob is `<IB` (tensors, bytes a count: 4 or 8) and, compressed with zlib, T·3·64 bits and the counts of those set.
+A blob is `<IB` (tensors, bytes a count: 4 or 8) and, compressed with zlib, T·3·64 bits and the counts of those
+that are set.
 At most MOST steps of histograms are kept: the newest NEWEST all, of the older ones each 2^k-th.
 """
 
@@ -19,6 +20,8 @@ NEWEST = 256
 
 _HEADER = struct.Struct("<IB")
 _PER_TENSOR = len(HISTOGRAM_KINDS) * BUCKETS
+_ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1)
+"""How many bits of a byte are set."""
 
 
 def encode(counts: np.ndarray) -> bytes:
@@ -39,21 +42,25 @@ def decode(blob: bytes, tensor: int | None = None) -> np.ndarray:
     tensors, width = _HEADER.unpack_from(blob)
     most = tensors * _PER_TENSOR
     body = zlib.decompressobj().decompress(blob[_HEADER.size :], most // 8 + most * width)
-    bits = np.unpackbits(np.frombuffer(body, np.uint8, most // 8), bitorder="little").astype(bool)
+    bits = np.frombuffer(body, np.uint8, most // 8)
     values = np.frombuffer(body, f"<u{width}", offset=most // 8)
-    if int(bits.sum()) != len(values):
+    if int(_ONES[bits].sum()) != len(values):
         raise ValueError("counts and bits of a histogram do not agree")
     if tensor is None:
-        counts = np.zeros(most, dtype=np.int64)
-        counts[bits] = values
-        return counts.reshape(tensors, len(HISTOGRAM_KINDS), BUCKETS)
-    counts = np.zeros(_PER_TENSOR, dtype=np.int64)
-    if tensor < tensors:
-        begin = tensor * _PER_TENSOR
-        mine = bits[begin : begin + _PER_TENSOR]
-        first = int(bits[:begin].sum())
-        counts[mine] = values[first : first + int(mine.sum())]
-    return counts.reshape(len(HISTOGRAM_KINDS), BUCKETS)
+        return _spread(bits, values).reshape(tensors, len(HISTOGRAM_KINDS), BUCKETS)
+    begin, size = tensor * _PER_TENSOR // 8, _PER_TENSOR // 8
+    if tensor >= tensors:
+        return np.zeros((len(HISTOGRAM_KINDS), BUCKETS), dtype=np.int64)
+    mine = bits[begin : begin + size]
+    first = int(_ONES[bits[:begin]].sum())
+    mine_values = values[first : first + int(_ONES[mine].sum())]
+    return _spread(mine, mine_values).reshape(len(HISTOGRAM_KINDS), BUCKETS)
+
+
+def _spread(bits: np.ndarray, values: np.ndarray) -> np.ndarray:
+    counts = np.zeros(8 * len(bits), dtype=np.int64)
+    counts[np.unpackbits(bits, bitorder="little").astype(bool)] = values
+    return counts
 
 
 def stride_of_older(count: int, most: int = MOST, newest: int = NEWEST) -> int:

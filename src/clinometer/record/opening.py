@@ -75,6 +75,7 @@ def _must_be_a_file(path: Path) -> None:
 def _check(connection: sqlite3.Connection, path: Path) -> int:
     """The file's version, once it is known to be a run file of a version that can be read."""
     connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MOST_BYTES)
+    connection.execute("PRAGMA cache_size = -65536")
     connection.execute("PRAGMA trusted_schema = OFF")
     connection.execute("PRAGMA cell_size_check = ON")
     (application,) = connection.execute("PRAGMA application_id").fetchone()

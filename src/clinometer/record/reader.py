@@ -1,4 +1,4 @@
-"""The reader of run files: opens without writing, answers in bounded time and size, never holds a writer up."""
+"""The reader of run files: opens without writing, answers within bounds, never holds a writer up."""
 
 from __future__ import annotations
 
@@ -17,18 +17,10 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import numpy as np
 
 from clinometer.messages import InputError
-from clinometer.record import cells, histograms, state
-from clinometer.record.derived import DERIVED, STORED_FOR, derive
+from clinometer.record import curves, state
 from clinometer.record.find import find_runs as find_runs
 from clinometer.record.opening import damaged, open_for_reading
-from clinometer.record.schema import (
-    FILE_NAME,
-    HISTOGRAM_KINDS,
-    LAST_STEP,
-    LOW_EXPONENT,
-    STATISTICS,
-    WEIGHT_FIELDS,
-)
+from clinometer.record.schema import ABSENT, FILE_NAME, LAST_STEP, STATISTICS
 
 _LONGEST_READ = 20.0
 """Seconds after which a query is given up: only a damaged or a hostile file takes so long."""
@@ -122,7 +114,7 @@ class RunFile:
             "updated": updated,
             "first_step": first,
             "last_step": last,
-            "every": _every(meta),
+            "every": curves.every_of(self._connection),
             "config": _dict(meta.get("config")),
             "environment": _dict(meta.get("environment")),
             "statistics": list(STATISTICS),
@@ -155,7 +147,7 @@ class RunFile:
 
     @_reading
     def scalar_names(self) -> list[str]:
-        return list(self._scalar_ids())
+        return list(curves.scalar_ids(self._connection))
 
     @_reading
     def scalars(
@@ -167,29 +159,7 @@ class RunFile:
         of the run each, and then the three are the same. A step without a value is NaN; a mean is NaN too
         where a logged value was. Raises `InputError` for a name that was never logged.
         """
-        known = self._scalar_ids()
-        for name in names:
-            if name not in known and name != "time":
-                raise InputError("record.no_scalar", name=name, known=", ".join(known) or "-")
-        ids = np.array([known[name] for name in names if name != "time"], dtype=np.int64)
-        first, last, every = self._range(first, last)
-        level, stride = cells.plan(
-            first, last, points, every=every, row_bytes=1024, window_bytes=32 * len(known) + 64
-        )
-        found = cells.scalars(
-            self._connection, ids, level, first // stride * stride, _end(last, stride), len(known)
-        ).combined(stride)
-        out: dict[str, Any] = {"step": _first_steps(found.start, stride, first), "stride": stride}
-        columns = iter(range(len(ids)))
-        for name in names:
-            column = -1 if name == "time" else next(columns)
-            mean = np.where(found.weight[:, column] > 0, found.mean[:, column], np.nan)
-            low, high = found.low[:, column], found.high[:, column]
-            # Cut from their table, so that they do not keep the whole of it in memory.
-            out[name] = {"mean": mean, "min": low.copy(), "max": high.copy()}
-        if "time" in names and len(found.start):
-            out["time"] = dict.fromkeys(("mean", "min", "max"), out["time"]["min"])
-        return out
+        return curves.scalars(self._connection, names, first, last, points)
 
     @_reading
     def series(
@@ -205,15 +175,7 @@ class RunFile:
         Besides the stored statistics: grad_rms, weight_rms, update_rms, moment_rms and update_ratio. Over
         several steps the last is the ratio of the means, and its ends are bounds. NaN: no gradient.
         """
-        first, last, every = self._range(first, last)
-        found, stride = self._statistic(statistic, ids, first, last, points, every)
-        return {
-            "step": _first_steps(found.start, stride, first),
-            "stride": stride,
-            "mean": np.ascontiguousarray(found.mean.T),
-            "min": np.ascontiguousarray(found.low.T),
-            "max": np.ascontiguousarray(found.high.T),
-        }
+        return curves.series(self._connection, ids, statistic, first, last, points)
 
     @_reading
     def grid(
@@ -228,15 +190,7 @@ class RunFile:
 
         The columns are evenly spaced; NaN where no step was recorded or the tensor had no gradient.
         """
-        first, last, every = self._range(first, last)
-        chosen = range(self._width()) if ids is None else ids
-        found, stride = self._statistic(statistic, chosen, first, last, columns, every)
-        begin = first // stride
-        count = 0 if last < first else last // stride - begin + 1
-        values = np.full((found.mean.shape[1], count), np.nan, dtype=np.float32)
-        values[:, found.start // stride - begin] = found.mean.T
-        steps = np.maximum((begin + np.arange(count, dtype=np.int64)) * stride, first)
-        return {"step": steps, "stride": stride, "values": values}
+        return curves.grid(self._connection, statistic, first, last, columns, ids)
 
     @_reading
     def row(self, step: int) -> dict[str, Any] | None:
@@ -247,11 +201,19 @@ class RunFile:
         if found is None:
             return None
         numbers = np.frombuffer(found[1], dtype="<f8")
-        there = numbers.view("<u8") != cells.ABSENT
-        names = list(self._scalar_ids())
+        there = numbers.view("<u8") != ABSENT
+        names = list(curves.scalar_ids(self._connection))
         statistics = np.frombuffer(found[2], dtype="<f4").reshape(-1, len(STATISTICS)).copy()
         scalars = {names[i]: float(numbers[i]) for i in np.flatnonzero(there)}
         return {"step": step, "time": found[0], "scalars": scalars, "statistics": statistics}
+
+    @_reading
+    def rows(self, first: int | None = None, last: int | None = None, limit: int = 1000) -> dict[str, Any]:
+        """The first `limit` steps of a range as they are, for exports: read on from the last step + 1.
+
+        {"step" (n,), "time" (n,), "scalars": {name: (n,)}, "logged": {name: (n,) bool}, "statistics": (n, T, 8)}
+        """
+        return curves.rows(self._connection, 0 if first is None else _bounded(first), _bounded(last), limit)
 
     @_reading
     def histograms(
@@ -267,25 +229,7 @@ class RunFile:
         Bucket k counts the entries with floor(log2 |x|) = k + low_exponent; bucket 0 exact zeros, 63 what is
         larger or not finite.
         """
-        if kind not in HISTOGRAM_KINDS:
-            raise InputError("record.no_kind", kind=kind, known=", ".join(HISTOGRAM_KINDS))
-        self._chosen([tensor_id])
-        first, last, _ = self._range(first, last)
-        steps = [
-            step
-            for (step,) in self._connection.execute(
-                "SELECT step FROM histograms WHERE step BETWEEN ? AND ? ORDER BY step", (first, last)
-            ).fetchall()
-        ]
-        if len(steps) > count:
-            steps = [steps[i] for i in np.linspace(0, len(steps) - 1, max(1, count)).round().astype(int)]
-        out = np.zeros((len(steps), histograms.BUCKETS), dtype=np.int64)
-        for place, step in enumerate(steps):
-            (blob,) = self._connection.execute(
-                "SELECT counts FROM histograms WHERE step = ?", (step,)
-            ).fetchone()
-            out[place] = histograms.decode(blob, tensor_id)[HISTOGRAM_KINDS.index(kind)]
-        return {"step": np.array(steps, dtype=np.int64), "counts": out, "low_exponent": LOW_EXPONENT}
+        return curves.histogram(self._connection, tensor_id, kind, first, last, count)
 
     @_reading
     def alerts(
@@ -336,74 +280,13 @@ class RunFile:
 
         More than `points` steps are not averaged; one of each cell is taken. Empty if it is not pinned.
         """
-        pin = self._connection.execute(
-            "SELECT id FROM pins WHERE tensor = ? AND position = ?",
-            (tensor_id, json.dumps([int(i) for i in index])),
-        ).fetchone()
-        first, last, every = self._range(first, last)
-        stride = max(every, -(-(last - first + 1) // max(1, points)))
-        steps, blobs = [], []
-        if pin is not None and last >= first:
-            query = "SELECT step, numbers FROM weights WHERE pin = ? AND step BETWEEN ? AND ? ORDER BY step"
-            if stride <= every:
-                rows = self._connection.execute(query, (*pin, first, last)).fetchall()
-            else:
-                seek, rows, at = f"{query} LIMIT 1", [], first
-                while (row := self._connection.execute(seek, (*pin, at, last)).fetchone()) is not None:
-                    rows.append(row)
-                    at = max(at + stride, row[0] + 1)
-            steps, blobs = [row[0] for row in rows], [row[1] for row in rows]
-        table = np.frombuffer(b"".join(blobs), dtype="<f8").reshape(len(steps), len(WEIGHT_FIELDS))
-        columns = {field: table[:, i].copy() for i, field in enumerate(WEIGHT_FIELDS)}
-        return {"step": np.array(steps, dtype=np.int64), **columns}
-
-    def _statistic(
-        self, statistic: str, ids: Sequence[int], first: int, last: int, points: int, every: int
-    ) -> tuple[cells.Pieces, int]:
-        if statistic not in STORED_FOR:
-            raise InputError("record.no_statistic", name=statistic, known=", ".join(STORED_FOR))
-        chosen, width = self._chosen(ids), self._width()
-        level, stride = cells.plan(
-            first, last, points, every=every, row_bytes=32 * width + 512, window_bytes=12 * width + 64
-        )
-        begin, end = first // stride * stride, _end(last, stride)
-        wanted = [STATISTICS.index(name) for name in STORED_FOR[statistic]]
-        parts = cells.statistics(self._connection, wanted, level, begin, end, chosen, width)
-        if statistic in DERIVED:
-            numel = dict(self._connection.execute("SELECT id, numel FROM tensors").fetchall())
-            return derive(statistic, parts, np.array([numel[i] for i in chosen])).combined(stride), stride
-        return parts[0].combined(stride), stride
-
-    def _chosen(self, ids: Sequence[int]) -> np.ndarray:
-        width = self._width()
-        for number in ids:
-            if not 0 <= number < width:
-                raise InputError("record.no_tensor", number=number, count=width)
-        return np.array(list(ids), dtype=np.int64)
-
-    def _range(self, first: int | None, last: int | None) -> tuple[int, int, int]:
-        """The range of steps that a question means, within what there is, and the run's `every`."""
-        lowest, highest, _ = self._ends()
-        every = _every(self._meta_values())
-        if lowest is None or highest is None:
-            return 0, -1, every
-        return (
-            lowest if first is None else max(lowest, first),
-            highest if last is None else min(highest, last),
-            every,
-        )
+        return curves.weight(self._connection, tensor_id, index, first, last, points)
 
     def _ends(self) -> tuple[int | None, int | None, float | None]:
         query = self._connection.execute
         (first,) = query("SELECT min(step) FROM steps").fetchone()
         newest = query("SELECT step, time FROM steps ORDER BY step DESC LIMIT 1").fetchone()
-        return (first, *(newest or (None, None)))
-
-    def _width(self) -> int:
-        return self._connection.execute("SELECT count(*) FROM tensors").fetchone()[0]
-
-    def _scalar_ids(self) -> dict[str, int]:
-        return dict(self._connection.execute("SELECT name, id FROM scalar_names ORDER BY id").fetchall())
+        return (None, None, None) if newest is None else (first, newest[0], newest[1])
 
     @_reading
     def _meta(self) -> dict[str, Any]:
@@ -436,21 +319,8 @@ class RunFile:
             self._open()
 
 
-def _first_steps(start: np.ndarray, stride: int, first: int) -> np.ndarray:
-    return np.maximum(start // stride * stride, first) if stride > 1 else start
-
-
-def _end(last: int, stride: int) -> int:
-    return last // stride * stride + stride - 1
-
-
 def _bounded(step: int | None) -> int:
     return LAST_STEP if step is None else max(-1, min(int(step), LAST_STEP))
-
-
-def _every(meta: dict[str, Any]) -> int:
-    every = meta.get("every")
-    return every if isinstance(every, int) and every > 0 else 1
 
 
 def _dict(value: Any) -> dict[str, Any]:

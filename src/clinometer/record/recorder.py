@@ -272,8 +272,7 @@ class Recorder:
             "INSERT OR IGNORE INTO pins (tensor, position, since) VALUES (?, ?, ?)", (*pin, step)
         )
         self._file.execute(
-            "INSERT OR REPLACE INTO weights"
-            " SELECT id, ?, ? FROM pins WHERE tensor = ? AND position = ?",
+            "INSERT OR REPLACE INTO weights SELECT id, ?, ? FROM pins WHERE tensor = ? AND position = ?",
             (step, np.array(numbers, dtype="<f8"), *pin),
         )
 

@@ -32,8 +32,17 @@ STATISTICS = (
 LEVELS = (16, 256, 4096)
 """Steps in one roll-up, level by level; each is 16 of the one before."""
 
+PARTS = ("mean", "low", "high")
+"""What a roll-up keeps of a statistic, a row each: who asks for means reads a third of the bytes."""
+
 LAST_STEP = (1 << 40) - 1
-"""A roll-up's key is statistic · 2^40 + first step, so that one statistic lies together on the disk."""
+"""The last step there is place for in a roll-up's key."""
+
+
+def rollup_key(statistic: int, part: int, start: int) -> int:
+    """(3 · statistic + part) · 2^40 + first step: one part of one statistic lies together on the disk."""
+    return (len(PARTS) * statistic + part) << 40 | start
+
 
 ABSENT = 0x7FF8_0000_0000_0001
 """The bits of a float64 that mean "not logged at this step"; a logged NaN has the bits 0x7FF8000000000000."""
@@ -80,8 +89,7 @@ CREATE TABLE weights (
 """ + "".join(
     f"""
 CREATE TABLE rollup_{level} (
-    key INTEGER PRIMARY KEY, rows INTEGER NOT NULL, mean BLOB NOT NULL, low BLOB NOT NULL, high BLOB NOT NULL,
-    counts BLOB);
+    key INTEGER PRIMARY KEY, rows INTEGER NOT NULL, cells BLOB NOT NULL, counts BLOB);
 CREATE TABLE scalar_rollup_{level} (start INTEGER PRIMARY KEY, rows INTEGER NOT NULL, time REAL NOT NULL,
     cells BLOB NOT NULL);
 """

@@ -3,35 +3,27 @@
 from __future__ import annotations
 
 import sqlite3
+from itertools import pairwise
 
 import numpy as np
 
 from clinometer.record.rollups import Cells, Rollups, Window
-from clinometer.record.schema import LEVELS, STATISTICS
-
-SHIFT = 40
+from clinometer.record.schema import LAST_STEP, LEVELS, PARTS, STATISTICS, rollup_key
 
 
 def insert(connection: sqlite3.Connection, window: Window) -> None:
-    """A row a statistic, so that a map of one statistic reads an eighth of the bytes; one row for the scalars."""
+    """A row for each part of each statistic, and one row for all scalars."""
     tensors, scalars = window.tensors, window.scalars
     implied = np.where(np.isnan(tensors.mean), 0, window.rows)
-    connection.executemany(
-        f"INSERT INTO rollup_{window.level} VALUES (?, ?, ?, ?, ?, ?)",
-        [
-            (
-                statistic << SHIFT | window.start,
-                window.rows,
-                tensors.mean[:, statistic].tobytes(),
-                tensors.low[:, statistic].tobytes(),
-                tensors.high[:, statistic].tobytes(),
-                None
-                if np.array_equal(tensors.counts[:, statistic], implied[:, statistic])
-                else tensors.counts[:, statistic].astype("<u2").tobytes(),
-            )
-            for statistic in range(len(STATISTICS))
-        ],
-    )
+    as_implied = (tensors.counts == implied).all(axis=0)
+    parts = [np.ascontiguousarray(part.T) for part in (tensors.mean, tensors.low, tensors.high)]
+    rows = []
+    for statistic in range(len(STATISTICS)):
+        counts = None if as_implied[statistic] else tensors.counts[:, statistic].astype("<u2").tobytes()
+        for part, cells in enumerate(parts):
+            key = rollup_key(statistic, part, window.start)
+            rows.append((key, window.rows, cells[statistic], None if part else counts))
+    connection.executemany(f"INSERT INTO rollup_{window.level} VALUES (?, ?, ?, ?)", rows)
     cells = np.stack([scalars.mean, scalars.low, scalars.high, scalars.counts], axis=1)
     connection.execute(
         f"INSERT INTO scalar_rollup_{window.level} VALUES (?, ?, ?, ?)",
@@ -64,12 +56,16 @@ def load(connection: sqlite3.Connection, level: int, start: int) -> list[Window]
 def _load_statistic(
     connection: sqlite3.Connection, level: int, statistic: int, start: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    rows, mean, low, high, counts = connection.execute(
-        f"SELECT rows, mean, low, high, counts FROM rollup_{level} WHERE key = ?",
-        (statistic << SHIFT | start,),
-    ).fetchone()
-    means = np.frombuffer(mean, dtype="<f4")
-    return means, np.frombuffer(low, "<f4"), np.frombuffer(high, "<f4"), counts_of(means, rows, counts)
+    found = [
+        connection.execute(
+            f"SELECT rows, cells, counts FROM rollup_{level} WHERE key = ?",
+            (rollup_key(statistic, part, start),),
+        ).fetchone()
+        for part in range(len(PARTS))
+    ]
+    mean, low, high = (np.frombuffer(cells, dtype="<f4") for _, cells, _ in found)
+    rows, _, counts = found[0]
+    return mean, low, high, counts_of(mean, rows, counts)
 
 
 def delete_from(connection: sqlite3.Connection, last_step: int | None) -> None:
@@ -77,11 +73,12 @@ def delete_from(connection: sqlite3.Connection, last_step: int | None) -> None:
     for level in LEVELS:
         start = 0 if last_step is None else last_step // level * level
         connection.execute(f"DELETE FROM scalar_rollup_{level} WHERE start >= ?", (start,))
-        for s in range(len(STATISTICS)):
-            connection.execute(
-                f"DELETE FROM rollup_{level} WHERE key >= ? AND key < ?",
-                (s << SHIFT | start, (s + 1) << SHIFT),
-            )
+        for statistic in range(len(STATISTICS)):
+            for part in range(len(PARTS)):
+                connection.execute(
+                    f"DELETE FROM rollup_{level} WHERE key BETWEEN ? AND ?",
+                    (rollup_key(statistic, part, start), rollup_key(statistic, part, LAST_STEP)),
+                )
 
 
 def reopen(connection: sqlite3.Connection, last_step: int | None) -> Rollups:
@@ -90,10 +87,7 @@ def reopen(connection: sqlite3.Connection, last_step: int | None) -> Rollups:
     if last_step is None:
         return rollups
     rollups.restore(
-        [
-            load(connection, level, last_step // parent * parent)
-            for level, parent in zip(LEVELS[:-1], LEVELS[1:], strict=True)
-        ]
+        [load(connection, level, last_step // parent * parent) for level, parent in pairwise(LEVELS)]
     )
     rows = connection.execute(
         "SELECT step, time, scalars, statistics FROM steps WHERE step >= ? ORDER BY step",
