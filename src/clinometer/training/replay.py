@@ -62,7 +62,7 @@ class Difference:
         key = "explain.differs"
         if changed:
             key = "explain.differs_machine"
-        elif from_start:
+        elif from_start and self.step == 1:
             key = "explain.differs_start"
         values = {
             "path": folder.path,
