@@ -30,6 +30,7 @@ MARK = "<!-- Clinometer's report -->"
 MAX_ALERTS = 100
 MAX_TENSORS = 2_000
 MAP_COLUMNS = 600
+_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 _SECTIONS = ("loss", "map", "norm", "lr", "speed")
 
 Say = Callable[..., str]
@@ -89,8 +90,7 @@ def report(run: RunFile, language: str | None = None) -> str:
             f'<!doctype html>\n{MARK}\n<html lang="{"zh-CN" if language == "zh" else "en"}">',
             '<head><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
             # Not a server's header, but enough: whatever gets into this page, it loads and sends nothing.
-            "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; script-src 'unsafe-inline'; "
-            "style-src 'unsafe-inline'; img-src data: blob:\">",
+            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
             f"<title>{escape(title)}</title>\n<style>{style}</style></head>",
             "<body>",
             *body,
@@ -122,10 +122,10 @@ def _head(run: RunFile, info: dict[str, Any], language: str, words: Say) -> list
     state = words(f"states.{info['state']}")
     if info["since"] is not None:
         state = words("state", state=state, since=_when(info["since"]))
-    numbers = "".join(
-        f"<div><b>{escape(n['text'])}</b><span>{escape(n['label'])}{' · ' + escape(n['unit']) if n['unit'] else ''}</span></div>"
-        for n in strip(run, language)
-    )
+    numbers = ""
+    for number in strip(run, language):
+        label = " · ".join(part for part in (number["label"], number["unit"]) if part)
+        numbers += f"<div><b>{escape(number['text'])}</b><span>{escape(label)}</span></div>"
     lines = [str(info["model"] or ""), ", ".join(map(str, info["optimizers"])), facts, state]
     made = words("made", when=_when(datetime.now(UTC).timestamp()), version=__version__)
     return [
@@ -166,8 +166,8 @@ def _alerts(run: RunFile, language: str, words: Say) -> Iterable[str]:
             )
         names = escape(", ".join(map(str, alert["tensors"][:20])))
         yield (
-            f'<div class="alert {escape(str(alert["severity"]))}"><b>{escape(text)}</b> <span class="soft">{when}</span>'
-            f"<br>{escape(remedy)}<br><code>{names}</code></div>"
+            f'<div class="alert {escape(str(alert["severity"]))}"><b>{escape(text)}</b>'
+            f' <span class="soft">{when}</span><br>{escape(remedy)}<br><code>{names}</code></div>'
         )
     if len(found) > MAX_ALERTS:
         yield f"<p>{words('more_alerts', count=len(found) - MAX_ALERTS)}</p>"
@@ -219,7 +219,8 @@ def _recent(values: np.ndarray) -> list[float]:
 
 def _facts(name: str, title: str, facts: Any) -> str:
     text = json.dumps(plain(facts), indent=2, ensure_ascii=False)
-    return f'<section><details id="{name}"><summary>{title}</summary><pre>{escape(text)}</pre></details></section>'
+    inside = f"<summary>{title}</summary><pre>{escape(text)}</pre>"
+    return f'<section><details id="{name}">{inside}</details></section>'
 
 
 def _when(time: float) -> str:

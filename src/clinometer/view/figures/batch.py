@@ -82,6 +82,7 @@ def shares(
         }
     ]
     share = sum(number(push["share"]) for push in top)
+    gradient = four(number(attribution["gradient"]), sign=True)
     layout = say.layout(
         f"{run.id}-shares-{tensor['id']}-{list(index)}-{step}",
         xaxis=say.axis(say.say("axis.push"), exponentformat="e", zeroline=True),
@@ -101,7 +102,7 @@ def shares(
             "shares.this",
             count=len(top),
             share=percent(share),
-            gradient=four(number(attribution["gradient"]), sign=True),
+            gradient=gradient,
         ),
     )
     return Figure(data, layout, caption)

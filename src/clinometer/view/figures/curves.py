@@ -195,12 +195,9 @@ def noise(
     data.append(line(step, positive(values["mean"]), say.say("noise.line"), say["accent"]))
     now = values["mean"][np.isfinite(values["mean"])][-max(1, len(step) // 10) :]
     caption = say.join(say.say("noise.healthy"), say.say("noise.this", value=four(float(np.median(now)))))
-    layout = say.layout(
-        f"{run.id}-noise",
-        xaxis=over_steps(run, say, first, last),
-        yaxis=say.log(say.say("axis.noise")),
-        showlegend=False,
-    )
+    axis = say.log(say.say("axis.noise"))
+    steps = over_steps(run, say, first, last)
+    layout = say.layout(f"{run.id}-noise", xaxis=steps, yaxis=axis, showlegend=False)
     return Figure(data, layout, caption)
 
 

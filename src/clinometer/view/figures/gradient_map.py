@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from clinometer.record.reader import RunFile
 from clinometer.view.figures import colours
+from clinometer.view.figures.fineness import points_for
 from clinometer.view.figures.order import in_order, short_name
 from clinometer.view.figures.scalars import escaped, over_steps
 from clinometer.view.figures.style import Figure, Style, four, packed, style, times
@@ -42,18 +44,20 @@ class Map:
         return is_log(self.statistic)
 
     @property
-    def zero(self) -> np.ndarray:
+    def zero(self) -> npt.NDArray[np.bool_]:
         """bool: cells whose gradient was there and exactly zero throughout."""
         if self.statistic == "grad_zeros":
-            return self.values == 1.0
-        return (self.values == 0.0) & (self.statistic in GRADIENT)
+            return np.asarray(self.values == 1.0)
+        if self.statistic not in GRADIENT:
+            return np.zeros(self.values.shape, dtype=bool)
+        return np.asarray(self.values == 0.0)
 
     @property
-    def dead(self) -> np.ndarray:
+    def dead(self) -> npt.NDArray[np.bool_]:
         """bool, a row each: lately there were gradients, and every one was zero."""
         tail = slice(-max(1, int(len(self.step) * RECENT)), None)
         seen = np.isfinite(self.values[:, tail]) | self.alarm[:, tail]
-        return seen.any(1) & (self.zero[:, tail] | ~seen).all(1)
+        return np.asarray(seen.any(1) & (self.zero[:, tail] | ~seen).all(1))
 
     def bounds(self) -> tuple[float, float]:
         """The colour range, in log10 where the statistic is one of magnitude; free of a few outliers."""
@@ -85,9 +89,23 @@ def read_map(
     if statistic == "grad_norm":
         alarm = np.isposinf(values)
     else:
-        counts = run.grid("grad_nonfinite", first, last, columns, rows)["values"]
-        alarm = np.nan_to_num(counts, nan=0.0) > 0
+        alarm = _alarm(run, grid["step"], first, last, columns, rows)
     return Map(statistic, tensors, grid["step"], int(grid["stride"]), values, alarm)
+
+
+def _alarm(
+    run: RunFile, step: np.ndarray, first: int | None, last: int | None, columns: int, rows: Sequence[int]
+) -> np.ndarray:
+    """Where gradients were not finite: looked for coarsely, then finely in the tensors that had any."""
+    alarm = np.zeros((len(rows), len(step)), dtype=bool)
+    coarse = run.grid("grad_nonfinite", first, last, points_for(run, first, last, columns), rows)["values"]
+    found = np.flatnonzero((np.nan_to_num(coarse, nan=0.0) > 0).any(1))
+    if len(found):
+        fine = run.grid("grad_nonfinite", first, last, columns, [rows[i] for i in found.tolist()])
+        # A live run may have grown since: its newest column is then in one of the two only.
+        both = min(len(step), fine["values"].shape[1])
+        alarm[found, :both] = np.nan_to_num(fine["values"][:, :both], nan=0.0) > 0
+    return alarm
 
 
 def gradient_map(
@@ -112,7 +130,8 @@ def gradient_map(
     shown[~np.isfinite(shown) | cells.alarm] = np.nan
     low, high = cells.bounds()
     x = cells.step.tolist()
-    key = statistic_axis(stat, language)
+    at = f"%{{y}}<br>{say.say('axis.step')} %{{x}}"
+    value = say.say("map.log" if cells.log else "map.value", label=statistic_label(stat, language))
     decades = np.arange(np.ceil(low), np.floor(high) + 1) if cells.log else np.array([])
     data: list[dict[str, Any]] = [
         {
@@ -124,12 +143,9 @@ def gradient_map(
             "zmax": high,
             "colorscale": colours.scale(say.theme),
             "hoverongaps": False,
-            "hovertemplate": f"%{{y}}<br>{say.say('axis.step')} %{{x}}<br>{say.say('map.log' if cells.log else 'map.value', label=statistic_label(stat, language))} %{{z:.4g}}<extra></extra>",
+            "hovertemplate": f"{at}<br>{value} %{{z:.4g}}<extra></extra>",
             "colorbar": {
-                "title": {"text": key, "side": "right", "font": {"size": 11, "color": say["soft"]}},
-                "tickfont": {"size": 11, "color": say["soft"]},
-                "thickness": 10,
-                "outlinewidth": 0,
+                **say.colour_key(statistic_axis(stat, language)),
                 **(
                     {"tickvals": decades.tolist(), "ticktext": [f"10<sup>{int(d)}</sup>" for d in decades]}
                     if len(decades) >= 2
@@ -150,7 +166,7 @@ def gradient_map(
                 "showscale": False,
                 "hoverongaps": False,
                 "name": say.say("map.not_finite"),
-                "hovertemplate": f"%{{y}}<br>{say.say('axis.step')} %{{x}}<br>{say.say('map.not_finite')}<extra></extra>",
+                "hovertemplate": f"{at}<br>{say.say('map.not_finite')}<extra></extra>",
             }
         )
     if cells.zero.any():
@@ -183,8 +199,8 @@ def map_caption(say: Style, cells: Map) -> str:
     parts = [say.say("map.healthy" if cells.statistic in GRADIENT else "map.healthy_other")]
     tail = max(1, int(len(cells.step) * RECENT))
     recent = np.where((cells.values > 0) & np.isfinite(cells.values), cells.values, np.nan)[:, -tail:]
-    seen = np.isfinite(recent).any(1)
-    if seen.any():
+    seen = [bool(np.isfinite(row).any()) for row in recent]
+    if any(seen):
         level = np.exp(np.nanmean(np.log(recent[seen].astype(np.float64)), axis=1))
         names = [t["name"] for t, s in zip(cells.tensors, seen, strict=True) if s]
         kinds = [t.get("kind") or "" for t, s in zip(cells.tensors, seen, strict=True) if s]
@@ -216,7 +232,7 @@ def _alarm_sentence(say: Style, cells: Map) -> str | None:
     if not cells.alarm.any():
         return None
     column = int(cells.alarm.any(0).argmax())
-    names = [t["name"] for t, a in zip(cells.tensors, cells.alarm[:, column], strict=True) if a]
+    names = [t["name"] for t, a in zip(cells.tensors, cells.alarm[:, column].tolist(), strict=True) if a]
     return say.say("map.alarm", step=f"{int(cells.step[column]):,}", names=say.names(names))
 
 

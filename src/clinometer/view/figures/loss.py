@@ -103,7 +103,7 @@ def _loss_caption(
 
 
 def smooth_out(values: np.ndarray, weight: float) -> np.ndarray:
-    """Exponential means from the left and from the right, averaged, so that the curve does not lag; gaps stay."""
+    """Exponential means from both ends, averaged, so that the curve does not lag; gaps stay."""
     if weight <= 0.0:
         return values
     return (_ema(values, weight) + _ema(values[::-1], weight)[::-1]) / 2

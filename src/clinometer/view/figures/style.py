@@ -19,7 +19,7 @@ MINUS = "−"
 
 @dataclass
 class Figure:
-    """A Plotly figure as plain dicts, the one line under its heading, or what to do where there is nothing."""
+    """A Plotly figure as plain dicts with its caption, or what to do where there is nothing."""
 
     data: list[dict[str, Any]] = field(default_factory=list)
     layout: dict[str, Any] = field(default_factory=dict)
@@ -86,6 +86,16 @@ class Style:
     def log(self, title: str, **more: Any) -> dict[str, Any]:
         return self.axis(title, type="log", exponentformat="power", showexponent="all", **more)
 
+    def colour_key(self, title: str) -> dict[str, Any]:
+        """A colour bar that says what its colours stand for."""
+        font = {"size": 11, "color": self["soft"]}
+        return {
+            "title": {"text": title, "side": "right", "font": font},
+            "tickfont": font,
+            "thickness": 10,
+            "outlinewidth": 0,
+        }
+
     def layout(self, revision: str, **more: Any) -> dict[str, Any]:
         """A layout without title, on the page's own paper; `revision` keeps the zoom through updates."""
         return {
@@ -148,8 +158,7 @@ def percent(share: float) -> str:
 
 def listed(values: np.ndarray) -> list[float | None]:
     """Numbers for JSON, None (a gap in a line) where one is not finite."""
-    values = np.asarray(values, dtype=np.float64)
-    return np.where(np.isfinite(values), values, None).tolist()
+    return [x if math.isfinite(x) else None for x in np.asarray(values, dtype=np.float64).tolist()]
 
 
 def packed(values: np.ndarray) -> dict[str, str]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from clinometer.record.reader import RunFile
 from clinometer.view.figures import colours
+from clinometer.view.figures.fineness import points_for
 from clinometer.view.figures.scalars import alert_ticks, over_steps, positive, ticks_axis
 from clinometer.view.figures.style import Figure, Style, band, four, line, packed, percent, style, times
 from clinometer.view.figures.words import is_log, statistic_axis, statistic_label, statistic_unit
@@ -35,6 +36,7 @@ def tensor(
     say = style(language, theme)
     data: list[dict[str, Any]] = []
     parts: list[str | None] = []
+    points = points_for(run, first, last, points)
     for name, colour in zip(stat, say.series, strict=False):
         found = run.series([tensor["id"]], name, first, last, points)
         if not len(found["step"]):
@@ -49,7 +51,7 @@ def tensor(
         data.append(line(found["step"], shown, statistic_label(name, language), colour))
         if is_log(name) and (mean == 0).any() and not (mean == 0).all():
             data.append(_zeros(say, found["step"][mean == 0], colour))
-        parts.append(_series_caption(say, name, tensor, found["step"], mean))
+        parts.append(_series_caption(say, name, found["step"], mean))
     if not data:
         return say.empty("tensor", name=tensor["name"])
     log = all(is_log(name) for name in stat)
@@ -114,7 +116,6 @@ def ridge(
             "hovertemplate": say.say("ridge.hover"),
         }
     ]
-    zero = counts[:, 0] / total[:, 0]
     layout = say.layout(
         f"{run.id}-ridge-{tensor['id']}-{kind}",
         xaxis=over_steps(run, say, first, last),
@@ -123,9 +124,7 @@ def ridge(
         shapes=_underflow(say, low, high, horizontal=True),
         annotations=_underflow_names(say, low, high, horizontal=True),
     )
-    return Figure(
-        data, layout, _histogram_caption(say, kind, tensor, counts[-1], float(zero[-1]), int(steps[-1]))
-    )
+    return Figure(data, layout, _histogram_caption(say, kind, counts[-1], int(steps[-1])))
 
 
 def histogram(
@@ -139,7 +138,8 @@ def histogram(
 ) -> Figure:
     """The newest histogram at or before `step`."""
     say = style(language, theme)
-    found = run.histograms(tensor["id"], kind, max(0, step - 64), step, 128)
+    window = 64 * max(1, run.info()["every"])  # one is taken every 16 recorded steps
+    found = run.histograms(tensor["id"], kind, max(0, step - window), step, 128)
     if not len(found["step"]):
         return say.empty("histogram", name=tensor["name"])
     counts, at = np.asarray(found["counts"])[-1], int(found["step"][-1])
@@ -166,12 +166,10 @@ def histogram(
         shapes=_underflow(say, low, high, horizontal=False),
         annotations=_underflow_names(say, low, high, horizontal=False),
     )
-    return Figure(data, layout, _histogram_caption(say, kind, tensor, counts, counts[0] / total, at))
+    return Figure(data, layout, _histogram_caption(say, kind, counts, at))
 
 
-def _series_caption(
-    say: Style, name: str, tensor: dict[str, Any], step: np.ndarray, mean: np.ndarray
-) -> str | None:
+def _series_caption(say: Style, name: str, step: np.ndarray, mean: np.ndarray) -> str:
     good = np.isfinite(mean)
     label = statistic_label(name, say.language)
     if np.isinf(mean).any():
@@ -271,10 +269,9 @@ def _underflow_names(say: Style, low: int, high: int, *, horizontal: bool) -> li
     return [*notes, {"text": text, "showarrow": False, "font": {"size": 10, "color": say["soft"]}, **foot}]
 
 
-def _histogram_caption(
-    say: Style, kind: str, tensor: dict[str, Any], counts: np.ndarray, zero: float, step: int
-) -> str:
+def _histogram_caption(say: Style, kind: str, counts: np.ndarray, step: int) -> str:
     total = max(1, int(counts.sum()))
+    zero = int(counts[0]) / total
     exponents = np.arange(BUCKETS) - 48
     nonzero = counts.copy()
     nonzero[0] = 0

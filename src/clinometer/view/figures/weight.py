@@ -22,7 +22,7 @@ def waterfall(
     language: str = "en",
     theme: str = "light",
 ) -> Figure:
-    """θ before, what moves it, θ after: from the replayed anatomy, or from the recorded row of a pinned weight."""
+    """θ before, what moves it, θ after: from a replay, or from what was recorded of a pinned weight."""
     say = style(language, theme)
     parts = step_parts(run, tensor, index, step)
     if parts is None:
@@ -108,7 +108,7 @@ def step_parts(
 def pinned_row(
     run: RunFile, tensor: dict[str, Any], index: Sequence[int], step: int
 ) -> dict[str, Any] | None:
-    """What was recorded of a pinned weight at one step; None if it is not pinned or was not recorded there."""
+    """What was recorded of a pinned weight at one step; None if nothing was."""
     if not any(p["tensor"] == tensor["id"] and list(p["index"]) == list(index) for p in run.pinned()):
         return None
     found = run.weight(tensor["id"], tuple(index), step, step)
