@@ -116,10 +116,10 @@ class Replay:
             )
             starts = np.arange(0, c1 - c0, across)
             counts = np.diff(np.append(starts, c1 - c0))
-            bands = range(r0, r1, down) if c1 > c0 else range(0)
+            bands = range(r0, r1, down)
             values = np.empty((len(bands), len(starts)), np.float32)
             largest: tuple[float, float, int] | None = None
-            for i, top in enumerate(bands):
+            for i, top in enumerate(bands if c1 > c0 else ()):
                 band = read(top, min(top + down, r1), c0, c1)
                 size_of = np.abs(band)
                 at = int(np.argmax(np.where(np.isnan(size_of), np.inf, size_of)))

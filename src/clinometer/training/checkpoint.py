@@ -133,9 +133,12 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def prune(folder: Path, keep: int, best_step: int | None) -> None:
-    """Remove all but the newest `keep` checkpoints and the best one, and what an interrupted save left."""
+    """Remove all but the newest `keep` checkpoints and the best one, and what an interrupted save left.
+
+    Step 0 stays: it is a model that was imported, and unlike first weights it cannot be drawn again.
+    """
     for path in checkpoints(folder)[:-keep]:
-        if step_of(path) != best_step:
+        if step_of(path) not in (0, best_step):
             # Renamed first: a kill in the middle of the removal must not leave half a checkpoint.
             doomed = folder / f".{path.name}.{os.getpid()}.tmp"
             path.rename(doomed)

@@ -30,10 +30,11 @@ from clinometer.gradients.tokens import Text
 from clinometer.gradients.wording import format_number
 from clinometer.messages import InputError, say
 from clinometer.record.replays import Replay
+from clinometer.text.tokenizer import Tokenizer
 from clinometer.training.display import RunDisplay
 from clinometer.training.replay import recorded, replay_step, require_step
 from clinometer.training.replay_folder import find_replay
-from clinometer.training.replayed import explain_weight
+from clinometer.training.replayed import explain_weight, find_place
 from clinometer.training.run_folder import RunFolder
 
 _MACHINE_SECONDS = 0.1
@@ -87,6 +88,9 @@ def _explain(
     folder = RunFolder.open(run)
     rows = recorded(folder)
     require_step(folder, rows, step)
+    if parameter is not None:  # before the work, which may be long
+        model = folder.config.model.transformer(Tokenizer.load(folder.tokenizer).vocab_size)
+        parameter, place = find_place(model.weight_shapes(), parameter, place)
     found = find_replay(run, step, rows[step].loss, rows[step].norm)
     path = replay_step(run, step, told.progress, inexact=inexact) if found is None else found.path
     replay = found or Replay.at(path)

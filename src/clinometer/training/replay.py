@@ -62,7 +62,7 @@ class Difference:
         key = "explain.differs"
         if changed:
             key = "explain.differs_machine"
-        elif from_start:
+        elif from_start and self.step == 1:
             key = "explain.differs_start"
         values = {
             "path": folder.path,
@@ -97,7 +97,8 @@ def replay_step(path: Path, step: int, progress: Progress, *, inexact: bool = Fa
         for done in range(step - base - 1):
             progress("replay", done, total)
             row = record.row(computation.step + 1)
-            record.hold(computation.step, *take_step(computation, row.lr)[:2])
+            loss, norm, _ = take_step(computation, row.lr)
+            record.hold(computation.step, loss, norm)
         progress("replay", step - base - 1, total)
         info, tensors = _take(computation, record)
         if step + 1 in rows:
@@ -292,7 +293,7 @@ def _take(computation: Computation, record: _Record) -> tuple[dict[str, Any], di
             if p in o.state
         },
         "groups": groups,
-        "config": config.to_dict(),
+        "config": config.to_toml(),
         "model": dataclasses.asdict(model.config),
         "choices": dataclasses.asdict(choices),
         "batch": _batch(computation.tokenizer, token_ids, targets)

@@ -7,7 +7,8 @@ leave the bits it left then.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from clinometer.gradients.attribution import attribute
 from clinometer.gradients.pushes import Attribution, joined
 from clinometer.gradients.report import Result
 from clinometer.gradients.step import explain_step
-from clinometer.gradients.subject import Subject
+from clinometer.gradients.subject import UnknownName
 from clinometer.gradients.tokens import Text
 from clinometer.lm import functional
 from clinometer.lm.config import TransformerConfig
@@ -101,12 +102,24 @@ def replayed_weight(folder: Path, step: int, name: str, index: Index) -> dict[st
     return row | {"lr": float(group["lr"]), "weight_decay": float(group["weight_decay"])}
 
 
+def find_place(shapes: Mapping[str, tuple[int, ...]], name: str, index: Index) -> tuple[str, Index]:
+    """The name and the index, counted from the front. Raises `InputError` if there is no such entry."""
+    if name not in shapes:
+        raise UnknownName(name, shapes)
+    shape = shapes[name]
+    sizes = shape[: len(index)]
+    if len(index) > len(shape) or not all(-n <= i < n for i, n in zip(index, sizes, strict=True)):
+        last = ",".join(str(n - 1) for n in shape)
+        raise InputError("explain.index", name=name, shape=list(shape), index=list(index), last=last)
+    return name, tuple(i % n for i, n in zip(index, sizes, strict=True))
+
+
 class _Retaken:
     """The model and optimizers as they stood before the replayed step."""
 
     def __init__(self, path: Path, info: dict[str, Any]) -> None:
         self.path, self.info = path, info
-        self.config = config_from(info["config"])
+        self.config = config_from(tomllib.loads(info["config"]))
         self.choices = Choices(**info["choices"])
         self.tensors = load_file(path / TENSORS_FILE, device=self.choices.device)
         self.model = TransformerLM(TransformerConfig(**info["model"])).to(self.choices.device)
@@ -137,13 +150,7 @@ class _Retaken:
 
     def place(self, name: str, index: Index) -> tuple[str, Index]:
         """The tensor's own name, and the index counted from the front."""
-        name = Subject.of(self.model).name_of(name)
-        shape = self.parameters[name].shape
-        sizes = list(shape[: len(index)])
-        if len(index) > len(shape) or not all(-n <= i < n for i, n in zip(index, sizes, strict=True)):
-            last = ",".join(str(n - 1) for n in shape)
-            raise InputError("explain.index", name=name, shape=list(shape), index=list(index), last=last)
-        return name, tuple(i % n for i, n in zip(index, sizes, strict=True))
+        return find_place({key: tuple(p.shape) for key, p in self.parameters.items()}, name, index)
 
     def take(self, name: str) -> Any:
         """Take the step; the anatomy has the tensor `name`. Raises `InputError` if other bits come out."""

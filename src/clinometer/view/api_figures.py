@@ -58,11 +58,11 @@ def compared(call: Call) -> Any:
     return {"name": "compare", **drawn.to_dict()}
 
 
-def _looks(call: Call) -> dict[str, str]:
+def _looks(call: Call) -> dict[str, Any]:
     return {"language": call.language, "theme": call.query.theme()}
 
 
-def _range(call: Call) -> dict[str, int | None]:
+def _range(call: Call) -> dict[str, Any]:
     first, last = call.query.steps()
     return {"first": first, "last": last}
 

@@ -111,7 +111,7 @@ def weight(call: Call) -> Any:
     if found is None:
         return told
     shares = found.get("tokens") or []
-    pieces = replay.step_info["batch"].get("pieces") or []
+    pieces: list[Any] = replay.step_info["batch"].get("pieces") or []
     first, rows = _rows(call, pieces or shares)
     attribution = found.get("attribution")
     return {
@@ -233,12 +233,11 @@ def _asked(body: Any, run: RunFile) -> tuple[int, str | None, tuple[int, ...] | 
     shape = next((t["shape"] for t in run.tensors() if t["name"] == name), None)
     if shape is None:
         raise ApiError(404, "view.no_tensor", tensor=str(name)[:200])
-    fits = (
-        isinstance(index, list)
-        and len(index) == len(shape)
-        and all(type(i) is int and 0 <= i < size for i, size in zip(index, shape, strict=True))
-    )
-    if not fits:
+    if (
+        not isinstance(index, list)
+        or len(index) != len(shape)
+        or not all(type(i) is int and 0 <= i < size for i, size in zip(index, shape, strict=True))
+    ):
         raise ApiError(400, "view.index", index=str(index)[:60], shape=list(shape))
     return step, name, tuple(index)
 

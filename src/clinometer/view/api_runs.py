@@ -163,7 +163,9 @@ def in_language(value: Any, language: str) -> str:
 def _summary(library: Library, run: RunFile) -> dict[str, Any]:
     info = run.info()
     told = {
-        key: value for key, value in info.items() if key not in ("config", "environment", "statistics", "folder")
+        key: value
+        for key, value in info.items()
+        if key not in ("config", "environment", "statistics", "folder")
     }
     return {**told, "folder": library.name(run.folder), **last_values(run)}
 
@@ -172,9 +174,7 @@ def _alerts(run: RunFile, language: str, first: int | None, last: int | None) ->
     found = []
     for alert in run.alerts(first, last, MAX_ALERTS):
         text, remedy = alert_sentences(alert, language)
-        found.append(
-            {**alert, "tensors": alert["tensors"][:NAMES_IN_ALERT], "text": text, "remedy": remedy}
-        )
+        found.append({**alert, "tensors": alert["tensors"][:NAMES_IN_ALERT], "text": text, "remedy": remedy})
     return found
 
 

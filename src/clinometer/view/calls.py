@@ -1,4 +1,4 @@
-"""How a route reads: in one of a few threads, with its run open, errors as sentences, an ETag of the version."""
+"""How a route reads: in one of a few threads, errors as sentences, an ETag of the run's version."""
 
 from __future__ import annotations
 

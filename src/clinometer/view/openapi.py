@@ -11,42 +11,38 @@ _TIME = ("from", "to")
 _LOOKS = ("lang", "theme")
 _ENTRY = ("step", "tensor", "index")
 
-# path: (method, what it answers, query)
+_FIGURE = ("points", "smooth", "stat", "columns", "tensors", "tensor", "kind", "count", "step", "index")
+_MAP = ("stat", "columns", "tensors")
+_MATRIX = ("step", "tensor", "kind", "rows", "cols", "height", "width")
+_RUN = "/api/runs/{id}"
+
+# path, method, what it answers, query
 _ROUTES: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ("/api/openapi.json", "get", "this description", ()),
     ("/api/live", "get", "server-sent events: runs that have something new", ("run",)),
     ("/api/messages", "get", "the page's sentences", ("lang",)),
     ("/api/theme", "get", "colours of both themes and the map's scale", ()),
     ("/api/runs", "get", "the runs, newest first", ("lang",)),
-    ("/api/runs/{id}", "get", "one run with its tensors and alerts", ("lang",)),
-    ("/api/runs/{id}/strip", "get", "loss, gradient norm, speed and alerts, with the last 100 steps", ("lang",)),
-    ("/api/runs/{id}/alerts", "get", "alerts that touch a range of steps", (*_TIME, "lang")),
-    ("/api/runs/{id}/events", "get", "events, newest first", ("kind", *_TIME, "limit", "lang")),
-    ("/api/runs/{id}/reports", "get", "diagnoses and checks, newest first", ("lang",)),
-    ("/api/runs/{id}/step", "get", "the recorded row of one step", ("step", "lang")),
-    (
-        "/api/runs/{id}/figure/{name}",
-        "get",
-        "a Plotly figure and its caption",
-        (*_LOOKS, *_TIME, "points", "smooth", "stat", "columns", "tensors", "tensor", "kind", "count", "step", "index"),
-    ),
-    ("/api/runs/{id}/map", "get", "cells of the gradient map", (*_LOOKS, *_TIME, "stat", "columns", "tensors")),
+    (_RUN, "get", "one run with its tensors and alerts", ("lang",)),
+    (f"{_RUN}/strip", "get", "loss, gradient norm, speed and alerts over the last 100 steps", ("lang",)),
+    (f"{_RUN}/alerts", "get", "alerts that touch a range of steps", (*_TIME, "lang")),
+    (f"{_RUN}/events", "get", "events, newest first", ("kind", *_TIME, "limit", "lang")),
+    (f"{_RUN}/reports", "get", "diagnoses and checks, newest first", ("lang",)),
+    (f"{_RUN}/step", "get", "the recorded row of one step", ("step", "lang")),
+    (f"{_RUN}/figure/{{name}}", "get", "a Plotly figure and its caption", (*_LOOKS, *_TIME, *_FIGURE)),
+    (f"{_RUN}/map", "get", "cells of the gradient map", (*_LOOKS, *_TIME, *_MAP)),
     ("/api/compare", "get", "a figure of several runs", (*_LOOKS, *_TIME, "ids", "metric")),
-    ("/api/runs/{id}/replays", "get", "the replayed steps", ("lang",)),
-    (
-        "/api/runs/{id}/matrix",
-        "get",
-        "a part of a tensor at a replayed step, block-averaged",
-        ("step", "tensor", "kind", "rows", "cols", "height", "width", "lang"),
-    ),
-    ("/api/runs/{id}/entry", "get", "one weight's numbers at a replayed step", (*_ENTRY, "lang")),
-    ("/api/runs/{id}/weight", "get", "a weight's anatomy and who pushed it", (*_ENTRY, "row", "rows", "lang")),
-    ("/api/runs/{id}/batch", "get", "a replayed step's batch, token by token", ("step", "row", "rows", "lang")),
-    ("/api/runs/{id}/replay", "post", "starts a replay", ("lang",)),
+    (f"{_RUN}/replays", "get", "the replayed steps", ("lang",)),
+    (f"{_RUN}/matrix", "get", "a part of a tensor at a replayed step, block-averaged", (*_MATRIX, "lang")),
+    (f"{_RUN}/entry", "get", "one weight's numbers at a replayed step", (*_ENTRY, "lang")),
+    (f"{_RUN}/weight", "get", "a weight's anatomy and who pushed it", (*_ENTRY, "row", "rows", "lang")),
+    (f"{_RUN}/batch", "get", "a replayed batch, token by token", ("step", "row", "rows", "lang")),
+    (f"{_RUN}/replay", "post", "starts a replay", ("lang",)),
     ("/api/jobs", "get", "the last replays", ("lang",)),
     ("/api/jobs/{job}", "get", "one replay's progress", ("lang",)),
     ("/api/jobs/{job}", "delete", "cancels a replay", ("lang",)),
 )
+_TEXT = {"type": "string"}
 _WHOLE = {"type": "integer", "minimum": 0}
 _SCHEMAS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("from", "to", "step", "row"), _WHOLE),
@@ -98,10 +94,16 @@ def description() -> dict[str, Any]:
             "summary": summary,
             "parameters": [
                 *(
-                    {"name": n, "in": "path", "required": True, "schema": {"type": "string"}, "description": _PLACES[n]}
+                    {
+                        "name": n,
+                        "in": "path",
+                        "required": True,
+                        "schema": {"type": "string"},
+                        "description": _PLACES[n],
+                    }
                     for n in places
                 ),
-                *({"name": n, "in": "query", "schema": _SCHEMAS.get(n, {"type": "string"})} for n in query),
+                *({"name": n, "in": "query", "schema": _SCHEMAS.get(n, _TEXT)} for n in query),
             ],
             "responses": {
                 "202" if method == "post" else "200": {"description": summary, "content": {kind: {}}},

@@ -111,7 +111,11 @@ class Replays:
                         return other, False
                     raise Busy(other, language)
             if _is_there(job):
-                job.state, job.ended, job.stage = "done", time.monotonic(), "attribute" if tensor else "replay"
+                job.state, job.ended, job.stage = (
+                    "done",
+                    time.monotonic(),
+                    "attribute" if tensor else "replay",
+                )
                 self._keep(job)
                 return job, False
             self._keep(job)
@@ -178,7 +182,9 @@ class Replays:
                 env=environment,
             )
         except OSError as error:
-            self._settle(job, "failed", key="view.worker", text=say("view.worker", language, reason=str(error)))
+            self._settle(
+                job, "failed", key="view.worker", text=say("view.worker", language, reason=str(error))
+            )
             return
         with self._lock:
             job.process = process

@@ -140,7 +140,8 @@ class Guard:
                 return _refuse_token(language)
             rest = urlencode([(name, value) for name, value in query if name != "token"])
             # Not a redirect: after one, a browser that came from elsewhere withholds a strict cookie.
-            page = f'<!doctype html><meta http-equiv="refresh" content="0;url=/{escape("?" + rest) if rest else ""}">'
+            address = escape(f"/?{rest}" if rest else "/")
+            page = f'<!doctype html><meta http-equiv="refresh" content="0;url={address}">'
             answer = HTMLResponse(page, headers={"cache-control": "no-store"})
             answer.set_cookie(cookie, self.token, httponly=True, samesite="strict", path="/")
             return answer

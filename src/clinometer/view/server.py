@@ -20,7 +20,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from clinometer.messages import LANGUAGES, InputError, current_language, say
+from clinometer.messages import LANGUAGES, InputError, current_language
 from clinometer.view import api_figures, api_replays, api_runs
 from clinometer.view.answers import json_answer
 from clinometer.view.calls import make_pool

@@ -37,7 +37,9 @@ def batch_loss(run: RunFile, *, step: int, language: str = "en", theme: str = "l
     early, late = float(np.nanmean(filled[:, :n])), float(np.nanmean(filled[:, -n:]))
     caption = say.join(
         say.say("batch.healthy"),
-        say.say("batch.this", early=four(early), late=four(late), count=n, top=four(float(np.nanmax(filled)))),
+        say.say(
+            "batch.this", early=four(early), late=four(late), count=n, top=four(float(np.nanmax(filled)))
+        ),
     )
     layout = say.layout(
         f"{run.id}-batch-{step}",
@@ -66,9 +68,7 @@ def shares(
     if not top or attribution is None:
         return say.empty("shares", place=place(tensor, index), step=f"{step:,}")
     values = [number(push["value"]) for push in top]
-    labels = [
-        f"{escaped(visible(push['text']), 24)}  {':'.join(map(str, push['position']))}" for push in top
-    ]
+    labels = [f"{escaped(visible(push['text']), 24)}  {':'.join(map(str, push['position']))}" for push in top]
     data = [
         {
             "type": "bar",
@@ -82,6 +82,7 @@ def shares(
         }
     ]
     share = sum(number(push["share"]) for push in top)
+    gradient = four(number(attribution["gradient"]), sign=True)
     layout = say.layout(
         f"{run.id}-shares-{tensor['id']}-{list(index)}-{step}",
         xaxis=say.axis(say.say("axis.push"), exponentformat="e", zeroline=True),
@@ -97,7 +98,12 @@ def shares(
     )
     caption = say.join(
         say.say("shares.healthy"),
-        say.say("shares.this", count=len(top), share=percent(share), gradient=four(number(attribution["gradient"]), sign=True)),
+        say.say(
+            "shares.this",
+            count=len(top),
+            share=percent(share),
+            gradient=gradient,
+        ),
     )
     return Figure(data, layout, caption)
 

@@ -79,8 +79,10 @@ def stylesheet() -> str:
     def block(theme: Theme) -> str:
         return " ".join(f"--{name}: {colour};" for name, colour in tokens(theme).items())
 
+    light = f"{{ color-scheme: light; {block('light')} }}"
+    dark = f"{{ color-scheme: dark; {block('dark')} }}"
     return (
-        f":root, [data-theme=light] {{ color-scheme: light; {block('light')} }}\n"
-        f"@media (prefers-color-scheme: dark) {{ :root:not([data-theme=light]) {{ color-scheme: dark; {block('dark')} }} }}\n"
-        f"[data-theme=dark] {{ color-scheme: dark; {block('dark')} }}\n"
+        f":root, [data-theme=light] {light}\n"
+        f"@media (prefers-color-scheme: dark) {{ :root:not([data-theme=light]) {dark} }}\n"
+        f"[data-theme=dark] {dark}\n"
     )

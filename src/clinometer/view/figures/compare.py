@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from clinometer.record.reader import RunFile
-from clinometer.view.figures.loss import default_smoothing, ema
+from clinometer.view.figures.loss import default_smoothing, smooth_out
 from clinometer.view.figures.scalars import escaped, positive, read_scalars
 from clinometer.view.figures.speed import rates
 from clinometer.view.figures.style import Figure, four, line, style
@@ -40,7 +40,7 @@ def compare(
         else:
             values = found[names[0]]["mean"]
         if metric == "loss":
-            values = ema(values, default_smoothing(len(values)))
+            values = smooth_out(values, default_smoothing(len(values)))
         if metric == "norm":
             values = positive(values)
         finite = values[np.isfinite(values)]
@@ -54,7 +54,9 @@ def compare(
         data.append(line(found["step"], values, label, "", line=stroke, meta=run.id))
     if not data:
         return say.empty("compare")
-    title = say.say({"loss": "axis.loss", "norm": "axis.norm", "speed": "axis.tokens", "lr": "axis.lr"}[metric])
+    title = say.say(
+        {"loss": "axis.loss", "norm": "axis.norm", "speed": "axis.tokens", "lr": "axis.lr"}[metric]
+    )
     layout = say.layout(
         f"compare-{metric}",
         xaxis=say.steps(),

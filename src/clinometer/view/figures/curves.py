@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from clinometer.record.reader import RunFile
-from clinometer.view.figures.scalars import alert_ticks, positive, read_scalars, ticks_axis
+from clinometer.view.figures.scalars import alert_ticks, over_steps, positive, read_scalars, ticks_axis
 from clinometer.view.figures.speed import rates
 from clinometer.view.figures.style import Figure, Style, band, four, line, listed, percent, style, times
 
@@ -44,7 +44,7 @@ def lr(
     )
     layout = say.layout(
         f"{run.id}-lr",
-        xaxis=say.steps(),
+        xaxis=over_steps(run, say, first, last),
         yaxis=say.axis(say.say("axis.lr"), rangemode="tozero", exponentformat="e"),
         showlegend=len(names) > 1,
     )
@@ -89,7 +89,10 @@ def norm(
         )
     data += alert_ticks(run, say, first, last)
     layout = say.layout(
-        f"{run.id}-norm", xaxis=say.steps(), yaxis=say.log(say.say("axis.norm")), yaxis2=ticks_axis()
+        f"{run.id}-norm",
+        xaxis=over_steps(run, say, first, last),
+        yaxis=say.log(say.say("axis.norm")),
+        yaxis2=ticks_axis(),
     )
     return Figure(data, layout, _norm_caption(say, step, values, clipped, found))
 
@@ -105,7 +108,13 @@ def _norm_caption(
         top = int(np.where(good, peak, -np.inf).argmax())
         ratio = float(peak[top]) / median
         parts.append(
-            say.say("norm.this", median=four(median), peak=four(float(peak[top])), step=f"{int(step[top]):,}", times=times(ratio))
+            say.say(
+                "norm.this",
+                median=four(median),
+                peak=four(float(peak[top])),
+                step=f"{int(step[top]):,}",
+                times=times(ratio),
+            )
         )
         n = max(1, len(mean) // 10)
         early, late = float(np.median(mean[good][:n])), float(np.median(mean[good][-n:]))
@@ -145,7 +154,7 @@ def speed(
     unit = "speed.tokens" if tokens else "speed.steps"
     layout = say.layout(
         f"{run.id}-speed",
-        xaxis=say.steps(),
+        xaxis=over_steps(run, say, first, last),
         yaxis=say.axis(say.say("axis.tokens" if tokens else "axis.steps_rate"), rangemode="tozero"),
         showlegend=False,
     )
@@ -186,7 +195,9 @@ def noise(
     data.append(line(step, positive(values["mean"]), say.say("noise.line"), say["accent"]))
     now = values["mean"][np.isfinite(values["mean"])][-max(1, len(step) // 10) :]
     caption = say.join(say.say("noise.healthy"), say.say("noise.this", value=four(float(np.median(now)))))
-    layout = say.layout(f"{run.id}-noise", xaxis=say.steps(), yaxis=say.log(say.say("axis.noise")), showlegend=False)
+    axis = say.log(say.say("axis.noise"))
+    steps = over_steps(run, say, first, last)
+    layout = say.layout(f"{run.id}-noise", xaxis=steps, yaxis=axis, showlegend=False)
     return Figure(data, layout, caption)
 
 

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from clinometer.record.reader import RunFile
 from clinometer.view.figures import colours
-from clinometer.view.figures.scalars import escaped
+from clinometer.view.figures.fineness import points_for
 from clinometer.view.figures.order import in_order, short_name
+from clinometer.view.figures.scalars import escaped, over_steps
 from clinometer.view.figures.style import Figure, Style, four, packed, style, times
 from clinometer.view.figures.words import is_log, statistic_axis, statistic_label, statistic_unit
 
@@ -19,6 +21,8 @@ RECENT = 0.1
 """The share of columns, at the end, by which rows are compared."""
 FAR = 30.0
 """A row this many times away from the median of its like is named in the caption."""
+MAX_HATCHED = 400
+"""Stretches of zeros that are drawn, the longest first."""
 GRADIENT = frozenset({"grad_norm", "grad_max", "grad_rms"})
 
 
@@ -40,14 +44,20 @@ class Map:
         return is_log(self.statistic)
 
     @property
-    def dead(self) -> np.ndarray:
-        """bool, a row each: gradients were there, and every one was zero."""
-        seen = np.isfinite(self.values)
+    def zero(self) -> npt.NDArray[np.bool_]:
+        """bool: cells whose gradient was there and exactly zero throughout."""
         if self.statistic == "grad_zeros":
-            return seen.any(1) & (np.where(seen, self.values, 1.0) == 1.0).all(1)
+            return np.asarray(self.values == 1.0)
         if self.statistic not in GRADIENT:
-            return np.zeros(len(self.values), dtype=bool)
-        return seen.any(1) & (np.where(seen, self.values, 0.0) == 0.0).all(1) & ~self.alarm.any(1)
+            return np.zeros(self.values.shape, dtype=bool)
+        return np.asarray(self.values == 0.0)
+
+    @property
+    def dead(self) -> npt.NDArray[np.bool_]:
+        """bool, a row each: lately there were gradients, and every one was zero."""
+        tail = slice(-max(1, int(len(self.step) * RECENT)), None)
+        seen = np.isfinite(self.values[:, tail]) | self.alarm[:, tail]
+        return np.asarray(seen.any(1) & (self.zero[:, tail] | ~seen).all(1))
 
     def bounds(self) -> tuple[float, float]:
         """The colour range, in log10 where the statistic is one of magnitude; free of a few outliers."""
@@ -79,9 +89,23 @@ def read_map(
     if statistic == "grad_norm":
         alarm = np.isposinf(values)
     else:
-        counts = run.grid("grad_nonfinite", first, last, columns, rows)["values"]
-        alarm = np.nan_to_num(counts, nan=0.0) > 0
+        alarm = _alarm(run, grid["step"], first, last, columns, rows)
     return Map(statistic, tensors, grid["step"], int(grid["stride"]), values, alarm)
+
+
+def _alarm(
+    run: RunFile, step: np.ndarray, first: int | None, last: int | None, columns: int, rows: Sequence[int]
+) -> np.ndarray:
+    """Where gradients were not finite: looked for coarsely, then finely in the tensors that had any."""
+    alarm = np.zeros((len(rows), len(step)), dtype=bool)
+    coarse = run.grid("grad_nonfinite", first, last, points_for(run, first, last, columns), rows)["values"]
+    found = np.flatnonzero((np.nan_to_num(coarse, nan=0.0) > 0).any(1))
+    if len(found):
+        fine = run.grid("grad_nonfinite", first, last, columns, [rows[i] for i in found.tolist()])
+        # A live run may have grown since: its newest column is then in one of the two only.
+        both = min(len(step), fine["values"].shape[1])
+        alarm[found, :both] = np.nan_to_num(fine["values"][:, :both], nan=0.0) > 0
+    return alarm
 
 
 def gradient_map(
@@ -106,7 +130,8 @@ def gradient_map(
     shown[~np.isfinite(shown) | cells.alarm] = np.nan
     low, high = cells.bounds()
     x = cells.step.tolist()
-    key = statistic_axis(stat, language)
+    at = f"%{{y}}<br>{say.say('axis.step')} %{{x}}"
+    value = say.say("map.log" if cells.log else "map.value", label=statistic_label(stat, language))
     decades = np.arange(np.ceil(low), np.floor(high) + 1) if cells.log else np.array([])
     data: list[dict[str, Any]] = [
         {
@@ -118,12 +143,9 @@ def gradient_map(
             "zmax": high,
             "colorscale": colours.scale(say.theme),
             "hoverongaps": False,
-            "hovertemplate": f"%{{y}}<br>{say.say('axis.step')} %{{x}}<br>{say.say('map.log' if cells.log else 'map.value', label=statistic_label(stat, language))} %{{z:.4g}}<extra></extra>",
+            "hovertemplate": f"{at}<br>{value} %{{z:.4g}}<extra></extra>",
             "colorbar": {
-                "title": {"text": key, "side": "right", "font": {"size": 11, "color": say["soft"]}},
-                "tickfont": {"size": 11, "color": say["soft"]},
-                "thickness": 10,
-                "outlinewidth": 0,
+                **say.colour_key(statistic_axis(stat, language)),
                 **(
                     {"tickvals": decades.tolist(), "ticktext": [f"10<sup>{int(d)}</sup>" for d in decades]}
                     if len(decades) >= 2
@@ -144,14 +166,14 @@ def gradient_map(
                 "showscale": False,
                 "hoverongaps": False,
                 "name": say.say("map.not_finite"),
-                "hovertemplate": f"%{{y}}<br>{say.say('axis.step')} %{{x}}<br>{say.say('map.not_finite')}<extra></extra>",
+                "hovertemplate": f"{at}<br>{say.say('map.not_finite')}<extra></extra>",
             }
         )
-    if cells.dead.any():
+    if cells.zero.any():
         data.append(_hatched(say, cells))
     layout = say.layout(
         f"{run.id}-map",
-        xaxis=say.steps(),
+        xaxis=over_steps(run, say, first, last),
         yaxis=say.axis(
             say.say("axis.tensors"),
             type="category",
@@ -177,8 +199,8 @@ def map_caption(say: Style, cells: Map) -> str:
     parts = [say.say("map.healthy" if cells.statistic in GRADIENT else "map.healthy_other")]
     tail = max(1, int(len(cells.step) * RECENT))
     recent = np.where((cells.values > 0) & np.isfinite(cells.values), cells.values, np.nan)[:, -tail:]
-    seen = np.isfinite(recent).any(1)
-    if seen.any():
+    seen = [bool(np.isfinite(row).any()) for row in recent]
+    if any(seen):
         level = np.exp(np.nanmean(np.log(recent[seen].astype(np.float64)), axis=1))
         names = [t["name"] for t, s in zip(cells.tensors, seen, strict=True) if s]
         kinds = [t.get("kind") or "" for t, s in zip(cells.tensors, seen, strict=True) if s]
@@ -210,20 +232,22 @@ def _alarm_sentence(say: Style, cells: Map) -> str | None:
     if not cells.alarm.any():
         return None
     column = int(cells.alarm.any(0).argmax())
-    names = [t["name"] for t, a in zip(cells.tensors, cells.alarm[:, column], strict=True) if a]
+    names = [t["name"] for t, a in zip(cells.tensors, cells.alarm[:, column].tolist(), strict=True) if a]
     return say.say("map.alarm", step=f"{int(cells.step[column]):,}", names=say.names(names))
 
 
 def _hatched(say: Style, cells: Map) -> dict[str, Any]:
-    """Dead rows as bars with a hatch: a heat map's cells cannot have one."""
-    rows = [escaped(t["name"]) for t, dead in zip(cells.tensors, cells.dead, strict=True) if dead]
-    start = float(cells.step[0]) - cells.stride / 2
+    """Stretches of zeros as bars with a hatch: a heat map's cells cannot have one."""
+    edges = np.diff(np.pad(cells.zero, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+    (rows, starts), (_, ends) = np.nonzero(edges == 1), np.nonzero(edges == -1)
+    longest = np.argsort(starts - ends, kind="stable")[:MAX_HATCHED]
+    rows, starts, ends = rows[longest], starts[longest], ends[longest]
     return {
         "type": "bar",
         "orientation": "h",
-        "y": rows,
-        "x": [float(cells.step[-1] - cells.step[0] + cells.stride)] * len(rows),
-        "base": [start] * len(rows),
+        "y": [escaped(cells.tensors[row]["name"]) for row in rows],
+        "x": ((ends - starts) * cells.stride).tolist(),
+        "base": (cells.step[starts] - cells.stride / 2).tolist(),
         "width": 1,
         "marker": {
             "color": say["panel"],
@@ -239,7 +263,8 @@ def _rules(say: Style, tensors: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ends = [i for i in range(1, len(tensors)) if tensors[i]["layer"] != tensors[i - 1]["layer"]]
     line = {"color": say["paper"], "width": 1}
     return [
-        {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": i - 0.5, "y1": i - 0.5, "line": line} for i in ends
+        {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": i - 0.5, "y1": i - 0.5, "line": line}
+        for i in ends
     ]
 
 

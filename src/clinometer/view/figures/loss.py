@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from clinometer.record.reader import RunFile
-from clinometer.view.figures.scalars import alert_ticks, read_scalars, ticks_axis
+from clinometer.view.figures.scalars import alert_ticks, over_steps, read_scalars, ticks_axis
 from clinometer.view.figures.style import Figure, Style, band, four, line, percent, style
 
 TAIL = 0.1
@@ -28,7 +28,7 @@ def loss(
     if found is None:
         return say.empty("loss")
     step, values = found["step"], found["loss"]
-    smoothed = ema(values["mean"], default_smoothing(len(step)) if smooth is None else smooth)
+    smoothed = smooth_out(values["mean"], default_smoothing(len(step)) if smooth is None else smooth)
     data = []
     if found["stride"] > 1:
         data += band(step, values["min"], values["max"], say["accent"])
@@ -42,7 +42,11 @@ def loss(
             opacity=0.35,
         )
     )
-    data.append(line(step, smoothed, say.say("loss.smoothed"), say["accent"], line={"color": say["accent"], "width": 2}))
+    data.append(
+        line(
+            step, smoothed, say.say("loss.smoothed"), say["accent"], line={"color": say["accent"], "width": 2}
+        )
+    )
     valid_step, valid = validation(run, first, last)
     if len(valid):
         data.append(
@@ -57,7 +61,9 @@ def loss(
         )
     data += alert_ticks(run, say, first, last)
     axis = say.axis(say.say("axis.loss_nats" if _in_nats(run) else "axis.loss"))
-    layout = say.layout(f"{run.id}-loss", xaxis=say.steps(), yaxis=axis, yaxis2=ticks_axis())
+    layout = say.layout(
+        f"{run.id}-loss", xaxis=over_steps(run, say, first, last), yaxis=axis, yaxis2=ticks_axis()
+    )
     return Figure(data, layout, _loss_caption(say, step, values["mean"], valid_step, valid))
 
 
@@ -88,14 +94,23 @@ def _loss_caption(
         parts.append(say.say("loss.valid", value=four(float(valid[-1])), step=f"{int(valid_step[-1]):,}"))
         best = int(np.nanargmin(valid))
         if len(valid) - best > 3 and valid[-1] > valid[best] * 1.02 and near < valid[-1]:
-            parts.append(say.say("loss.overfit", step=f"{int(valid_step[best]):,}", best=four(float(valid[best]))))
+            parts.append(
+                say.say("loss.overfit", step=f"{int(valid_step[best]):,}", best=four(float(valid[best])))
+            )
     if bad is not None:
         parts.append(say.say("loss.not_finite", step=f"{bad:,}"))
     return say.join(*parts)
 
 
-def ema(values: np.ndarray, weight: float) -> np.ndarray:
-    """mᵢ = w mᵢ₋₁ + (1−w) xᵢ, over 1−wⁱ so that the beginning is not pulled to zero; gaps are passed over."""
+def smooth_out(values: np.ndarray, weight: float) -> np.ndarray:
+    """Exponential means from both ends, averaged, so that the curve does not lag; gaps stay."""
+    if weight <= 0.0:
+        return values
+    return (_ema(values, weight) + _ema(values[::-1], weight)[::-1]) / 2
+
+
+def _ema(values: np.ndarray, weight: float) -> np.ndarray:
+    """mᵢ = w mᵢ₋₁ + (1−w) xᵢ, over 1−wⁱ so that the beginning is not pulled to zero."""
     smoothed = np.full(len(values), np.nan)
     m = total = 0.0
     for i, x in enumerate(values.tolist()):
@@ -106,14 +121,16 @@ def ema(values: np.ndarray, weight: float) -> np.ndarray:
 
 
 def default_smoothing(count: int) -> float:
-    """A memory of a fiftieth of what is shown: the shape of the curve, without its jitter."""
-    return 1.0 - 1.0 / max(1.0, count / 50)
+    """A memory of a hundredth of what is shown: the shape of the curve, without its jitter."""
+    return 1.0 - 1.0 / max(1.0, count / 100)
 
 
 def validation(run: RunFile, first: int | None, last: int | None) -> tuple[np.ndarray, np.ndarray]:
     """Steps and losses of the validations."""
     found = run.events("validation", first, last, 1000, newest=True)
-    pairs = sorted((e["step"], e["data"]["loss"]) for e in found if isinstance(e["data"].get("loss"), int | float))
+    pairs = sorted(
+        (e["step"], e["data"]["loss"]) for e in found if isinstance(e["data"].get("loss"), int | float)
+    )
     if not pairs and "validation_loss" in run.scalar_names():
         scalars = run.scalars(["validation_loss"], first, last, 1000)
         values = scalars["validation_loss"]["mean"]

@@ -54,7 +54,7 @@ def _is(kind: str, known: str) -> bool:
 
 
 def short_name(tensor: dict[str, Any]) -> str:
-    """"3 · attn.v_proj": the layer and the kind, or the whole name."""
+    """ "3 · attn.v_proj": the layer and the kind, or the whole name."""
     if tensor["layer"] is None or not tensor.get("kind"):
         return str(tensor["name"])
     return f"{tensor['layer']} · {tensor['kind']}"

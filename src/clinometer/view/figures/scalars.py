@@ -54,6 +54,16 @@ def alert_ticks(run: RunFile, say: Style, first: int | None, last: int | None) -
     ]
 
 
+def over_steps(run: RunFile, say: Style, first: int | None, last: int | None, **more: Any) -> dict[str, Any]:
+    """The axis of steps over the range that was asked for: the same for every figure of that range."""
+    info = run.info()
+    low = info["first_step"] if first is None else first
+    high = info["last_step"] if last is None else last
+    if low is None or high is None:
+        return say.steps(**more)
+    return say.steps(range=[low - 0.5, max(high, low) + 0.5], **more)
+
+
 def ticks_axis() -> dict[str, Any]:
     return {"overlaying": "y", "range": [0, 1], "visible": False, "fixedrange": True}
 

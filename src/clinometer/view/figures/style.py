@@ -19,7 +19,7 @@ MINUS = "−"
 
 @dataclass
 class Figure:
-    """A Plotly figure as plain dicts, the one line under its heading, or what to do where there is nothing."""
+    """A Plotly figure as plain dicts with its caption, or what to do where there is nothing."""
 
     data: list[dict[str, Any]] = field(default_factory=list)
     layout: dict[str, Any] = field(default_factory=dict)
@@ -79,10 +79,22 @@ class Style:
 
     def steps(self, **more: Any) -> dict[str, Any]:
         """The axis of steps, the same in every figure over time, so that a zoom can be shared."""
-        return self.axis(self.say("axis.step"), type="linear", tickformat=",", showgrid=False, **more)
+        return self.axis(
+            self.say("axis.step"), type="linear", tickformat=",", showgrid=False, zeroline=False, **more
+        )
 
     def log(self, title: str, **more: Any) -> dict[str, Any]:
-        return self.axis(title, type="log", exponentformat="power", showexponent="all", dtick=1, **more)
+        return self.axis(title, type="log", exponentformat="power", showexponent="all", **more)
+
+    def colour_key(self, title: str) -> dict[str, Any]:
+        """A colour bar that says what its colours stand for."""
+        font = {"size": 11, "color": self["soft"]}
+        return {
+            "title": {"text": title, "side": "right", "font": font},
+            "tickfont": font,
+            "thickness": 10,
+            "outlinewidth": 0,
+        }
 
     def layout(self, revision: str, **more: Any) -> dict[str, Any]:
         """A layout without title, on the page's own paper; `revision` keeps the zoom through updates."""
@@ -102,6 +114,7 @@ class Style:
                 "x": 0,
                 "y": 1.02,
                 "yanchor": "bottom",
+                "traceorder": "normal",
                 "font": {"size": 11, "color": self["soft"]},
                 "bgcolor": "rgba(0,0,0,0)",
             },
@@ -145,8 +158,7 @@ def percent(share: float) -> str:
 
 def listed(values: np.ndarray) -> list[float | None]:
     """Numbers for JSON, None (a gap in a line) where one is not finite."""
-    values = np.asarray(values, dtype=np.float64)
-    return np.where(np.isfinite(values), values, None).tolist()
+    return [x if math.isfinite(x) else None for x in np.asarray(values, dtype=np.float64).tolist()]
 
 
 def packed(values: np.ndarray) -> dict[str, str]:

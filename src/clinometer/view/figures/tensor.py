@@ -9,7 +9,8 @@ import numpy as np
 
 from clinometer.record.reader import RunFile
 from clinometer.view.figures import colours
-from clinometer.view.figures.scalars import alert_ticks, escaped, positive, ticks_axis
+from clinometer.view.figures.fineness import points_for
+from clinometer.view.figures.scalars import alert_ticks, over_steps, positive, ticks_axis
 from clinometer.view.figures.style import Figure, Style, band, four, line, packed, percent, style, times
 from clinometer.view.figures.words import is_log, statistic_axis, statistic_label, statistic_unit
 
@@ -35,6 +36,7 @@ def tensor(
     say = style(language, theme)
     data: list[dict[str, Any]] = []
     parts: list[str | None] = []
+    points = points_for(run, first, last, points)
     for name, colour in zip(stat, say.series, strict=False):
         found = run.series([tensor["id"]], name, first, last, points)
         if not len(found["step"]):
@@ -49,7 +51,7 @@ def tensor(
         data.append(line(found["step"], shown, statistic_label(name, language), colour))
         if is_log(name) and (mean == 0).any() and not (mean == 0).all():
             data.append(_zeros(say, found["step"][mean == 0], colour))
-        parts.append(_series_caption(say, name, tensor, found["step"], mean))
+        parts.append(_series_caption(say, name, found["step"], mean))
     if not data:
         return say.empty("tensor", name=tensor["name"])
     log = all(is_log(name) for name in stat)
@@ -60,7 +62,7 @@ def tensor(
     data += alert_ticks(run, say, first, last)
     layout = say.layout(
         f"{run.id}-tensor-{tensor['id']}",
-        xaxis=say.steps(),
+        xaxis=over_steps(run, say, first, last),
         yaxis=say.log(title) if log else say.axis(title),
         yaxis2=ticks_axis(),
         showlegend=len(stat) > 1,
@@ -101,7 +103,11 @@ def ridge(
             "colorscale": colours.scale(say.theme),
             "hoverongaps": False,
             "colorbar": {
-                "title": {"text": say.say("axis.share"), "side": "right", "font": {"size": 11, "color": say["soft"]}},
+                "title": {
+                    "text": say.say("axis.share"),
+                    "side": "right",
+                    "font": {"size": 11, "color": say["soft"]},
+                },
                 "tickfont": {"size": 11, "color": say["soft"]},
                 "tickformat": ".0%",
                 "thickness": 10,
@@ -110,16 +116,15 @@ def ridge(
             "hovertemplate": say.say("ridge.hover"),
         }
     ]
-    zero = counts[:, 0] / total[:, 0]
     layout = say.layout(
         f"{run.id}-ridge-{tensor['id']}-{kind}",
-        xaxis=say.steps(),
+        xaxis=over_steps(run, say, first, last),
         yaxis=_powers(say, kind, low, high),
         hovermode="closest",
         shapes=_underflow(say, low, high, horizontal=True),
         annotations=_underflow_names(say, low, high, horizontal=True),
     )
-    return Figure(data, layout, _histogram_caption(say, kind, tensor, counts[-1], float(zero[-1]), int(steps[-1])))
+    return Figure(data, layout, _histogram_caption(say, kind, counts[-1], int(steps[-1])))
 
 
 def histogram(
@@ -133,7 +138,8 @@ def histogram(
 ) -> Figure:
     """The newest histogram at or before `step`."""
     say = style(language, theme)
-    found = run.histograms(tensor["id"], kind, max(0, step - 64), step, 128)
+    window = 64 * max(1, run.info()["every"])  # one is taken every 16 recorded steps
+    found = run.histograms(tensor["id"], kind, max(0, step - window), step, 128)
     if not len(found["step"]):
         return say.empty("histogram", name=tensor["name"])
     counts, at = np.asarray(found["counts"])[-1], int(found["step"][-1])
@@ -160,10 +166,10 @@ def histogram(
         shapes=_underflow(say, low, high, horizontal=False),
         annotations=_underflow_names(say, low, high, horizontal=False),
     )
-    return Figure(data, layout, _histogram_caption(say, kind, tensor, counts, counts[0] / total, at))
+    return Figure(data, layout, _histogram_caption(say, kind, counts, at))
 
 
-def _series_caption(say: Style, name: str, tensor: dict[str, Any], step: np.ndarray, mean: np.ndarray) -> str | None:
+def _series_caption(say: Style, name: str, step: np.ndarray, mean: np.ndarray) -> str:
     good = np.isfinite(mean)
     label = statistic_label(name, say.language)
     if np.isinf(mean).any():
@@ -175,7 +181,9 @@ def _series_caption(say: Style, name: str, tensor: dict[str, Any], step: np.ndar
         return say.say("tensor.all_zero", label=label)
     n = max(1, len(values) // 10)
     early, late = float(np.median(values[:n])), float(np.median(values[-n:]))
-    text = say.say("tensor.now", label=label, value=four(late), low=four(values.min()), high=four(values.max()))
+    text = say.say(
+        "tensor.now", label=label, value=four(late), low=four(values.min()), high=four(values.max())
+    )
     if is_log(name) and early > 0 and late > 0 and len(values) >= 20 and not 1 / 3 < late / early < 3:
         key = "tensor.rose" if late > early else "tensor.fell"
         text = say.join(text, say.say(key, times=times(max(late / early, early / late))))
@@ -261,10 +269,9 @@ def _underflow_names(say: Style, low: int, high: int, *, horizontal: bool) -> li
     return [*notes, {"text": text, "showarrow": False, "font": {"size": 10, "color": say["soft"]}, **foot}]
 
 
-def _histogram_caption(
-    say: Style, kind: str, tensor: dict[str, Any], counts: np.ndarray, zero: float, step: int
-) -> str:
+def _histogram_caption(say: Style, kind: str, counts: np.ndarray, step: int) -> str:
     total = max(1, int(counts.sum()))
+    zero = int(counts[0]) / total
     exponents = np.arange(BUCKETS) - 48
     nonzero = counts.copy()
     nonzero[0] = 0

@@ -9,7 +9,7 @@ import numpy as np
 
 from clinometer.record.reader import RunFile
 from clinometer.record.replays import Replay
-from clinometer.view.figures.scalars import positive
+from clinometer.view.figures.scalars import over_steps, positive
 from clinometer.view.figures.style import Figure, Style, four, line, style
 
 
@@ -22,7 +22,7 @@ def waterfall(
     language: str = "en",
     theme: str = "light",
 ) -> Figure:
-    """θ before, what moves it, θ after: from the replayed anatomy, or from the recorded row of a pinned weight."""
+    """θ before, what moves it, θ after: from a replay, or from what was recorded of a pinned weight."""
     say = style(language, theme)
     parts = step_parts(run, tensor, index, step)
     if parts is None:
@@ -33,7 +33,11 @@ def waterfall(
         left = after - before - sum(value for _, value in moves)
         if moves and abs(left) > 0:
             moves.append(("rounding", left))
-    labels = [say.say("waterfall.before"), *(say.say(f"waterfall.{n}") for n, _ in moves), say.say("waterfall.after")]
+    labels = [
+        say.say("waterfall.before"),
+        *(say.say(f"waterfall.{n}") for n, _ in moves),
+        say.say("waterfall.after"),
+    ]
     numbers = [before, *(value for _, value in moves), after]
     heights = np.cumsum([before, *(value for _, value in moves)])
     low, high = float(min(heights.min(), after)), float(max(heights.max(), after))
@@ -44,7 +48,11 @@ def waterfall(
             "x": labels,
             "y": [_number(v) for v in numbers],
             "measure": ["absolute", *("relative" for _ in moves), "total"],
-            "text": [_exact(before, high - low), *(four(v, sign=True) for _, v in moves), _exact(after, high - low)],
+            "text": [
+                _exact(before, high - low),
+                *(four(v, sign=True) for _, v in moves),
+                _exact(after, high - low),
+            ],
             "textposition": "outside",
             "cliponaxis": False,
             "connector": {"line": {"color": say["faint"], "width": 1}},
@@ -57,7 +65,9 @@ def waterfall(
     layout = say.layout(
         f"{run.id}-waterfall-{tensor['id']}-{list(index)}-{step}",
         xaxis=say.axis("", type="category", showgrid=False),
-        yaxis=say.axis(say.say("axis.weight"), range=[low - pad, high + pad], zeroline=False, tickformat=".7~g"),
+        yaxis=say.axis(
+            say.say("axis.weight"), range=[low - pad, high + pad], zeroline=False, tickformat=".7~g"
+        ),
         hovermode="closest",
         showlegend=False,
     )
@@ -95,8 +105,10 @@ def step_parts(
     }
 
 
-def pinned_row(run: RunFile, tensor: dict[str, Any], index: Sequence[int], step: int) -> dict[str, Any] | None:
-    """What was recorded of a pinned weight at one step; None if it is not pinned or was not recorded there."""
+def pinned_row(
+    run: RunFile, tensor: dict[str, Any], index: Sequence[int], step: int
+) -> dict[str, Any] | None:
+    """What was recorded of a pinned weight at one step; None if nothing was."""
     if not any(p["tensor"] == tensor["id"] and list(p["index"]) == list(index) for p in run.pinned()):
         return None
     found = run.weight(tensor["id"], tuple(index), step, step)
@@ -145,7 +157,7 @@ def weight_history(
         data.append(line(step, positive(root), "√v", colour[3], yaxis="y3"))
     layout = say.layout(
         f"{run.id}-weight-{tensor['id']}-{list(index)}",
-        xaxis=say.steps(anchor="y3" if root is not None else "y2"),
+        xaxis=over_steps(run, say, first, last, anchor="y3" if root is not None else "y2"),
         yaxis=say.axis(say.say("axis.theta"), domain=[0.68, 1.0] if root is not None else [0.54, 1.0]),
         yaxis2=say.axis(say.say("axis.g"), domain=[0.34, 0.62] if root is not None else [0.0, 0.46]),
         yaxis3=say.log(say.say("axis.v"), domain=[0.0, 0.28]),
@@ -189,7 +201,9 @@ def _waterfall_caption(say: Style, parts: dict[str, Any], moves: list[tuple[str,
         said.append(say.say("waterfall.still"))
     else:
         biggest = max(moves, key=lambda move: abs(move[1]))[0] if moves else "update"
-        said.append(say.say("waterfall.this", change=four(change, sign=True), part=say.say(f"waterfall.{biggest}")))
+        said.append(
+            say.say("waterfall.this", change=four(change, sign=True), part=say.say(f"waterfall.{biggest}"))
+        )
     gradient = parts["gradient"]
     if change and gradient == gradient and gradient:
         key = "waterfall.downhill" if gradient * change < 0 else "waterfall.uphill"
@@ -233,4 +247,3 @@ def _exact(value: float, span: float) -> str:
         return four(value)
     digits = int(np.clip(np.ceil(np.log10(abs(value) / span)) + 3, 4, 9))
     return f"{value:.{digits}g}".replace("-", "−")
-

@@ -7,9 +7,7 @@ from typing import Any
 from clinometer.messages import say, sentences
 from clinometer.view.figures.style import four
 
-LOG_STATISTICS = frozenset(
-    "grad_norm grad_max grad_rms weight_norm weight_rms update_norm update_rms update_ratio moment_norm moment_rms".split()
-)
+_BY_MAGNITUDE = ("_norm", "_max", "_rms", "_ratio")
 
 
 def statistic_label(name: str, language: str) -> str:
@@ -29,7 +27,7 @@ def statistic_axis(name: str, language: str) -> str:
 
 def is_log(name: str) -> bool:
     """Whether a statistic is shown by its order of magnitude."""
-    return name in LOG_STATISTICS
+    return name.endswith(_BY_MAGNITUDE)
 
 
 def alert_sentences(alert: dict[str, Any], language: str) -> tuple[str, str]:
