@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from clinometer.gradients.check import check_gradients as check_gradients
     from clinometer.gradients.diagnosis import diagnose as diagnose
     from clinometer.gradients.step import explain_step as explain_step
+    from clinometer.integrations.loops import watch as watch
     from clinometer.lm.config import TransformerConfig as TransformerConfig
     from clinometer.lm.functional import cross_entropy as cross_entropy
     from clinometer.lm.functional import transformer_lm as transformer_lm
@@ -35,6 +36,7 @@ _HOME = {
     "check_accumulation": "clinometer.gradients.accumulation",
     "explain_step": "clinometer.gradients.step",
     "attribute": "clinometer.gradients.attribution",
+    "watch": "clinometer.integrations.loops",
     "TransformerConfig": "clinometer.lm.config",
     "TransformerLM": "clinometer.lm.model",
     "transformer_lm": "clinometer.lm.functional",

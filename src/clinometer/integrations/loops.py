@@ -16,6 +16,7 @@ from typing import Any
 
 from clinometer.messages import InputError, say
 from clinometer.monitoring import watcher
+from clinometer.monitoring.alert_text import alert_text
 from clinometer.monitoring.watcher import Sink, Watch
 from clinometer.record.recorder import Recorder
 
@@ -27,14 +28,17 @@ def watch(
     optimizer: Any,
     to: Target | Iterable[Target] | None = None,
     every: int = 1,
-    **config: Any,
+    *,
+    name: str | None = None,
+    config: dict[str, Any] | None = None,
 ) -> Watch:
     """Record every tensor of `model` at every step of `optimizer`, and say so when something goes wrong.
 
     `model`: a module, or a mapping of names to tensors. `optimizer`: one, or several that share the model.
     `to`: a folder for a new run, a sink (`clinometer.record.sinks` has TensorBoard and W&B-shaped ones), or
     several; None makes runs/<script>-<n>. To go on with a run, give `Recorder(folder, continue_from=step)`.
-    `every`: measure each that many steps. `config`: what should stand in the run's description.
+    `every`: measure each that many steps. `name` and `config`: what should stand in the
+    run's description.
 
     The returned `Watch` takes what a loop knows and the optimizer does not: `.log(tokens=…)`, `.batch(…)`,
     `.pin(name, index)`; `.close()` ends it, else the end of the program does. Where the run is written and
@@ -45,7 +49,7 @@ def watch(
     targets = [to] if to is None or isinstance(to, str | PathLike | Sink) else list(to)
     sinks = [_sink(target) for target in targets]
     try:
-        one = watcher.watch(model, optimizer, sinks, every, **config)
+        one = watcher.watch(model, optimizer, sinks, every, name=name, config=config)
     except BaseException:
         for sink in sinks:
             if isinstance(sink, Recorder):
@@ -54,7 +58,7 @@ def watch(
     one.on_alert = _print_alert
     for sink in sinks:
         if isinstance(sink, Recorder):
-            print(say("watch.writes", folder=sink.folder), file=sys.stderr)
+            print(say("watch.writes", count=len(one.names), folder=sink.folder), file=sys.stderr)
     return one
 
 
@@ -80,4 +84,4 @@ def next_folder() -> Path:
 
 def _print_alert(alert: dict[str, Any]) -> None:
     """The sentence of an alert when it opens; that it grows or closes stands in the run file."""
-    print(watcher.alert_text(alert), file=sys.stderr)
+    print(alert_text(alert), file=sys.stderr)

@@ -35,17 +35,25 @@ _NAME = re.compile(r"[a-z0-9_./-]{1,64}")
 _living: set[Watch] = set()
 
 
-def watch(model: Any, optimizer: Any, to: Sink | Sequence[Sink], every: int = 1, **config: Any) -> Watch:
+def watch(
+    model: Any,
+    optimizer: Any,
+    to: Sink | Sequence[Sink],
+    every: int = 1,
+    *,
+    name: str | None = None,
+    config: dict[str, Any] | None = None,
+) -> Watch:
     """Watch every tensor of `model` (a module, or a mapping of names to tensors) at every step of `optimizer`.
 
     `optimizer`: one, or several that share the model; a wrapper (accelerate's) is looked through. A step of
     several is a round in which none steps twice. `to`: where the numbers go. `every`: measure each that many
-    steps. `config`: what else should stand in the run's description.
+    steps. `name` and `config`: what should stand in the run's description.
 
     Cost: one pass over gradients, first moments and weights, and a copy of the weights in memory.
     Raises InputError for something that is no optimizer, no model or no sink, and for sharded parameters.
     """
-    return Watch(model, optimizer, to, every, config)
+    return Watch(model, optimizer, to, every, {"name": name, **(config or {})})
 
 
 def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -139,6 +147,11 @@ class Watch:
         name = type(result).__name__
         kind = "diagnosis" if name == "Diagnosis" else "check"
         self.event("report", kind=kind, title=name, document=document, text=text)
+
+    @property
+    def names(self) -> list[str]:
+        """The watched tensors, in the order of their rows."""
+        return [one.name for one in self._session.roster.watched]
 
     @property
     def step(self) -> int:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from clinometer.messages import InputError
-from clinometer.monitoring.watcher import alert_text, watch
+from clinometer.monitoring.alert_text import alert_text
+from clinometer.monitoring.watcher import watch
 from clinometer.record.recorder import Recorder
 from clinometer.record.schema import FILE_NAME
 from clinometer.training.loop import Display, Outcome, Record
@@ -54,7 +55,7 @@ class Recording(Record):
             recorder,
             every=config.training.watch_every,
             name=session.folder.path.name,
-            **config.to_dict(),
+            config=config.to_dict(),
         )
         self.watch.step = session.step
         self.watch.on_alert = self._show
