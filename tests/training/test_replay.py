@@ -200,6 +200,23 @@ def test_loss_and_embedding_gradient_by_token_are_those_of_the_whole_batch(corpu
         assert batch["pieces"][b][s] == session.tokenizer.decode([token])
 
 
+def test_a_large_vocabulary_is_attributed_though_training_never_holds_its_logits(
+    corpus, tmp_path, monkeypatch
+):
+    from clinometer.lm import model
+
+    monkeypatch.setattr(model, "CHUNKED_LOSS_VOCABULARY", 200)
+    monkeypatch.setattr(replay, "CHUNKED_LOSS_VOCABULARY", 200)
+    run = trained(small_config(corpus, steps=3), tmp_path / "run")
+    path = replay_step(run, 2, unheard)
+    assert Replay.at(path).step_info["exact"]
+    for name, index in (("lm_head.weight", (101, 3)), *WATCHED.items()):
+        explained = explain_weight(path, name, index)
+        assert explained.attribution.complete
+        assert not explained.attribution.unseen
+        assert explained.attribution.gradient == pytest.approx(explained.anatomy.gradient, rel=1e-3, abs=1e-8)
+
+
 def test_a_run_that_was_resumed_with_more_steps_replays_from_before_and_after(corpus, tmp_path):
     path = trained(small_config(corpus, steps=10), tmp_path / "run")
     for steps in (14, 23):
