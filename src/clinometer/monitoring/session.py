@@ -53,7 +53,6 @@ class Session:
         self._told = 0
         self._positions: dict[int, int] = {}
         self._last_time: float | None = None
-        self._last_histograms = -HISTOGRAMS_EVERY
         self._logged_first: dict[str, bool] = {}
         """For each name that is logged: whether it comes before the step it belongs to."""
         self._coming: dict[str, Any] = {}
@@ -142,9 +141,9 @@ class Session:
         self.roster.grew()
         number = self.step + 1
         measured = (number - 1) % self.every == 0
-        histograms = measured and number - self._last_histograms >= HISTOGRAMS_EVERY
-        if histograms:
-            self._last_histograms = number
+        # The same steps however often the run is stopped and resumed.
+        before = number - self.every
+        histograms = measured and (number - 1) // HISTOGRAMS_EVERY > (before - 1) // HISTOGRAMS_EVERY
         self._row = row = Row(number, self.roster.watched, measured=measured, histograms=histograms)
         self._whole = False
         row.scalars.update(self._coming)

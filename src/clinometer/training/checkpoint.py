@@ -202,7 +202,8 @@ def restore_optimizer(
     for key, tensor in tensors.items():
         name, _, field = key.rpartition(".")
         if name in owned:
-            by_name.setdefault(name, {})[field] = tensor
+            # Cloned: in the file it begins at any address, and sums over it then differ in their last bits.
+            by_name.setdefault(name, {})[field] = tensor.clone()
     state, param_groups, index = {}, [], 0
     for saved, group in zip(groups, optimizer.param_groups, strict=True):
         options = {k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in saved["options"].items()}
