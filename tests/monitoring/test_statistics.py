@@ -57,7 +57,9 @@ def test_gradient_statistics_are_those_of_a_plain_computation(shape, dtype):
 def test_weight_statistics_are_those_of_a_plain_computation(shape, dtype):
     before, after = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
     wide = torch.complex128 if dtype.is_complex else torch.float64
-    expected = [float(torch.linalg.vector_norm(t.to(wide))) for t in (after, after.to(wide) - before.to(wide))]
+    expected = [
+        float(torch.linalg.vector_norm(t.to(wide))) for t in (after, after.to(wide) - before.to(wide))
+    ]
     copy = flat(before).clone()
     same(measure_weight(after, copy, Scratch()), expected)
     assert torch.equal(copy, flat(after))
@@ -94,7 +96,10 @@ def test_squares_beyond_float32_are_neither_lost_nor_infinite(size):
     assert found.nonfinite == 0
     same(found, plain_gradient(g, m))
     old = g.clone()
-    same(measure_weight(g + m, old, Scratch()), [float((g + m).double().norm()), float((g + m - g).double().norm())])
+    same(
+        measure_weight(g + m, old, Scratch()),
+        [float((g + m).double().norm()), float((g + m - g).double().norm())],
+    )
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

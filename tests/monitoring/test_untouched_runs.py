@@ -23,7 +23,10 @@ def model_of():
 
 def batches(count=20):
     generator = torch.Generator().manual_seed(5)
-    return [(torch.randn(6, 8, generator=generator), torch.randint(4, (6,), generator=generator)) for _ in range(count)]
+    return [
+        (torch.randn(6, 8, generator=generator), torch.randint(4, (6,), generator=generator))
+        for _ in range(count)
+    ]
 
 
 def plain(model, optimizer):
@@ -223,7 +226,9 @@ def test_two_optimizers_make_one_row_a_round():
     weights, sink = alternate(True)
     assert all(torch.equal(weights[key], without[key]) for key in weights)
     assert [row[0] for row in sink.rows] == list(range(1, 21))
-    assert all(value > 0 for value in sink.of("0.0.weight", "update_norm") + sink.of("1.weight", "update_norm"))
+    assert all(
+        value > 0 for value in sink.of("0.0.weight", "update_norm") + sink.of("1.weight", "update_norm")
+    )
 
 
 def seams():
