@@ -40,6 +40,8 @@ class Row:
         self.parts = 0
         self.first_square: Any = None
         self.clipped_while_scaled = False
+        self.piled_up = False
+        """The gradients were added to those of the step before."""
         self.scales: list[tuple[list[int], Any]] = []
         """Which tensors were measured with a loss scale on them, and which."""
         self.statistics = np.full((len(watched), len(STATISTICS)), np.nan, np.float64)
@@ -195,7 +197,7 @@ def refresh(watched: Iterable[Watched]) -> None:
                 one.before = values.clone()
             else:
                 one.before.copy_(values)
-            one.look, one.weight_norm = state, math.nan
+            one.look, one.weight_norm, one.moved_elsewhere = state, math.nan, True
 
 
 def _moment_of(tensor: Tensor, states: list[Any]) -> Tensor | None:

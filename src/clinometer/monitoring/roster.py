@@ -21,7 +21,18 @@ from clinometer.monitoring.statistics import flat
 class Watched:
     """One tensor under its first name."""
 
-    __slots__ = ("before", "dtype", "index", "look", "name", "numel", "ref", "shape", "weight_norm")
+    __slots__ = (
+        "before",
+        "dtype",
+        "index",
+        "look",
+        "moved_elsewhere",
+        "name",
+        "numel",
+        "ref",
+        "shape",
+        "weight_norm",
+    )
 
     def __init__(self, index: int, name: str, tensor: Tensor) -> None:
         self.index = index
@@ -34,6 +45,8 @@ class Watched:
         """A flat copy of the tensor as it was at the last look."""
         self.look: tuple[int, int] | None = None
         """Version and address of the tensor at the last look; other ones mean that somebody wrote to it."""
+        self.moved_elsewhere = False
+        """Somebody wrote to it between two steps."""
         self.weight_norm = float("nan")
 
 

@@ -24,6 +24,7 @@ class Listener(Protocol):
     """What a watch hears; parameters and gradients are as they are before the call that is announced."""
 
     def backward_begins(self, losses: Sequence[Tensor], given: Any) -> None: ...
+    def backward_failed(self) -> None: ...
     def backward_ended(self, losses: Sequence[Tensor], given: Any) -> None: ...
     def clipping(self, grads: Iterable[Tensor], total_norm: Any, max_norm: float) -> None: ...
     def clipping_values(self, grads: Iterable[Tensor], largest: float) -> None: ...
@@ -99,7 +100,12 @@ def _backward(original: Any, tensors: Any, grad_tensors: Any = None, *args: Any,
         listener.backward_begins(losses, grad_tensors)
     if not isinstance(tensors, Tensor):
         tensors = losses  # it may have been a generator
-    result = original(tensors, grad_tensors, *args, **kwargs)
+    try:
+        result = original(tensors, grad_tensors, *args, **kwargs)
+    except BaseException:
+        for listener in _listeners:
+            listener.backward_failed()
+        raise
     for listener in _listeners:
         listener.backward_ended(losses, grad_tensors)
     return result

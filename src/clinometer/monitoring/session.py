@@ -15,7 +15,9 @@ from torch.optim import Optimizer
 from clinometer.gradients.step import _innermost
 from clinometer.monitoring.alerts import Alerts
 from clinometer.monitoring.asking import diagnose_now
+from clinometer.monitoring.chains import Chains
 from clinometer.monitoring.describe import describe, order_of_use
+from clinometer.monitoring.facts import facts_of
 from clinometer.monitoring.losses import Losses
 from clinometer.monitoring.noise import EVERY as NOISE_EVERY
 from clinometer.monitoring.noise import NoiseScale
@@ -42,6 +44,7 @@ class Session:
         self.alerts = Alerts(self._tell_alert)
         self.on_alert: Callable[[dict[str, Any]], None] | None = None
         self._losses = Losses()
+        self._chains = Chains(self.roster)
         self._noise = NoiseScale()
         self._first_square: Any = None
         self._parts_before = 0
@@ -50,7 +53,7 @@ class Session:
         """The step under way, or the last one until the next begins."""
         self._whole = False
         """Nothing more is coming for the row, but what is logged."""
-        self._told = 0
+        self._described: list[dict[str, Any]] = []
         self._positions: dict[int, int] = {}
         self._last_time: float | None = None
         self._logged_first: dict[str, bool] = {}
@@ -153,6 +156,7 @@ class Session:
 
     def _read(self, row: Row, optimizer: Optimizer) -> None:
         first = not row.read_for
+        row.piled_up |= self._chains.unbroken(optimizer)
         row.read_for.add(id(optimizer))
         row.parts = max(row.parts, self._losses.parts)
         loss = self._losses.take()
@@ -186,6 +190,7 @@ class Session:
             )
             self.pins.after(optimizer)
         row.stepped.add(id(optimizer))
+        self._chains.stepped(optimizer)
         self.step = row.step
         if all(id(o) in row.stepped for o in self.roster.living()):
             self._close_row(row)
@@ -228,7 +233,7 @@ class Session:
             self.outlet.tell("histograms", row.step, row.counts)
         if pinned := self.pins.take(row.scalars.get("clip", 1.0)):
             self.outlet.tell("weights", row.step, pinned)
-        self.alerts.look(row, self.roster)
+        self.alerts.look(facts_of(row, self.roster, self._described))
 
     def _add_noise(self, row: Row) -> None:
         if row.first_square is not None and row.parts >= 2 and row.taken and not row.after_clipping:
@@ -241,9 +246,9 @@ class Session:
             row.scalars["noise_scale.batches"] = value / row.parts
 
     def _describe(self) -> None:
-        if self._told < len(self.roster.watched):
-            self._told = len(self.roster.watched)
-            self.outlet.tell("tensors", describe(self.roster.watched, self.roster.groups(), self._positions))
+        if len(self._described) < len(self.roster.watched):
+            self._described = describe(self.roster.watched, self.roster.groups(), self._positions)
+            self.outlet.tell("tensors", self._described)
 
     # What torch's functions say (seams.py).
 
@@ -252,7 +257,11 @@ class Session:
             return
         if not self._positions:
             self._positions = order_of_use(losses, self.roster.watched)
+        self._chains.backward_begins()
         self._losses.begins(self.roster.tensors())
+
+    def backward_failed(self) -> None:
+        self._losses.failed()
 
     def backward_ended(self, losses: Sequence[Tensor], given: Any) -> None:
         if self._asking:
@@ -260,6 +269,7 @@ class Session:
         scaler = self._scaler()
         scale = scaler._scale if scaler is not None and self._scaling else None
         tensors = self.roster.tensors()
+        self._chains.backward_ended()
         if not self._losses.ended(tensors, losses, given, scale):
             return
         row = self._row

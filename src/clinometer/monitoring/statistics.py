@@ -199,7 +199,7 @@ def _finished(
     moment_norm = math.nan if moment_square is None else _norm(moment_square)
     if nonfinite:
         return OfGradient(math.inf, math.inf, share, nonfinite, math.nan, moment_norm)
-    norm = _norm(square)
+    norm = _norm(square) if square < math.inf else _LARGEST
     cosine = math.nan
     if moment_square is not None and 0 < square < math.inf and 0 < moment_square < math.inf:
         cosine = max(-1.0, min(1.0, product / math.sqrt(square) / math.sqrt(moment_square)))

@@ -237,6 +237,9 @@ class Watch:
     def backward_begins(self, losses: Sequence[Tensor], given: Any) -> None:
         self._call("backward_begins", losses)
 
+    def backward_failed(self) -> None:
+        self._call("backward_failed")
+
     def backward_ended(self, losses: Sequence[Tensor], given: Any) -> None:
         self._call("backward_ended", losses, given)
 
