@@ -63,7 +63,7 @@ export async function runPage({ main, state, info, signal, frame, told }) {
   }
 
   async function loadMap() {
-    const columns = Math.max(64, Math.min(1280, Math.round((map.body.clientWidth || 900) - gutter() - 40)));
+    const columns = Math.max(64, Math.min(1280, Math.round((map.body.clientWidth || 900) - gutter() - 24)));
     const answer = await get(api("map"), { stat: statistic(), ...range(), columns }, signal);
     const data = new MapData(answer);
     map.show(data, info.tensors, matcher(tree.box.value));
