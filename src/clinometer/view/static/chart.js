@@ -194,7 +194,7 @@ function logTicks(axis, data, id) {
       if (value > high && Number.isFinite(value)) high = value;
     }
   }
-  const decades = Math.log10(high / low);
+  const decades = axis.range ? axis.range[1] - axis.range[0] : high > 0 ? Math.log10(high / low) : 4;
   axis.exponentformat = "e";
   axis.dtick = decades > 0.9 ? Math.ceil(decades / 4) : "D2";
 }

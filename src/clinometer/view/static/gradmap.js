@@ -55,6 +55,7 @@ export class GradientMap {
     replace(this.caption, data.caption ?? "");
     this.caption.title = data.caption ?? "";
     replace(this.unit, [data.label, data.unit].filter(Boolean).join(" · "));
+    this.skeleton.remove();
     this.paint();
   }
 
@@ -65,7 +66,6 @@ export class GradientMap {
 
   paint() {
     if (!this.data || !this.body.isConnected || !this.body.clientWidth) return;
-    this.skeleton.remove();
     this.canvas.hidden = false;
     this.width = this.body.clientWidth;
     this.lay = layRows(this.tensors.filter((tensor) => this.shown(tensor.name)), this.tall);
