@@ -51,7 +51,9 @@ def identity(run) -> str:
 
 def open_client(root: Path, **options) -> TestClient:
     """The application as a browser on this machine sees it."""
-    return TestClient(make_app(root, language="en", **options), base_url=BASE, headers={"accept-encoding": ""})
+    return TestClient(
+        make_app(root, language="en", **options), base_url=BASE, headers={"accept-encoding": ""}
+    )
 
 
 def record(folder: Path, tensors: list[str], steps: int = 20, **info) -> Path:

@@ -59,7 +59,9 @@ def test_the_strip_has_its_four_numbers_in_order(client, identity):
 
 def test_the_map_is_the_runs_numbers_cell_by_cell(client, identity, run):
     told = get(client, f"/api/runs/{identity}/map", **{"from": 1, "to": 100, "columns": 200})
-    values = np.frombuffer(base64.b64decode(told["values"]), dtype="<f4").reshape(told["rows"], told["columns"])
+    values = np.frombuffer(base64.b64decode(told["values"]), dtype="<f4").reshape(
+        told["rows"], told["columns"]
+    )
     assert told["step"] == list(range(1, 101))
     for column in (0, 50, 99):
         row = run.row(told["step"][column])["statistics"][told["ids"], 0]
