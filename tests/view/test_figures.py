@@ -170,6 +170,9 @@ def test_the_map_hatches_zeros_alarms_at_what_is_not_finite_and_names_both(run):
     assert "lm_head.weight" in figure.caption
     cells = read_map(run, columns=400)
     assert cells.dead.sum() == 1
+    first = cells.dead_from(4)
+    assert (cells.values[4, first:] == 0).all()
+    assert cells.values[4, first - 1] > 0
     assert cells.alarm.sum() == 1
 
 
