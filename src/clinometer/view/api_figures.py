@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from starlette.requests import Request
 from starlette.routing import Route
 
 from clinometer.record.reader import RunFile
@@ -21,15 +22,19 @@ MAX_POINTS = 4_000
 MAX_COLUMNS = 2_560
 MAX_COMPARED = 20
 MAX_STATISTICS = 4
-MAX_TENSORS = 4_096
+MAX_TENSORS = 1_000
 
 
 def routes() -> list[Route]:
     return [
-        route("/api/runs/{id}/figure/{name}", figure, versioned=True),
+        route("/api/runs/{id}/figure/{name}", figure, versioned=_of_the_file_alone),
         route("/api/runs/{id}/map", cells, versioned=True),
         route("/api/compare", compared),
     ]
+
+
+def _of_the_file_alone(request: Request) -> bool:
+    return request.path_params["name"] not in _OF_REPLAYS
 
 
 def figure(call: Call) -> Any:
@@ -143,6 +148,9 @@ def _history(call: Call, run: RunFile) -> figures.Figure:
 def _shares(call: Call, run: RunFile) -> figures.Figure:
     return figures.shares(run, **_entry(call, run), step=call.query.needed("step"), **_looks(call))
 
+
+_OF_REPLAYS = frozenset({"waterfall", "batch-loss", "shares"})
+"""These change when a step is replayed, and the run file knows nothing of it."""
 
 _FIGURES: dict[str, Callable[[Call, RunFile], figures.Figure]] = {
     "loss": _loss,

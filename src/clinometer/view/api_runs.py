@@ -30,7 +30,7 @@ def routes() -> list[Route]:
         route("/api/messages", messages),
         route("/api/theme", theme),
         route("/api/runs", runs),
-        route("/api/runs/{id}", run, versioned=True),
+        route("/api/runs/{id}", run),
         route("/api/runs/{id}/strip", numbers, versioned=True),
         route("/api/runs/{id}/alerts", alerts, versioned=True),
         route("/api/runs/{id}/events", events, versioned=True),

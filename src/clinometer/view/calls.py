@@ -61,7 +61,11 @@ def make_pool() -> ThreadPoolExecutor:
 
 
 def route(
-    path: str, handler: Callable[[Call], Any], *, versioned: bool = False, methods: tuple[str, ...] = ("GET",)
+    path: str,
+    handler: Callable[[Call], Any],
+    *,
+    versioned: bool | Callable[[Request], bool] = False,
+    methods: tuple[str, ...] = ("GET",),
 ) -> Route:
     """`handler` returns what becomes JSON, or a Response.
 
@@ -74,7 +78,7 @@ def route(
         call = Call(request, query, library)
         try:
             tag = None
-            if versioned:
+            if versioned(request) if callable(versioned) else versioned:
                 tag = etag(version_of(call.run()), request.url.path, request.url.query, query.language)
                 if (known := not_modified(request, tag)) is not None:
                     return known

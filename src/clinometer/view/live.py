@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
+import traceback
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -76,7 +78,11 @@ class Live:
     async def _poll(self) -> None:
         while self._listeners:
             wanted = None if None in self._listeners.values() else {r for r in self._listeners.values() if r}
-            states = await run_in_threadpool(self._look, wanted)
+            try:
+                states = await run_in_threadpool(self._look, wanted)
+            except Exception:  # what cannot be read now may be readable in a second
+                traceback.print_exc(file=sys.stderr)
+                states = self._states
             if states != self._states:
                 self._states = {**self._states, **states} if wanted is not None else states
                 for event in self._listeners:

@@ -100,6 +100,7 @@ def make_app(
     app.state.library = library
     app.state.replays = replays
     app.state.live = live
+    app.state.pages = pages
     app.state.pool = pool
     app.state.language = language
     app.add_middleware(Guard, hosts=hosts_for(host, allowed_hosts), token=token, language=language)

@@ -59,6 +59,11 @@ class Map:
         seen = np.isfinite(self.values[:, tail]) | self.alarm[:, tail]
         return np.asarray(seen.any(1) & (self.zero[:, tail] | ~seen).all(1))
 
+    def dead_from(self, row: int) -> int:
+        """The first column of the zeros that a dead row ends with."""
+        alive = np.flatnonzero((np.isfinite(self.values[row]) & ~self.zero[row]) | self.alarm[row])
+        return int(alive[-1]) + 1 if len(alive) else 0
+
     def bounds(self) -> tuple[float, float]:
         """The colour range, in log10 where the statistic is one of magnitude; free of a few outliers."""
         good = self.values[np.isfinite(self.values)]
@@ -271,6 +276,7 @@ def _rules(say: Style, tensors: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def map_answer(cells: Map, say: Style) -> dict[str, Any]:
     """The cells for the page's canvas."""
     low, high = cells.bounds()
+    dead = np.flatnonzero(cells.dead).tolist()
     return {
         "stat": cells.statistic,
         "label": statistic_label(cells.statistic, say.language),
@@ -287,6 +293,7 @@ def map_answer(cells: Map, say: Style) -> dict[str, Any]:
         "alarm": packed(cells.alarm.astype(np.uint8))["bdata"],
         "low": low,
         "high": high,
-        "dead": [t["id"] for t, d in zip(cells.tensors, cells.dead, strict=True) if d],
+        "dead": [cells.tensors[row]["id"] for row in dead],
+        "dead_from": [cells.dead_from(row) for row in dead],
         "caption": map_caption(say, cells) if len(cells.step) and cells.tensors else "",
     }

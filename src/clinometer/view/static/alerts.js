@@ -6,7 +6,7 @@ import { count } from "./number.js";
 import { address, altered, go } from "./url.js";
 import { say } from "./words.js";
 
-const RIGHT = 40;
+const RIGHT = 24;
 const NEAR = 7;   // pixels within which alerts share a tick
 
 const SEVERITY = { fault: "page.severity_fault", warning: "page.severity_warning", explained: "page.severity_explained" };

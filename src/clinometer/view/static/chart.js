@@ -2,14 +2,14 @@
 
 import { get } from "./api.js";
 import { h, replace } from "./dom.js";
-import { number } from "./number.js";
+import { number, percent } from "./number.js";
 import { numbers, plotly } from "./plotly.js";
 import { saveButtons, saveFigure } from "./save.js";
-import { colour, theme } from "./settings.js";
+import { colour, drawScale, theme } from "./settings.js";
 import { timePointer } from "./timeaxis.js";
 import { say } from "./words.js";
 
-const RIGHT = 40;
+const RIGHT = 24;
 
 export function gutter() {
   return parseFloat(getComputedStyle(document.documentElement).getPropertyValue("--gutter"));
@@ -87,14 +87,16 @@ export class Chart {
     const font = getComputedStyle(document.body).fontFamily;
     delete layout.uirevision;
     delete layout.width;
-    replace(this.unit, layout.yaxis?.title?.text?.replace(/<[^>]*>/g, "") ?? "");
+    replace(this.unit, unitOf(layout));
     Object.assign(layout, {
       height: this.height, autosize: true, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { ...layout.font, family: font, size: 11, color: colour("soft") },
     });
-    if (layout.yaxis) {
-      layout.yaxis = { ...layout.yaxis, title: { text: "" }, fixedrange: true, automargin: !this.axis };
+    for (const name of Object.keys(layout).filter((key) => /^yaxis\d*$/.test(key))) {
+      Object.assign(layout[name], { title: { text: "" }, fixedrange: true, automargin: !this.axis });
+      if (layout[name].type === "log") logTicks(layout[name], this.figure.data, name.replace("axis", ""));
     }
+    for (const note of layout.annotations ?? []) Object.assign(note, { bgcolor: colour("paper"), opacity: 0.9, borderpad: 1 });
     if (!this.axis) {
       layout.xaxis = { ...layout.xaxis, fixedrange: true };
       layout.margin = { l: 56, r: 16, t: 8, b: 40, ...(this.margin ?? {}) };
@@ -102,12 +104,12 @@ export class Chart {
       return { data: this.figure.data, layout };
     }
     layout.margin = { l: this.left, r: RIGHT, t: 8, b: 22 };
-    layout.xaxis = { ...layout.xaxis, title: { text: "" }, range: this.axis.range, autorange: false, fixedrange: true,
+    layout.xaxis = { ...layout.xaxis, title: { text: "" }, range: this.axis.range, autorange: false, fixedrange: true, automargin: false,
       nticks: Math.max(3, Math.round(this.plot.clientWidth / 120)) };
     layout.hovermode = false;
     layout.showlegend = false;
     layout.dragmode = false;
-    return { data: this.figure.data, layout };
+    return { data: this.figure.data.map((trace) => (trace.z ? { ...trace, showscale: false } : trace)), layout };
   }
 
   legendRows() {
@@ -122,7 +124,7 @@ export class Chart {
       this.rows.push({ x: numbers(trace.x), y: numbers(trace.y), value,
         row: h("div", { class: "legend-row", title: label }, mark, h("span", { class: "label" }, label), value) });
     }
-    replace(this.legend, this.rows.map((row) => row.row));
+    replace(this.legend, this.rows.map((row) => row.row), this.figure.data.filter((trace) => trace.z).map(heatKey));
     this.read(null);
   }
 
@@ -171,6 +173,37 @@ export class Chart {
     this.axis?.members.delete(this);
     this.clear();
   }
+}
+
+// Of one axis, what stands in brackets at the end of its title, as the title itself would repeat the chart's.
+function unitOf(layout) {
+  const titles = Object.keys(layout).filter((key) => /^yaxis\d*$/.test(key) && layout[key].visible !== false)
+    .map((key) => (layout[key].title?.text ?? "").replace(/<[^>]*>/g, "")).filter(Boolean);
+  if (titles.length !== 1) return titles.join(" \u00b7 ");
+  const unit = /[(（]([^()（）]*)[)）]\s*$/.exec(titles[0]);
+  return unit ? `(${unit[1]})` : titles[0];
+}
+
+// On a log axis a label at every decade, or at 1, 2 and 5 where there is hardly one decade to see.
+function logTicks(axis, data, id) {
+  let [low, high] = [Infinity, -Infinity];
+  for (const trace of data) {
+    if ((trace.yaxis ?? "y") !== id) continue;
+    for (const value of numbers(trace.y)) {
+      if (value > 0 && value < low) low = value;
+      if (value > high && Number.isFinite(value)) high = value;
+    }
+  }
+  const decades = axis.range ? axis.range[1] - axis.range[0] : high > 0 ? Math.log10(high / low) : 4;
+  axis.exponentformat = "e";
+  axis.dtick = decades > 0.9 ? Math.ceil(decades / 4) : "D2";
+}
+
+function heatKey(trace) {
+  const bar = h("canvas", { class: "key-bar", width: 128, height: 1, "aria-hidden": "true" });
+  drawScale(bar);
+  const share = (value, fallback) => percent(value ?? fallback);
+  return h("div", { class: "map-key" }, trace.colorbar?.title?.text ?? "", h("span", {}, share(trace.zmin, 0)), bar, h("span", {}, share(trace.zmax, 1)));
 }
 
 // The last point at or before `step` (the points stand in order), else the first.

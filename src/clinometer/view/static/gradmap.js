@@ -5,12 +5,12 @@ import { h, oncePerFrame, replace } from "./dom.js";
 import { layRows, paintMap } from "./mappaint.js";
 import { count, number } from "./number.js";
 import { download, cell, saveButtons } from "./save.js";
-import { colour } from "./settings.js";
+import { colour, drawScale } from "./settings.js";
 import { timePointer } from "./timeaxis.js";
 import { altered, go } from "./url.js";
 import { say } from "./words.js";
 
-const RIGHT = 40;
+const RIGHT = 24;
 
 export class GradientMap {
   constructor({ axis, choices, open, name }) {
@@ -24,7 +24,8 @@ export class GradientMap {
     this.hair = h("div", { class: "hair", hidden: true });
     this.band = h("div", { class: "band", hidden: true });
     this.tip = h("div", { class: "tip", hidden: true });
-    this.body = h("div", { class: "chart-body map-body" }, this.canvas, this.hair, this.band, this.tip);
+    this.body = h("div", { class: "chart-body map-body" }, this.canvas, this.hair, this.band, this.tip,
+      h("span", { class: "axis-name" }, say("page.step")));
     this.size = h("button", { type: "button", onclick: () => { this.tall = !this.tall; this.paint(); } });
     this.element = h("section", { class: "chart map", "data-chart": "map" },
       h("header", {}, h("h2", {}, say("page.map"), " ", this.unit), this.caption,
@@ -54,6 +55,7 @@ export class GradientMap {
     replace(this.caption, data.caption ?? "");
     this.caption.title = data.caption ?? "";
     replace(this.unit, [data.label, data.unit].filter(Boolean).join(" · "));
+    this.skeleton.remove();
     this.paint();
   }
 
@@ -64,7 +66,6 @@ export class GradientMap {
 
   paint() {
     if (!this.data || !this.body.isConnected || !this.body.clientWidth) return;
-    this.skeleton.remove();
     this.canvas.hidden = false;
     this.width = this.body.clientWidth;
     this.lay = layRows(this.tensors.filter((tensor) => this.shown(tensor.name)), this.tall);
@@ -76,10 +77,8 @@ export class GradientMap {
 
   drawKey() {
     const { data } = this;
-    const bar = h("canvas", { class: "key-bar", "aria-hidden": "true" });
-    bar.width = 128;
-    bar.height = 1;
-    paintMap.key(bar);
+    const bar = h("canvas", { class: "key-bar", width: 128, height: 1, "aria-hidden": "true" });
+    drawScale(bar);
     const end = (at) => number(data.log ? 10 ** at : at, 2);
     replace(this.key, h("span", {}, end(data.low)), bar, h("span", {}, end(data.high)),
       h("span", { class: "swatch hatch" }), say("page.key_dead"), h("span", { class: "swatch alarm" }), say("page.key_alarm"));
@@ -190,7 +189,7 @@ export class GradientMap {
 }
 
 // What colours the map: the statistics, the chosen one in the address.
-export function statisticChoice(info, chosen) {
+export function statisticChoice(info, chosen, title = say("page.coloured_by")) {
   const label = {
     grad_norm: say("page.stat_grad_norm"), grad_rms: say("page.stat_grad_rms"), grad_max: say("page.stat_grad_max"),
     grad_zeros: say("page.stat_grad_zeros"), grad_nonfinite: say("page.stat_grad_nonfinite"),
@@ -202,5 +201,5 @@ export function statisticChoice(info, chosen) {
   const known = Object.keys(label).filter((name) => info.statistics.includes(name) || info.derived.includes(name));
   const select = h("select", { "aria-label": say("page.statistic"), onchange: () => go(altered({ stat: select.value })) },
     known.map((name) => h("option", { value: name, selected: name === chosen }, label[name])));
-  return h("label", {}, h("span", { class: "quiet" }, say("page.coloured_by"), " "), select);
+  return h("label", {}, h("span", { class: "quiet" }, title, " "), select);
 }

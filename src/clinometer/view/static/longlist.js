@@ -2,6 +2,8 @@
 
 import { h, oncePerFrame } from "./dom.js";
 
+const FEW = 120;   // so many are simply made: the browser's own search finds them
+
 export class LongList {
   // `make(item)` gives a row's element; `draw(element, item)` fills in what changes.
   constructor({ height, make, draw, role = "list", label }) {
@@ -25,6 +27,7 @@ export class LongList {
   }
 
   span() {
+    if (this.items.length <= FEW) return [0, this.items.length];
     const box = this.element.getBoundingClientRect();
     const frame = this.element.parentElement.getBoundingClientRect();
     const top = Math.max(0, frame.top);

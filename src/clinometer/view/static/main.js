@@ -23,6 +23,7 @@ const PAGES = {
   runs: runsPage, run: runPage, tensor: tensorPage, weight: weightPage, batch: batchPage, check: reportsPage,
   diagnosis: reportsPage, compare: comparePage,
 };
+const DRAWN = new Set(["run", "tensor", "weight", "batch", "compare"]);
 const FRAMES = { runs: ["short", "line", "line", "line"], run: ["line", "chart", "map"], tensor: ["line", "map"] };
 
 const main = document.getElementById("main");
@@ -113,6 +114,7 @@ async function start() {
   const state = here();
   wear(chosenTheme(state));
   onSystemTheme(() => move(here()));
+  if (DRAWN.has(state.page)) plotly().catch(() => {});   // 5 MB: on its way while the numbers are asked for
   try {
     await Promise.all([loadWords(chosenLanguage(state)), loadColours()]);
   } catch (reason) {

@@ -93,6 +93,7 @@ function cells(pen, data, lay, x, left, width) {
     }
   }
   pen.restore();
+  pen.fillStyle = colour("alarm");
   for (const { tensor, top, height } of lay.rows) {
     if (data.alarms(tensor.id)?.some(Boolean)) {
       pen.beginPath();
@@ -179,17 +180,6 @@ function foot(pen, lay, range, x, width) {
     pen.fillText(count(step), x(step), lay.height + 16);
   }
 }
-
-paintMap.key = (canvas) => {
-  const pen = canvas.getContext("2d");
-  const image = pen.createImageData(canvas.width, 1);
-  const table = scale();
-  for (let k = 0; k < canvas.width; k++) {
-    const n = Math.round((k / (canvas.width - 1)) * 255) * 3;
-    image.data.set([table[n], table[n + 1], table[n + 2], 255], k * 4);
-  }
-  pen.putImageData(image, 0, 0);
-};
 
 // The row under the pointer, by a frame of its own so that the cells need no new drawing.
 paintMap.mark = (canvas, lay, row) => {

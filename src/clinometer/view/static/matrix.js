@@ -4,7 +4,7 @@ import { floats, get, ofRun } from "./api.js";
 import { h, oncePerFrame, replace } from "./dom.js";
 import { count, number, percent, signed } from "./number.js";
 import { cell, download, saveButtons } from "./save.js";
-import { colour, rgb, scale } from "./settings.js";
+import { colour, drawScale, rgb, scale } from "./settings.js";
 import { say } from "./words.js";
 
 const WIDE = 66;   // a cell this wide and
@@ -117,10 +117,7 @@ export class MatrixView {
   drawKey() {
     const { low, high } = this.data;
     const bar = h("canvas", { class: "key-bar", width: 128, height: 1, "aria-hidden": "true" });
-    const image = new ImageData(128, 1);
-    const table = scale();
-    for (let k = 0; k < 128; k++) image.data.set([...table.subarray(k * 6 - (k * 6) % 3, k * 6 - (k * 6) % 3 + 3), 255], k * 4);
-    bar.getContext("2d").putImageData(image, 0, 0);
+    drawScale(bar);
     replace(this.key, h("span", {}, number(10 ** low, 2)), bar, h("span", {}, number(10 ** high, 2)),
       h("span", { class: "swatch none" }), say("page.key_zero"), h("span", { class: "swatch alarm" }), say("page.key_alarm"));
   }

@@ -30,10 +30,10 @@ export function signed(value, digits = 4) {
 // Whole numbers in groups of three: steps, entries, tokens.
 export function count(value) {
   if (value === null || value === undefined || !Number.isFinite(value)) return number(value);
-  return Math.round(value).toString().replace(/\B(?=(\d{3})+$)/g, "\u202f");
+  return Math.round(value).toString().replace(/\B(?=(\d{3})+$)/g, ",");
 }
 
-// 12.9 M rather than 12 900 000, where only the size matters.
+// 12.9 M rather than 12,900,000, where only the size matters.
 export function size(value) {
   if (value === null || value === undefined) return "\u2013";
   for (const [limit, unit] of [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e4, "k"]]) {

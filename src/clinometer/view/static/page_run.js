@@ -37,6 +37,7 @@ export async function runPage({ main, state, info, signal, frame, told }) {
     open: (tensor, step) => go(tensorAddress(tensor, step)) });
   const strip = h("div", { class: "strip" });
   const heading = h("div", { class: "run-head" });
+  const end = h("div");
   const zoomed = h("div", { class: "zoomed", "aria-live": "polite" });
   const alertStrip = new AlertStrip(axis);
   const alertList = new AlertList(info.id);
@@ -55,7 +56,8 @@ export async function runPage({ main, state, info, signal, frame, told }) {
         info.model, say("page.parameters_n", { n: size(info.numel) }), say("page.tensors_n", { n: count(info.tensor_count) }),
         info.last_step === null ? null : say("page.steps_n", { n: count(info.last_step) }),
         (info.optimizers ?? []).join(", "),
-      ].filter(Boolean).join(" \u00b7 ")), died(info));
+      ].filter(Boolean).join(" \u00b7 ")));
+    replace(end, died(info));
     replace(zoomed, axis.zoomed ? [say("page.zoomed", { first: count(axis.first), last: count(axis.last), of: count(info.last_step ?? 0) }), " ",
       h("button", { type: "button", onclick: () => axis.onZoom(null, null) }, say("page.whole_run")), " ", h("kbd", {}, "0")] : null);
     alertStrip.show(info.alerts);
@@ -63,7 +65,7 @@ export async function runPage({ main, state, info, signal, frame, told }) {
   }
 
   async function loadMap() {
-    const columns = Math.max(64, Math.min(1280, Math.round((map.body.clientWidth || 900) - gutter() - 40)));
+    const columns = Math.max(64, Math.min(1280, Math.round((map.body.clientWidth || 900) - gutter() - 24)));
     const answer = await get(api("map"), { stat: statistic(), ...range(), columns }, signal);
     const data = new MapData(answer);
     map.show(data, info.tensors, matcher(tree.box.value));
@@ -78,9 +80,9 @@ export async function runPage({ main, state, info, signal, frame, told }) {
 
   frame();
   if (info.state === "empty") {
-    replace(main, h("div", { class: "page-run" }, heading, notice(say("page.empty_run"), [say("page.empty_run_help")])));
+    replace(main, h("div", { class: "page-run" }, heading, end, notice(say("page.empty_run"), [say("page.empty_run_help")])));
   } else {
-    replace(main, h("div", { class: "page-run" }, heading, strip, zoomed,
+    replace(main, h("div", { class: "page-run" }, heading, end, strip, zoomed,
       h("div", { class: "run-columns" },
         h("div", { class: "run-main" }, loss.element, map.element, alertStrip.element, ...[...small, ...noise].map((chart) => chart.element),
           alertList.element, about(info)),

@@ -61,7 +61,7 @@ export async function runsPage({ main, state, signal }) {
       h("td", { class: "number", "data-label": say("page.loss") }, number(run.loss)),
       h("td", { class: "spark-cell" }, spark),
       h("td", { class: "number", "data-label": say("page.speed") }, speed === null || speed === undefined ? "\u2013"
-        : `${run.speed ? count(speed) : number(speed, 3)} ${run.speed ? say("page.tokens_s") : say("page.steps_s")}`),
+        : `${number(speed)} ${run.speed ? say("page.tokens_s") : say("page.steps_s")}`),
       h("td", { class: run.alert_count ? "number warning" : "number", "data-label": say("page.alerts") }, count(run.alert_count)),
       h("td", { class: "number", "data-label": say("page.size") }, size(run.numel)),
       h("td", { class: "nowrap quiet changed", title: clock(run.updated) }, ago(run.updated)));

@@ -99,7 +99,7 @@ export async function tensorPage({ main, state, info, signal, frame }) {
     }
   }
 
-  replace(choice, statisticChoice(info, state.stat ?? "grad_norm"));
+  replace(choice, statisticChoice(info, state.stat ?? "grad_norm", say("page.statistic")));
   replace(main, h("div", { class: "page-tensor" }, head, h("div", { class: "tensor-columns" }, left,
     h("div", { class: "tensor-time" }, choice, over.element, ridge.element))));
   await Promise.all([matrix(), over.load(signal), ridge.load(signal)]);

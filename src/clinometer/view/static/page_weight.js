@@ -31,7 +31,7 @@ export async function weightPage({ main, state, info, signal, frame }) {
   const name = `${tensor.name}-${index.join("-")}`;
   const waterfall = new Chart({ title: say("page.waterfall"), path: ofRun(info.id, "figure/waterfall"), name: `step-${step}-${name}`, height: 264,
     query: () => ({ ...which, step }) });
-  waterfall.margin = { b: 48, l: 84 };
+  waterfall.margin = { b: 28, l: 84 };
   const history = pinned ? new Chart({ title: say("page.history"), path: ofRun(info.id, "figure/weight-history"), name: `history-${name}`, height: 264, axis,
     query: () => ({ ...which, from: state.from, to: state.to }) }) : null;
   const text = h("section", { class: "weight-text" });

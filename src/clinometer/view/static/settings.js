@@ -75,6 +75,18 @@ function table(stops) {
   return out;
 }
 
+// The scale as one line of pixels, low to high.
+export function drawScale(canvas) {
+  const pen = canvas.getContext("2d");
+  const image = pen.createImageData(canvas.width, 1);
+  const now = scale();
+  for (let k = 0; k < canvas.width; k++) {
+    const n = Math.round((k / (canvas.width - 1)) * 255) * 3;
+    image.data.set([now[n], now[n + 1], now[n + 2], 255], k * 4);
+  }
+  pen.putImageData(image, 0, 0);
+}
+
 export function rgb(hex) {
   return [1, 3, 5].map((k) => parseInt(hex.slice(k, k + 2), 16));
 }
