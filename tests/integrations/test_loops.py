@@ -194,3 +194,19 @@ def test_several_places_hear_the_same_numbers(tmp_path: Path) -> None:
     assert [step for step, _ in kept.steps] == [1, 2, 3]
     for step, statistics in kept.steps:
         np.testing.assert_array_equal(file.row(step)["statistics"], statistics)
+
+
+def test_an_alert_is_printed_once_and_stands_in_the_file(tmp_path: Path, capsys) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    with clinometer.watch(model, optimizer, tmp_path / "run"):
+        for _ in range(40):
+            model(torch.ones(1, 3)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            model[1].zero_grad()
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert "no optimizer moves them: 1.weight, 1.bias" in said[1]
+    (alert,) = RunFile.open(tmp_path / "run").alerts()
+    assert (alert["cause"], alert["tensors"]) == ("not-in-optimizer", ["1.weight", "1.bias"])

@@ -16,7 +16,7 @@ from typing import Any
 
 from clinometer.messages import InputError, say
 from clinometer.monitoring import watcher
-from clinometer.monitoring.alert_text import alert_text
+from clinometer.monitoring.alerts import render
 from clinometer.monitoring.watcher import Sink, Watch
 from clinometer.record.recorder import Recorder
 
@@ -55,7 +55,7 @@ def watch(
             if isinstance(sink, Recorder):
                 sink.close("failed")
         raise
-    one.on_alert = _print_alert
+    one.on_alert = _Printer()
     for sink in sinks:
         if isinstance(sink, Recorder):
             print(say("watch.writes", count=len(one.names), folder=sink.folder), file=sys.stderr)
@@ -82,6 +82,13 @@ def next_folder() -> Path:
     return Path("runs", f"{name}-{number}")
 
 
-def _print_alert(alert: dict[str, Any]) -> None:
-    """The sentence of an alert when it opens; that it grows or closes stands in the run file."""
-    print(alert_text(alert), file=sys.stderr)
+class _Printer:
+    """Prints each alert when it opens; that it grows or closes stands in the run file."""
+
+    def __init__(self) -> None:
+        self._seen: set[int] = set()
+
+    def __call__(self, alert: dict[str, Any]) -> None:
+        if alert["id"] not in self._seen:
+            self._seen.add(alert["id"])
+            print(render(alert), file=sys.stderr)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from clinometer.messages import InputError
-from clinometer.monitoring.alert_text import alert_text
+from clinometer.monitoring.alerts import render
 from clinometer.monitoring.watcher import watch
 from clinometer.record.recorder import Recorder
 from clinometer.record.schema import FILE_NAME
@@ -89,4 +89,4 @@ class Recording(Record):
     def _show(self, alert: dict[str, Any]) -> None:
         if alert["until"] is None and alert["id"] not in self._shown:
             self._shown.add(alert["id"])
-            self._display.notice("train.alert", text=alert_text(alert))
+            self._display.notice("train.alert", text=render(alert))

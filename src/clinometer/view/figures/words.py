@@ -37,7 +37,7 @@ def alert_sentences(alert: dict[str, Any], language: str) -> tuple[str, str]:
         for name, value in {**alert.get("values", {}), "step": alert["step"]}.items()
     }
     names = alert["tensors"]
-    values.setdefault("tensors", _names(names, language))
+    values.setdefault("names", _names(names, language))
     values.setdefault("count", len(names))
     values.setdefault("name", names[0] if names else "")
     text = _filled(alert.get("key"), language, values) or str(alert["cause"])
