@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
+import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 
@@ -108,6 +111,7 @@ def train(
     config: Path | None = None,
     run: Path | None = None,
     resume: bool = False,
+    view: bool = False,
     settings: Annotated[RunConfig | None, Parameter(name="*")] = None,
 ) -> int:
     _restart_with_settings()
@@ -119,7 +123,10 @@ def train(
     if corpus is not None:
         given = given or (command.configuration_of(run) if resume and run else RunConfig())
         given = dataclasses.replace(given, data=dataclasses.replace(given.data, corpus=corpus))
-    return command.train_command(_console(), given, run, resume)
+    if not view:
+        return command.train_command(_console(), given, run, resume)
+    with _page_beside() as began:
+        return command.train_command(_console(), given, run, resume, began)
 
 
 def generate(
@@ -247,7 +254,32 @@ def demo(*, run: Path | None = None, quick: bool = False) -> int:
     _restart_with_settings()
     from clinometer.training.demo import demo_command
 
-    return demo_command(_console(), run, quick)
+    console = _console()
+    code, folder = demo_command(console, run, quick)
+    if code == 0 and not quick and console.is_terminal:  # in a log nobody could close it
+        from clinometer.view.command import view_command
+
+        console.print()
+        return view_command(console, folder)
+    return code
+
+
+@contextmanager
+def _page_beside() -> Iterator[Callable[[Path], None]]:
+    """Gives what opens the microscope on a run in a process of its own; it stays until Ctrl-C."""
+    pages: list[subprocess.Popen[bytes]] = []
+
+    def began(run: Path) -> None:
+        pages.append(subprocess.Popen([sys.executable, "-m", "clinometer", "view", str(run)]))
+
+    try:
+        yield began
+        for page in pages:
+            page.wait()
+    finally:
+        for page in pages:
+            page.terminate()
+            page.wait()
 
 
 def _layer_configuration(app: App, commands: tuple[str, ...], arguments: Any) -> None:

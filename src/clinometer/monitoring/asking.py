@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from clinometer.gradients.diagnosis import diagnose
+from clinometer.gradients.report import Result
 from clinometer.messages import LANGUAGES
 
 
@@ -18,5 +19,15 @@ def diagnose_now(model: Any, closure: Callable[[], Any]) -> dict[str, Any]:
             result = diagnose(model, closure)
     except Exception as error:
         return {"kind": "diagnosis", "title": "Diagnosis", "error": f"{type(error).__name__}: {error}"}
-    text = {language: result.render(language) for language in LANGUAGES}
-    return {"kind": "diagnosis", "title": "Diagnosis", "document": result.to_dict(), "text": text}
+    return report_data(result)
+
+
+def report_data(result: Result) -> dict[str, Any]:
+    """The data of a "report" event: a diagnosis or a check, as a document and in words."""
+    name = type(result).__name__
+    return {
+        "kind": "diagnosis" if name == "Diagnosis" else "check",
+        "title": name,
+        "document": result.to_dict(),
+        "text": {language: result.render(language) for language in LANGUAGES},
+    }

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from clinometer.gradients.report import Result, jsonable
 from clinometer.gradients.step import _innermost
-from clinometer.messages import LANGUAGES, InputError, say
+from clinometer.messages import InputError, say
 from clinometer.monitoring import seams
+from clinometer.monitoring.asking import report_data
 from clinometer.monitoring.outlet import Outlet, Sink
 from clinometer.monitoring.session import Session
 
@@ -142,11 +143,7 @@ class Watch:
 
     def report(self, result: Result) -> None:
         """Keep a diagnosis or a check beside the run."""
-        document = result.to_dict()
-        text = {language: result.render(language) for language in LANGUAGES}
-        name = type(result).__name__
-        kind = "diagnosis" if name == "Diagnosis" else "check"
-        self.event("report", kind=kind, title=name, document=document, text=text)
+        self.event("report", **report_data(result))
 
     @property
     def names(self) -> list[str]:

@@ -160,12 +160,15 @@ class Recorder:
             (int(step), float(time), clean(kind), to_json(data)),
         )
 
-    def close(self, state: str = "done") -> None:
-        """Write how the run ended ("done", "stopped" or "failed") and let go of the file; once is enough."""
+    def close(self, state: str | None = "done") -> None:
+        """Write how the run ended ("done", "stopped" or "failed") and let go of the file; once is enough.
+
+        None leaves the state as it is, for who only adds an event to a run that has ended.
+        """
         if self._outage is not None:
             self._outage.try_now()
         with self._writing() as allowed:
-            if allowed:
+            if allowed and state is not None:
                 self._put(state=state, since=clock.time())
         if os.getpid() == self._pid and not self._closed:
             self._closed = True

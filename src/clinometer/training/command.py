@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,8 +29,14 @@ def configuration_of(run: Path) -> RunConfig:
     return RunFolder.open(run).config
 
 
-def train_command(console: Console, config: RunConfig | None, run: Path | None, again: bool) -> int:
-    """Train a new run or continue one; returns the exit code."""
+def train_command(
+    console: Console,
+    config: RunConfig | None,
+    run: Path | None,
+    again: bool,
+    began: Callable[[Path], None] | None = None,
+) -> int:
+    """Train a new run or continue one; returns the exit code. `began` is told the run's folder."""
     display = RunDisplay(console)
     try:
         if again and run is not None:
@@ -42,6 +49,8 @@ def train_command(console: Console, config: RunConfig | None, run: Path | None, 
             console.print(say("train.interrupted_early", run=run), highlight=False)
         raise
     try:
+        if began is not None:
+            began(session.folder.path)
         return run_session(session, display)
     except KeyboardInterrupt:  # the second one: it did not wait for the step in hand
         if saved := checkpoints(session.folder.checkpoints):

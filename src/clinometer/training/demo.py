@@ -5,20 +5,21 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
-from clinometer.gradients.attribution import attribute
 from clinometer.gradients.check import check_gradients
 from clinometer.gradients.diagnosis import diagnose
-from clinometer.gradients.step import explain_step
 from clinometer.messages import say
-from clinometer.optim.clipping import clip_grad_norm_
+from clinometer.record.replays import Replay
+from clinometer.training.checkpoint import checkpoints, step_of
 from clinometer.training.command import next_run_folder, run_session
 from clinometer.training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainingConfig
 from clinometer.training.display import RunDisplay
+from clinometer.training.explain import explain_command
 from clinometer.training.loop import batch_of
 from clinometer.training.prepare import Session, start
+from clinometer.training.recording import add_report
+from clinometer.training.replay import replay_step
 
 DEMO = RunConfig(
     model=ModelConfig(context_length=128, d_model=192, num_layers=4, num_heads=6),
@@ -34,8 +35,11 @@ CHECKED_TOKENS = 32
 """Of one sequence: the check evaluates the loss some 160 times in float64."""
 
 
-def demo_command(console: Console, run: Path | None, quick: bool) -> int:
-    """Train the demonstration's model, then show one diagnosis, one check and one explained weight of it."""
+def demo_command(console: Console, run: Path | None, quick: bool) -> tuple[int, Path]:
+    """Train the demonstration's model, then show one diagnosis, one check and one step of one weight of it.
+
+    Returns the exit code and the run's folder.
+    """
     config = DEMO
     if quick:
         config = dataclasses.replace(
@@ -48,55 +52,49 @@ def demo_command(console: Console, run: Path | None, quick: bool) -> int:
         code = run_session(session, display)
         if code == 0:
             look(console, display, session)
-            console.print()
-            console.print(say("demo.end", run=session.folder.path), highlight=False)
-        return code
     finally:
         session.close()
+    if code == 0:
+        console.print()
+        console.print(say("demo.end", run=session.folder.path), highlight=False)
+    return code, session.folder.path
 
 
 def look(console: Console, display: RunDisplay, session: Session) -> None:
-    """The trained model's gradients on the batch that would come next."""
-    model = session.model
+    """The trained model's gradients on the batch that would come next, and one of its steps again."""
+    model, path = session.model, session.folder.path
     token_ids, targets = batch_of(session, session.step)
-
-    def loss() -> torch.Tensor:
-        return model.loss(token_ids, targets)
 
     console.print()
     console.print(say("demo.diagnose"), style="bold", highlight=False)
-    console.print(diagnose(model, loss, optimizer=session.optimizers[0]))
+    diagnosis = diagnose(model, lambda: model.loss(token_ids, targets), optimizer=session.optimizers[0])
+    console.print(diagnosis)
+    add_report(path, session.step, diagnosis)
 
     console.print()
     console.print(say("demo.check"), style="bold", highlight=False)
     short = slice(None, 1), slice(None, CHECKED_TOKENS)
-    checked = check_gradients(
+    check = check_gradients(
         model,
         lambda: model.loss(token_ids[short], targets[short]),
         progress=lambda done, total: display.progress("demo.check_bar", done, total),
     )
     display.end()
-    console.print(checked)
+    console.print(check)
+    add_report(path, session.step, check)
 
+    step = near_step(session)
+    console.print()
+    console.print(say("demo.explain", step=step), style="bold", highlight=False)
     name = f"layers.{session.config.model.num_layers // 2}.ffn.w1.weight"
-    weight = model.get_parameter(name)
-    model.zero_grad()
-    loss().backward()
-    assert weight.grad is not None
-    largest = int(weight.grad.abs().argmax())
-    index = divmod(largest, weight.shape[1])
-    model.zero_grad()
-    tokenizer = session.tokenizer
-    pushed = attribute(model, loss, name, index, tokens=token_ids, decode=lambda i: tokenizer.decode([i]))
+    replay_step(path, step, lambda *_: None)
+    replay = Replay.open(path, step)
+    assert replay is not None
+    index = replay.matrix(name, "grad", height=1, width=1)["largest"]["index"]
+    explain_command(console, path, step, name, ",".join(str(i) for i in index))
 
-    loss().backward()
-    console.print()
-    console.print(say("demo.explain"), style="bold", highlight=False)
-    with explain_step(session.optimizers[0], model, loss=loss) as anatomy:
-        clip_grad_norm_(model.parameters(), session.config.optim.max_norm)
-        session.optimizers[0].step()
-    console.print(anatomy[name][index])
-    model.zero_grad()
-    console.print()
-    console.print(say("demo.attribute"), style="bold", highlight=False)
-    console.print(pushed)
+
+def near_step(session: Session) -> int:
+    """The latest step that is the first after a checkpoint: one step to take again."""
+    steps = [step_of(path) for path in checkpoints(session.folder.checkpoints)]
+    return max((step + 1 for step in steps if step < session.step), default=session.step)

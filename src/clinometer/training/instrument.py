@@ -16,10 +16,12 @@ from rich.console import Console
 
 from clinometer.gradients.check import check_gradients
 from clinometer.gradients.diagnosis import diagnose
+from clinometer.gradients.report import Result
 from clinometer.messages import InputError
 from clinometer.text import sampler
 from clinometer.training.display import RunDisplay
 from clinometer.training.prepare import Notices, open_tokens
+from clinometer.training.recording import add_report
 from clinometer.training.trained import load_run
 
 CHECKED_SEQUENCES = 1
@@ -33,6 +35,8 @@ class Target:
     params: Any
     closure: Callable[[], Any]
     optimizer: Any = None
+    run: tuple[Path, int] | None = None
+    """The run it is of, and the step of the checkpoint."""
 
 
 def diagnose_command(console: Console, target: str) -> int:
@@ -40,6 +44,7 @@ def diagnose_command(console: Console, target: str) -> int:
     given = read_target(target, RunDisplay(console))
     result = diagnose(given.params, given.closure, optimizer=given.optimizer)
     console.print(result)
+    keep(given, result)
     return 0 if result.healthy else 1
 
 
@@ -56,7 +61,14 @@ def check_command(console: Console, target: str) -> int:
     finally:
         display.end()
     console.print(result)
+    keep(given, result)
     return 0 if result.passed else 1
+
+
+def keep(target: Target, result: Result) -> None:
+    """Beside the run, where it is one: the microscope shows it."""
+    if target.run is not None:
+        add_report(*target.run, result)
 
 
 def read_target(target: str, notices: Notices, *, short: bool = False) -> Target:
@@ -88,7 +100,9 @@ def _from_run(path: Path, notices: Notices, short: bool) -> Target:
     if short:  # the check runs in float64, some hundred times
         token_ids, targets = (t[:CHECKED_SEQUENCES, :CHECKED_TOKENS] for t in (token_ids, targets))
     model = trained.model.train()
-    return Target(params=model, closure=lambda: model.loss(token_ids, targets))
+    return Target(
+        params=model, closure=lambda: model.loss(token_ids, targets), run=(path, trained.step)
+    )
 
 
 def _from_file(path: Path, function: str) -> Target:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
+from clinometer.gradients.report import Result
 from clinometer.messages import InputError
 from clinometer.monitoring.alerts import render
+from clinometer.monitoring.asking import report_data
 from clinometer.monitoring.watcher import watch
+from clinometer.record.reader import RunFile
 from clinometer.record.recorder import Recorder
 from clinometer.record.schema import FILE_NAME
 from clinometer.training.loop import Display, Outcome, Record
@@ -90,3 +94,21 @@ class Recording(Record):
         if alert["until"] is None and alert["id"] not in self._shown:
             self._shown.add(alert["id"])
             self._display.notice("train.alert", text=render(alert))
+
+
+def add_report(run: Path, step: int, result: Result) -> None:
+    """Keep a diagnosis or a check beside the run, for the microscope; nothing where that cannot be done now.
+
+    A run that is being trained belongs to its trainer, and one without a run file has no place for it.
+    """
+    try:
+        file = RunFile.open(run)
+        try:
+            last = file.info()["last_step"]
+        finally:
+            file.close()
+        recorder = Recorder(run, continue_from=last or 0)
+    except InputError:
+        return
+    recorder.event(step, time.time(), "report", report_data(result))
+    recorder.close(None)
