@@ -160,7 +160,7 @@ def diagnose(params: Any, closure: Closure | None = None, *, optimizer: Optimize
         findings = loop_findings.standing(subject, optimizer)
         entries, found = collect(subject, reasons)
         return Diagnosis(subject, entries, [*found, *findings], None, time.perf_counter() - begun)
-    with eagerly(), untouched(subject, closure=closure, optimizer=optimizer) as before:
+    with untouched(subject, closure=closure, optimizer=optimizer) as before, eagerly():
         result = run(subject, closure, before)
         reasons, origin = explain(subject, closure, result, before)
         reasons = _without_chance(subject, closure, reasons)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import CodeType
@@ -23,6 +24,9 @@ from clinometer.gradients.randomness import RandomState
 from clinometer.gradients.subject import Subject
 
 
+_ONE_AT_A_TIME = threading.RLock()
+
+
 @contextmanager
 def untouched(subject: Subject, *, closure: Any = None, optimizer: Any = None) -> Iterator[Before]:
     """Inside, every `.grad` is None and anything may be changed; afterwards all is what it was.
@@ -33,15 +37,17 @@ def untouched(subject: Subject, *, closure: Any = None, optimizer: Any = None) -
     state; random generators; grad mode, autocast, default dtype.
 
     Not seen: tensors and modules that neither the subject nor the closure names, objects other than
-    tensors, modules and plain containers, hooks on tensors.
+    tensors, modules and plain containers, hooks on tensors; what other threads draw meanwhile from the
+    global random generators. A second thread that asks waits: two at once would put each other's state back.
     """
-    before = Before(subject, closure, optimizer)
-    try:
-        before.set_grads_aside()
-        yield before
-    finally:
-        _uninterrupted(before.restore)
-        before.forget()
+    with _ONE_AT_A_TIME:
+        before = Before(subject, closure, optimizer)
+        try:
+            before.set_grads_aside()
+            yield before
+        finally:
+            _uninterrupted(before.restore)
+            before.forget()
 
 
 class Before:
