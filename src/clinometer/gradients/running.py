@@ -14,12 +14,11 @@ from clinometer.gradients import why_nonfinite, why_zero
 from clinometer.gradients.closure import Closure, evaluate
 from clinometer.gradients.flow import Flow, Read, largest
 from clinometer.gradients.graph import Graph, Node
+from clinometer.gradients.overwritten import find_overwritten, is_overwritten
 from clinometer.gradients.subject import Subject
 from clinometer.gradients.tracing import Trace
 from clinometer.gradients.untouched import Before
-from clinometer.gradients.where import Where
 from clinometer.gradients.why_partly import zero_lines
-from clinometer.gradients.why_zero import place_above
 from clinometer.messages import InputError, say
 
 
@@ -43,8 +42,13 @@ def run(subject: Subject, closure: Closure, before: Before) -> Run:
     Raises InputError for a loss whose graph was used up before, and what the closure raises.
     """
     trace = Trace(subject)
-    with trace.watching():
-        loss = evaluate(closure)
+    try:
+        with trace.watching():
+            loss = evaluate(closure)
+    except RuntimeError as error:
+        if is_overwritten(error):
+            _say_who_wrote(error, closure, before)
+        raise
     before.set_grads_aside()  # a closure that ran a backward of its own left something
     result = Run(trace, loss, None)
     if loss.grad_fn is not None:
@@ -57,8 +61,8 @@ def run(subject: Subject, closure: Closure, before: Before) -> Run:
         except RuntimeError as error:
             if "backward through the graph a second time" in str(error):
                 raise InputError("diagnosis.graph_used_up") from error
-            if "modified by an inplace operation" in str(error) and (where := _overwritten(result)):
-                error.add_note(say("diagnosis.overwritten", place=where.label, source=where.source))
+            if is_overwritten(error):
+                _say_who_wrote(error, closure, before)
             raise
     with torch.no_grad():
         for name, tensor in subject.tensors.items():
@@ -71,18 +75,17 @@ def run(subject: Subject, closure: Closure, before: Before) -> Run:
     return result
 
 
-def _overwritten(run: Run) -> Where | None:
-    """Whose saved tensor was written over: to read it is refused with the error that stopped the backward."""
-    assert run.flow is not None
-    for node in run.flow.graph.nodes:
-        for name in dir(node):
-            if name.startswith("_saved_") and run.trace.may_read(node):
-                try:
-                    getattr(node, name)
-                except RuntimeError as error:
-                    if "modified by an inplace operation" in str(error):
-                        return run.trace.places.get(node) or place_above(node, run.flow)
-    return None
+def _say_who_wrote(error: RuntimeError, closure: Closure, before: Before) -> None:
+    """Add both lines to the error: the one that needs the value and the one that wrote over it."""
+    if (found := find_overwritten(closure, before)) is None:
+        return
+    needed, written = found.needed, found.written
+    values = {"place": needed.label, "source": needed.source}
+    if written is None:
+        error.add_note(say("diagnosis.overwritten", **values))
+    else:
+        values |= {"writer": written.label, "written": written.source, "op": written.op}
+        error.add_note(say("diagnosis.overwritten_by", **values))
 
 
 def find_origin(subject: Subject, closure: Closure, before: Before) -> why_nonfinite.Origin | None:
