@@ -10,7 +10,9 @@ from clinometer.messages import InputError, current_language, say, sentences, se
 
 
 def places(sentence):
-    names = {name.partition("|")[0] for _, name, _, _ in string.Formatter().parse(sentence) if name is not None}
+    names = {
+        name.partition("|")[0] for _, name, _, _ in string.Formatter().parse(sentence) if name is not None
+    }
     return sorted(names)
 
 

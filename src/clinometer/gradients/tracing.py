@@ -45,6 +45,8 @@ class Trace(TorchFunctionMode):
         """Where the closure itself ran a backward."""
         self.amp: dict[str, Where | None] = {}
         """Where the closure "scaled" a loss, "unscaled" gradients, and "clipped" still scaled ones."""
+        self.masks: dict[Any, str] = {}
+        """File and line of an attention → its arguments that hide every position."""
         self.on_node: Callable[[Node], None] | None = None
         """Called with every node made; backward sets it, for graphs that are built while it runs."""
         self.after_call: Callable[[str, list[Tensor], list[Tensor], Where | None], None] | None = None
@@ -74,6 +76,10 @@ class Trace(TorchFunctionMode):
     def live_node(self, node: Node) -> int:
         """The parameters below a node."""
         return live_below(node, self.bits, self._below)
+
+    def module_at(self, path: str) -> nn.Module | None:
+        """The module of a dotted path, as in `Where.module`."""
+        return next((module for module, known in self._paths.items() if known == path), None)
 
     def may_read(self, node: Node) -> bool:
         """Whether the tensors a node saved may be looked at."""
@@ -127,6 +133,9 @@ class Trace(TorchFunctionMode):
         written = operations.written_by(name, kind, ins, kwargs)
         outs = list(operations.tensors_in((out,), {}))
         where = self._where(name)
+        if name in operations.ATTENTION and where is not None:
+            if hiding := operations.masks_that_hide_all(name, kwargs):
+                self.masks[where.file, where.line] = hiding
         for tensor in ins:
             bit = self.bits.get(id(tensor))
             if bit is not None and bit not in self.first_use and tensor.requires_grad:

@@ -168,6 +168,73 @@ def dropout_of_everything():
     return between(function)
 
 
+@fault("zero", "masked", "0.*", "3.weight")
+def dropout_module_of_everything():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Dropout(1.0), nn.Linear(4, 1))
+
+    def closure():
+        return model(x()).square().mean()  # <- here
+
+    return model, closure
+
+
+@fault("zero", "masked", "0.*", "3.weight")
+def channels_dropped_altogether():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout2d(1.0), nn.Flatten(), nn.Linear(144, 1))
+
+    def closure():
+        return model(torch.randn(2, 3, 8, 8)).square().mean()  # <- here
+
+    return model, closure
+
+
+class Attending(nn.Module):
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, dropout=dropout, batch_first=True)
+        self.head = nn.Linear(8, 1)
+
+    def forward(self, inputs, **masks):
+        h, _ = self.attention(inputs, inputs, inputs, need_weights=False, **masks)
+        return self.head(h + inputs).square().mean()
+
+
+@fault("zero", "masked", "attention.in_proj_*", "attention.out_proj.weight")
+def attention_with_an_inverted_padding_mask():
+    model = Attending()
+
+    def closure():
+        padding = torch.ones(2, 5, dtype=torch.bool)
+        return model(torch.randn(2, 5, 8), key_padding_mask=padding)
+
+    return model, closure
+
+
+@fault("zero", "masked", "attention.in_proj_*", "attention.out_proj.weight")
+def attention_with_a_mask_of_minus_infinity():
+    model = Attending(dropout=0.1)
+
+    def closure():
+        return model(torch.randn(2, 5, 8), attn_mask=torch.full((5, 5), -torch.inf))
+
+    return model, closure
+
+
+@fault("zero", "masked", "qkv.*", "out.weight")
+def attention_that_shows_nothing():
+    model = nn.Module()
+    model.qkv, model.out = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def closure():
+        inputs = torch.randn(2, 2, 5, 8)
+        q, k, v = model.qkv(inputs).chunk(3, -1)
+        mask = torch.zeros(5, 5, dtype=torch.bool)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # <- here
+        return (model.out(h) + inputs).square().mean()
+
+    return model, closure
+
+
 @fault("zero", "masked", "encoder.*")
 def loss_term_with_coefficient_zero():
     model = Two()
