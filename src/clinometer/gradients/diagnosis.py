@@ -20,6 +20,7 @@ from clinometer.gradients.running import Run, find_origin, run, used_by_chance
 from clinometer.gradients.subject import Subject
 from clinometer.gradients.untouched import Before, untouched
 from clinometer.gradients.where import Where
+from clinometer.gradients.why_lines import explain_lines
 from clinometer.gradients.why_none import Reason, before_any_run, why_none
 from clinometer.gradients.why_nonfinite import Origin, why_nonfinite
 from clinometer.gradients.why_partly import why_partly
@@ -163,6 +164,8 @@ def diagnose(params: Any, closure: Closure | None = None, *, optimizer: Optimize
     with untouched(subject, closure=closure, optimizer=optimizer) as before, eagerly():
         result = run(subject, closure, before)
         reasons, origin = explain(subject, closure, result, before)
+        unknown = {name: result.lines[name] for name, reason in reasons.items() if reason == "partly-zero"}
+        reasons |= explain_lines(subject, closure, before, unknown)
         reasons = _without_chance(subject, closure, reasons)
         reasons, apart = _kept_apart(reasons, loop_findings.outside(subject, optimizer))
         findings = loop_findings.of_run(subject, result, optimizer, before, apart)

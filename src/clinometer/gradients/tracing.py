@@ -133,9 +133,8 @@ class Trace(TorchFunctionMode):
         written = operations.written_by(name, kind, ins, kwargs)
         outs = list(operations.tensors_in((out,), {}))
         where = self._where(name)
-        if name in operations.ATTENTION and where is not None:
-            if hiding := operations.masks_that_hide_all(name, kwargs):
-                self.masks[where.file, where.line] = hiding
+        if name in operations.ATTENTION and (hiding := operations.masks_that_hide_all(name, kwargs)):
+            self.masks[where and (where.file, where.line)] = hiding
         for tensor in ins:
             bit = self.bits.get(id(tensor))
             if bit is not None and bit not in self.first_use and tensor.requires_grad:
@@ -144,21 +143,28 @@ class Trace(TorchFunctionMode):
                     self.used_in[bit] = outs[0].grad_fn
         suspect = written is not None
         for tensor in outs:
-            node = tensor.grad_fn
-            if node is None:
+            if tensor.grad_fn is None:
                 suspect = suspect or not tensor.requires_grad or tensor.is_leaf
-            elif node not in self.places:
-                self.places[node] = where
-                if _top_saved_hooks(False) is not None:
-                    self.packed.add(node)
-                if self.on_node is not None:
-                    self.on_node(node)
+            else:
+                self._made(tensor.grad_fn, where)
+        for tensor in () if written is None else (written, written._base):
+            if tensor is not None and tensor.grad_fn is not None:
+                self._made(tensor.grad_fn, where)
         if suspect:
             self._judge(name, kind, ins, outs, written, where, came)
         elif self._cells:
             self._carry(ins, outs, written)
         if self.after_call is not None:
             self.after_call(name, ins, outs if written is None else [*outs, written], where)
+
+    def _made(self, node: Node, where: Where | None) -> None:
+        if node in self.places:
+            return
+        self.places[node] = where
+        if _top_saved_hooks(False) is not None:
+            self.packed.add(node)
+        if self.on_node is not None:
+            self.on_node(node)
 
     def _judge(
         self,

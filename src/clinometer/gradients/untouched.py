@@ -23,7 +23,6 @@ from clinometer.gradients.keeping import CONTAINERS, KeptBits, KeptContainer, Ke
 from clinometer.gradients.randomness import RandomState
 from clinometer.gradients.subject import Subject
 
-
 _ONE_AT_A_TIME = threading.RLock()
 
 

@@ -14,49 +14,21 @@ from torch.nn.modules.dropout import _DropoutNd
 from clinometer.gradients.finding import EXPLAINED, FAULT, Severity
 from clinometer.gradients.flow import Event, Flow, Read, largest
 from clinometer.gradients.graph import Node, is_custom, operation, same_values
+from clinometer.gradients.kinds import (
+    CLAMP,
+    HINGES,
+    LOSS,
+    MASK,
+    PICK,
+    PRODUCT,
+    RELU,
+    SMOOTH,
+    STEP,
+    SUM,
+)
 from clinometer.gradients.source import definition_of
 from clinometer.gradients.subject import Subject
 from clinometer.gradients.why_none import Reason
-from clinometer.gradients.wording import words
-
-RELU = {"Relu", "Threshold", "LeakyRelu", "Prelu", "RreluWithNoise"}
-SMOOTH = words(
-    """
-    Gelu Silu Elu Softplus Sigmoid Tanh Hardswish Hardsigmoid Mish LogSigmoid Celu Selu Softmax
-    SafeSoftmax LogSoftmax Erf Glu Softshrink Hardshrink Logsumexp Atan
-    """
-)
-CLAMP = {"Clamp", "ClampMin", "ClampMax", "Hardtanh", "Maximum", "Minimum"}
-STEP = {"Round", "Floor", "Ceil", "Sign", "Trunc", "Sgn", "Heaviside", "FloorDivide", "Frac"}
-MASK = {"MaskedFill", "Where", "MaskedScatter", "MaskedSelect", "IndexFill", "NativeDropout", "FusedDropout"}
-PRODUCT = words(
-    """
-    Mm Addmm Bmm Baddbmm Convolution Linear Mv Dot Addmv ConvolutionOverrideable
-    """
-)
-PICK = words(
-    """
-    Embedding EmbeddingBag Index IndexSelect Gather Slice Select Narrow TakeAlongDim
-    EmbeddingDenseBackward Split SplitWithSizes Unbind Chunk Diagonal AsStrided Take
-    """
-)
-LOSS = words(
-    """
-    MseLoss L1Loss SmoothL1Loss HuberLoss NllLoss NllLossForward NllLoss2D NllLossNd BinaryCrossEntropy
-    BinaryCrossEntropyWithLogits KlDiv MultiMarginLoss MultilabelMarginLoss SoftMarginLoss CtcLoss
-    PoissonNllLoss
-    """
-)
-SUM = words(
-    "Sum Mean Add Sub Expand NativeLayerNorm NativeBatchNorm NativeGroupNorm Var Std Neg FusedRmsNorm"
-)
-HINGES = words(
-    """
-    margin_ranking_loss hinge_embedding_loss cosine_embedding_loss triplet_margin_loss mse_loss l1_loss
-    triplet_margin_with_distance_loss multi_margin_loss multilabel_margin_loss cross_entropy nll_loss
-    smooth_l1_loss huber_loss
-    """
-)
 
 
 @dataclass(frozen=True)
@@ -238,8 +210,9 @@ def _masked_below(factor: Node | None, flow: Flow) -> tuple[Event, Clue] | None:
         event = flow.events.get(below)
         clues = [] if event is None else [c for c in event.clues.values() if c is not None]
         if event is not None and clues and all(clue.cause == "masked" for clue in clues):
-            if not weighed or clues[0].variant == "attention":
-                return event, clues[0]
+            if weighed and clues[0].variant != "attention":
+                continue
+            return event, clues[0]
         if operation(below) in PRODUCT:
             if weighed:
                 break
