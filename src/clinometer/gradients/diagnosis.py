@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from clinometer.gradients.why_nonfinite import Origin, why_nonfinite
 from clinometer.gradients.why_partly import why_partly
 from clinometer.gradients.why_zero import why_zero
 from clinometer.gradients.wording import format_count
+from clinometer.messages import InputError
 
 _SHOWN = 6
 """Findings written out in full: one screen."""
@@ -146,29 +147,32 @@ def dim_span(span: Any) -> Any:
     return dim(span.text)
 
 
-def diagnose(params: Any, closure: Closure | None = None, *, optimizer: Optimizer | None = None) -> Diagnosis:
+def diagnose(
+    params: Any, closure: Closure | None = None, *, optimizer: Optimizer | Iterable[Optimizer] | None = None
+) -> Diagnosis:
     """Why the gradient of each tensor is None, zero, partly zero or not finite, with the line at fault.
 
     `closure` computes the loss; it is run once, with a backward (its forward again when the loss is not
     finite or a layer was not used), and nothing is changed by it. Without one, what can be known from
-    the gradients that are there is said, and no more. With `optimizer`, what a step would do is too.
-    Raises InputError for arguments that cannot be used, and whatever the closure raises.
+    the gradients that are there is said, and no more. With `optimizer` (one or several), what a step would
+    do is too. Raises InputError for arguments that cannot be used, and whatever the closure raises.
     """
     begun = time.perf_counter()
     subject = Subject.of(params)
+    optimizers = _optimizers(optimizer)
     if closure is None:
         reasons = without_closure(subject)
-        findings = loop_findings.standing(subject, optimizer)
+        findings = loop_findings.standing(subject, optimizers)
         entries, found = collect(subject, reasons)
         return Diagnosis(subject, entries, [*found, *findings], None, time.perf_counter() - begun)
-    with untouched(subject, closure=closure, optimizer=optimizer) as before, eagerly():
+    with untouched(subject, closure=closure, optimizer=optimizers) as before, eagerly():
         result = run(subject, closure, before)
         reasons, origin = explain(subject, closure, result, before)
         unknown = {name: result.lines[name] for name, reason in reasons.items() if reason == "partly-zero"}
         reasons |= explain_lines(subject, closure, before, unknown)
         reasons = _without_chance(subject, closure, reasons)
-        reasons, apart = _kept_apart(reasons, loop_findings.outside(subject, optimizer))
-        findings = loop_findings.of_run(subject, result, optimizer, before, apart)
+        reasons, apart = _kept_apart(reasons, loop_findings.outside(subject, optimizers))
+        findings = loop_findings.of_run(subject, result, optimizers, before, apart)
         nodes = len(result.flow.graph.nodes) if result.flow else 0
     entries, found = collect(subject, reasons)
     if origin is not None and not any(f.status == "non-finite" for f in found):
@@ -176,6 +180,15 @@ def diagnose(params: Any, closure: Closure | None = None, *, optimizer: Optimize
     if nodes == 0 and not any(f.cause == "loss-without-graph" for f in found):
         found.append(_finding(Reason("none", "loss-without-graph", FAULT, "frozen"), ()))
     return Diagnosis(subject, entries, [*found, *findings], nodes, time.perf_counter() - begun)
+
+
+def _optimizers(given: Any) -> tuple[Optimizer, ...]:
+    several = isinstance(given, Iterable) and not isinstance(given, str | Mapping)
+    optimizers = () if given is None else tuple(given) if several else (given,)
+    for optimizer in optimizers:
+        if not isinstance(getattr(optimizer, "param_groups", None), list):  # wrappers need not inherit
+            raise InputError("diagnosis.optimizer", type=type(optimizer).__name__)
+    return optimizers
 
 
 def explain(

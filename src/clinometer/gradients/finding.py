@@ -39,6 +39,8 @@ class Finding:
     variant: str = ""
     """Sentences of its own: `{key}.{variant}.why` is preferred to `{key}.why`. One with its own `what`
     says everything itself."""
+    linked: tuple[str, ...] = ()
+    """Further causes of the catalogue that are the same mistake, and are not told a second time."""
 
     def say(self, part: str, language: str | None = None) -> str:
         """The sentence "what", "why" or "remedy" of this finding; "" if it has none."""
@@ -68,6 +70,7 @@ class Finding:
             "severity": self.severity,
             "variant": self.variant,
             "names": list(self.names),
+            "linked": list(self.linked),
             "where": None if self.where is None else self.where.to_dict(),
             "values": dict(self.values),
             "message": self.say("what"),
