@@ -15,8 +15,9 @@ from clinometer.gradients.after_backward import without_closure
 from clinometer.gradients.closure import Closure, eagerly
 from clinometer.gradients.document import BLANK, Document, Line, dim, ok, sentence
 from clinometer.gradients.finding import EXPLAINED, FAULT, Finding, Severity
+from clinometer.gradients.freezing import freezing
 from clinometer.gradients.report import Result
-from clinometer.gradients.running import Run, find_origin, run, used_by_chance
+from clinometer.gradients.running import Run, find_origin, only_looked_at, run, used_by_chance
 from clinometer.gradients.subject import Subject
 from clinometer.gradients.untouched import Before, untouched
 from clinometer.gradients.where import Where
@@ -28,6 +29,8 @@ from clinometer.gradients.why_zero import why_zero
 from clinometer.gradients.wording import format_count
 from clinometer.messages import InputError
 
+_TRIED = 4
+"""Lines at which numbers leave torch that are tried one by one: a forward each."""
 _SHOWN = 6
 """Findings written out in full: one screen."""
 
@@ -197,6 +200,7 @@ def explain(
     """For each tensor why its gradient is as it is: a reason, or its status when there is none to give."""
     loss = float(result.loss.detach())
     reasons: dict[str, Reason | str] = {}
+    _forget_logs(subject, closure, result, before, loss)
     nonfinite = [n for n, size in result.sizes.items() if size is not None and not math.isfinite(size)]
     for name, tensor in subject.tensors.items():
         size = result.sizes[name]
@@ -225,6 +229,24 @@ def explain(
         assert result.flow is not None
         reasons[name] = why_nonfinite(name, subject, result.flow, origin)
     return {name: reasons[name] for name in subject.tensors}, origin
+
+
+def _forget_logs(subject: Subject, closure: Closure, result: Run, before: Before, loss: float) -> None:
+    """Of the numbers that left torch, keep those the loss depends on, as far as can be tried."""
+    missing = sum(
+        result.trace.bits[id(tensor)]
+        for name, tensor in subject.tensors.items()
+        if result.sizes[name] is None and tensor.requires_grad and tensor.is_leaf
+    )
+    trace = result.trace
+    suspects = {e.place: e for e in trace.escapes if e.concerns(missing, trace.cuts)}
+    if not suspects or len(suspects) > _TRIED or not math.isfinite(loss):
+        return
+    kept = {id(t): (t, t.grad) for t in subject.tensors.values() if t.is_leaf}
+    logs = {place for place, e in suspects.items() if only_looked_at(e, subject, closure, before, loss)}
+    for tensor, gradient in kept.values():
+        tensor.grad = gradient
+    trace.escapes[:] = [escape for escape in trace.escapes if escape.place not in logs]
 
 
 def _without_chance(
@@ -265,7 +287,11 @@ def collect(subject: Subject, reasons: Mapping[str, Reason | str]) -> tuple[dict
         if isinstance(reason, Reason):
             groups.setdefault(_key(reason), []).append(name)
     findings = {
-        key: _finding(next(r for r in (reasons[names[0]],) if isinstance(r, Reason)), tuple(names))
+        key: _finding(
+            next(r for r in (reasons[names[0]],) if isinstance(r, Reason)),
+            tuple(names),
+            freezing(names, subject),
+        )
         for key, names in groups.items()
     }
     entries = {
@@ -282,7 +308,7 @@ def _key(reason: Reason) -> Any:
     return reason.status, reason.cause, reason.variant, place if reason.group is None else reason.group
 
 
-def _finding(reason: Reason, names: tuple[str, ...]) -> Finding:
+def _finding(reason: Reason, names: tuple[str, ...], freeze: str = "") -> Finding:
     return Finding(
         reason.cause,
         reason.status,
@@ -292,4 +318,5 @@ def _finding(reason: Reason, names: tuple[str, ...]) -> Finding:
         reason.where,
         reason.values,
         reason.variant,
+        freeze=freeze,
     )

@@ -42,10 +42,13 @@ class Finding:
     linked: tuple[str, ...] = ()
     """Further causes of the catalogue that are the same mistake, and are not told a second time."""
 
+    freeze: str = ""
+    """The code that says these tensors are meant to rest; "" leaves it to words."""
+
     def say(self, part: str, language: str | None = None) -> str:
         """The sentence "what", "why" or "remedy" of this finding; "" if it has none."""
         key = self._key(part)
-        return say(key, language, **self._values()) if key else ""
+        return say(key, language, **self._values(language)) if key else ""
 
     def document(self, language: str | None = None) -> Document:
         """The finding as VOICE.md shows it: what, the line, why, the tensors, the remedy."""
@@ -89,7 +92,7 @@ class Finding:
 
     def _spans(self, part: str, language: str | None) -> tuple[Any, ...]:
         key = self._key(part)
-        return sentence(key, language, **self._values()) if key else ()
+        return sentence(key, language, **self._values(language)) if key else ()
 
     def _key(self, part: str) -> str:
         """The most particular sentence there is: of this variant, and for a single tensor."""
@@ -99,6 +102,7 @@ class Finding:
         owners = [variant] if f"{variant}.what" in known else [variant, self.key]
         return next((key for owner in owners for end in ends if (key := f"{owner}.{end}") in known), "")
 
-    def _values(self) -> dict[str, Any]:
+    def _values(self, language: str | None) -> dict[str, Any]:
         first = {"name": self.names[0]} if self.names else {}
-        return {"count": len(self.names), **first, **self.values}
+        freeze = self.freeze or say("gradients.finding.freeze", language)
+        return {"count": len(self.names), "freeze": freeze, **first, **self.values}

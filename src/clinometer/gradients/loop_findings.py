@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from clinometer.gradients.finding import EXPLAINED, FAULT, Finding, Severity
+from clinometer.gradients.freezing import freezing
 from clinometer.gradients.running import Run
 from clinometer.gradients.subject import Subject
 from clinometer.gradients.untouched import Before
 from clinometer.gradients.where import Where
 from clinometer.gradients.wording import format_number
-
 
 Optimizers = tuple[Optimizer, ...]
 
@@ -86,7 +86,7 @@ def _membership(
         yield _loop("stale-in-optimizer", FAULT, replaced, linked=("not-in-optimizer",), stale=len(strangers))
         missing = [name for name in missing if name not in replaced]
     if rest := tuple(name for name in missing if name not in apart):
-        yield _loop("not-in-optimizer", FAULT, rest)
+        yield _loop("not-in-optimizer", FAULT, rest, freeze=freezing(rest, subject))
 
 
 def _replaced(
@@ -228,6 +228,8 @@ def _loop(
     variant: str = "",
     where: Where | None = None,
     linked: tuple[str, ...] = (),
+    freeze: str = "",
     **values: Any,
 ) -> Finding:
-    return Finding(cause, "loop", severity, f"diagnosis.loop.{cause}", names, where, values, variant, linked)
+    key = f"diagnosis.loop.{cause}"
+    return Finding(cause, "loop", severity, key, names, where, values, variant, linked, freeze)

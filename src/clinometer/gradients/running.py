@@ -12,6 +12,7 @@ from torch import Tensor
 
 from clinometer.gradients import why_nonfinite, why_zero
 from clinometer.gradients.closure import Closure, evaluate
+from clinometer.gradients.cuts import Escape
 from clinometer.gradients.flow import Flow, Read, largest
 from clinometer.gradients.graph import Graph, Node
 from clinometer.gradients.overwritten import find_overwritten, is_overwritten
@@ -97,6 +98,19 @@ def find_origin(subject: Subject, closure: Closure, before: Before) -> why_nonfi
     with trace.watching():
         loss = evaluate(closure)
     return finiteness.of(loss)
+
+
+def only_looked_at(escape: Escape, subject: Subject, closure: Closure, before: Before, loss: float) -> bool:
+    """Whether the loss stays what it was when the numbers that left torch here are others: a log, a print."""
+    before.rewind()
+    trace = Trace(subject)
+    trace.nudged = escape.place
+    try:
+        with trace.watching():
+            again = float(evaluate(closure).detach())
+    except Exception:  # a closure that cannot be run twice, or minds the number
+        return False
+    return again == loss and any(e.place == escape.place for e in trace.escapes)
 
 
 def used_by_chance(subject: Subject, closure: Closure, unused: set[str], draws: int = 3) -> set[str]:

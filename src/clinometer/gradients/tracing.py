@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from clinometer.gradients import operations
-from clinometer.gradients.cuts import Cell, Cut, Escape, each_bit
+from clinometer.gradients.cuts import Cell, Cut, Escape, each_bit, nudge
 from clinometer.gradients.graph import Node, live_below
 from clinometer.gradients.patches import seen_calls
 from clinometer.gradients.subject import Subject
@@ -38,6 +38,8 @@ class Trace(TorchFunctionMode):
         """Nodes whose saved tensors belong to a checkpoint or the like: those may be read once only."""
         self.cuts: list[Cut] = []
         self.escapes: list[Escape] = []
+        self.nudged: Any = None
+        """The place of an escape whose numbers are changed a little, to see whether the loss notices."""
         self.first_use: dict[int, Where | None] = {}
         self.used_in: dict[int, Node] = {}
         """The node that a parameter's first use made."""
@@ -52,6 +54,7 @@ class Trace(TorchFunctionMode):
         self.after_call: Callable[[str, list[Tensor], list[Tensor], Where | None], None] | None = None
         self._tensors = list(subject.tensors.values())  # their ids stay theirs
         self._below: dict[Node, int] = {}
+        self._ends: list[Node] | None = None
         self._cells: dict[int, Cell] = {}
         self._modules: list[nn.Module] = []
         self._paths = subject.module_paths()
@@ -84,6 +87,13 @@ class Trace(TorchFunctionMode):
     def may_read(self, node: Node) -> bool:
         """Whether the tensors a node saved may be looked at."""
         return not self.packed or (node in self.places and node not in self.packed)
+
+    def end_of(self, bit: int) -> Where | None:
+        """The line of the last result computed from a parameter that nothing further was computed from."""
+        if self._ends is None:
+            read = {below for node in self.places for below, _ in node.next_functions}
+            self._ends = [node for node in reversed(self.places) if node not in read and self.places[node]]
+        return next((self.places[node] for node in self._ends if self.live_node(node) & bit), None)
 
     def fed_by(self, bit: int) -> int:
         """The parameters that what met this one at its first use was computed from."""
@@ -122,8 +132,7 @@ class Trace(TorchFunctionMode):
             self._inside[-1].note(self, ins)
             return out
         if kind == "escape":
-            self._escape(name, ins)
-            return out
+            return self._escape(name, ins, out)
         self._note(name, kind, ins, out, kwargs, came)
         return out
 
@@ -226,13 +235,17 @@ class Trace(TorchFunctionMode):
         cell = self._cells.get(id(tensor))
         return cell if cell is not None and cell.ref() is tensor else None
 
-    def _escape(self, name: str, ins: list[Tensor]) -> None:
+    def _escape(self, name: str, ins: list[Tensor], out: Any) -> Any:
         live = cuts = 0
         for tensor in ins:
             live |= self.live(tensor)
             cuts |= self.cuts_in(tensor)
         if live or cuts:
-            self.escapes.append(Escape(name, self._where(name), live, cuts))
+            escape = Escape(name, self._where(name), live, cuts)
+            self.escapes.append(escape)
+            if self.nudged is not None and escape.place == self.nudged:
+                return nudge(out)
+        return out
 
     def _where(self, op: str) -> Where | None:
         module = next((self._paths[m] for m in reversed(self._modules) if m in self._paths), "")
