@@ -1,5 +1,7 @@
 """The remedy names the module to freeze: the largest that holds what is concerned and nothing else."""
 
+import fnmatch
+
 import pytest
 import torch
 from torch import nn
@@ -38,11 +40,7 @@ class Model(nn.Module):
 )
 def test_the_largest_modules_that_hold_nothing_else(names, code):
     subject = Subject.of(Model())
-    matched = [
-        n
-        for n in subject.tensors
-        if any(n == p or n.startswith(p[:-1]) for p in names if p[-1] == "*" or n == p)
-    ]
+    matched = [n for p in names for n in subject.tensors if fnmatch.fnmatchcase(n, p)]
     assert freezing(matched, subject) == code
 
 

@@ -286,14 +286,11 @@ def collect(subject: Subject, reasons: Mapping[str, Reason | str]) -> tuple[dict
     for name, reason in reasons.items():
         if isinstance(reason, Reason):
             groups.setdefault(_key(reason), []).append(name)
-    findings = {
-        key: _finding(
-            next(r for r in (reasons[names[0]],) if isinstance(r, Reason)),
-            tuple(names),
-            freezing(names, subject),
-        )
-        for key, names in groups.items()
-    }
+    findings = {}
+    for key, names in groups.items():
+        reason = next(r for r in (reasons[names[0]],) if isinstance(r, Reason))
+        freeze = freezing(names, subject) if reason.status == "none" else ""
+        findings[key] = _finding(reason, tuple(names), freeze)
     entries = {
         name: Entry(name, reason.status, findings[_key(reason)])
         if isinstance(reason, Reason)

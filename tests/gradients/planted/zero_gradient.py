@@ -443,6 +443,11 @@ def some_silent_units():
     return model, lambda: model(x()).square().mean()
 
 
+def split(rows):
+    """(B, S, 16) into 4 heads of 4 numbers: (B, 4, S, 4)."""
+    return rows.unflatten(-1, (4, 4)).transpose(1, 2)
+
+
 class Heads(nn.Module):
     """Self-attention of 4 heads of 4 numbers; `between` sees each head's result as (B, 4, S, 4)."""
 
@@ -453,7 +458,7 @@ class Heads(nn.Module):
         self.between = between
 
     def forward(self, inputs):
-        q, k, v = (layer(inputs).unflatten(-1, (4, 4)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        q, k, v = (split(layer(inputs)) for layer in (self.q, self.k, self.v))
         h = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         h = h if self.between is None else self.between(h)
         h = h.transpose(1, 2).flatten(2)
@@ -526,9 +531,7 @@ def head_whose_columns_of_the_output_projection_are_zero():
 
     def closure():
         inputs = torch.randn(2, 5, 16)
-        q, k, v = (
-            layer(inputs).unflatten(-1, (4, 4)).transpose(1, 2) for layer in (model.q, model.k, model.v)
-        )
+        q, k, v = (split(layer(inputs)) for layer in (model.q, model.k, model.v))
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return (model.o(h) - 1).square().mean()  # <- here
 
@@ -553,9 +556,7 @@ def head_left_out_by_slices():
 
     def closure():
         inputs = torch.randn(2, 5, 16)
-        q, k, v = (
-            layer(inputs).unflatten(-1, (4, 4)).transpose(1, 2) for layer in (model.q, model.k, model.v)
-        )
+        q, k, v = (split(layer(inputs)) for layer in (model.q, model.k, model.v))
         h = F.scaled_dot_product_attention(q, k, v)
         return h[:, :1].square().mean() + h[:, 2:].square().mean()  # <- here
 
