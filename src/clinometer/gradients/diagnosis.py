@@ -180,7 +180,11 @@ def diagnose(
     entries, found = collect(subject, reasons)
     if origin is not None and not any(f.status == "non-finite" for f in found):
         found.append(_finding(origin.reason(), ("loss",)))
-    if nodes == 0 and not any(f.cause == "loss-without-graph" for f in found):
+    if (
+        result.loss.grad_fn is None
+        and not result.own
+        and not any(f.cause == "loss-without-graph" for f in found)
+    ):
         found.append(_finding(Reason("none", "loss-without-graph", FAULT, "frozen"), ()))
     return Diagnosis(subject, entries, [*found, *findings], nodes, time.perf_counter() - begun)
 
@@ -204,7 +208,11 @@ def explain(
     nonfinite = [n for n, size in result.sizes.items() if size is not None and not math.isfinite(size)]
     for name, tensor in subject.tensors.items():
         size = result.sizes[name]
-        if size is None or result.flow is None:
+        if not size and (own := result.own.get(name)) and math.isfinite(own):
+            reasons[name] = "ok"  # a backward of the closure's own brought it one
+        elif result.flow is None and size is not None and math.isfinite(size):
+            reasons[name] = "ok" if size else "zero"
+        elif size is None:
             reasons[name] = before_any_run(tensor) or why_none(
                 name, subject, result.trace, result.flow, result.loss
             )
@@ -226,8 +234,11 @@ def explain(
     if not math.isfinite(loss):
         origin = find_origin(subject, closure, before)
     for name in nonfinite:
-        assert result.flow is not None
-        reasons[name] = why_nonfinite(name, subject, result.flow, origin)
+        reasons[name] = (
+            Reason("non-finite", "unknown", FAULT, "own", group=0)
+            if result.flow is None
+            else why_nonfinite(name, subject, result.flow, origin)
+        )
     return {name: reasons[name] for name in subject.tensors}, origin
 
 

@@ -30,9 +30,11 @@ class Run:
     trace: Trace
     loss: Tensor
     flow: Flow | None
-    """None when the loss has no graph."""
+    """None when the loss has no graph, or one that can be run no more."""
     sizes: dict[str, float | None] = field(default_factory=dict)
     """The largest absolute value of each gradient; None where there is none."""
+    own: dict[str, float | None] = field(default_factory=dict)
+    """The largest absolute values of the gradients that backwards of the closure's own left."""
     lines: dict[str, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
     """Rows and columns that are zero, of gradients that are not zero as a whole."""
 
@@ -50,21 +52,30 @@ def run(subject: Subject, closure: Closure, before: Before) -> Run:
         if is_overwritten(error):
             _say_who_wrote(error, closure, before)
         raise
-    before.set_grads_aside()  # a closure that ran a backward of its own left something
-    result = Run(trace, loss, None)
-    if loss.grad_fn is not None:
-        graph = Graph(loss)
-        result.flow = Flow(graph, trace, _clue)
+    own = {name: t.grad for name, t in subject.tensors.items() if t.is_leaf and t.grad is not None}
+    before.set_grads_aside()  # what a closure's own backwards left
+    result = Run(trace, _what_trains(loss, trace), None)
+    result.own = {name: largest(gradient) for name, gradient in own.items()}
+    if result.loss.grad_fn is not None:
+        result.flow = Flow(Graph(result.loss), trace, _clue)
         # A loss that was computed before the closure was called belongs to the user, graph and all.
-        keep = loss.grad_fn not in trace.places
+        keep = result.loss.grad_fn not in trace.places
         try:
-            result.flow.run(loss, keep)
+            result.flow.run(result.loss, keep)
         except RuntimeError as error:
             if "backward through the graph a second time" in str(error):
                 raise InputError("diagnosis.graph_used_up") from error
-            if is_overwritten(error):
+            if not is_overwritten(error):
+                raise
+            ran = {loss.grad_fn for loss in trace.own_losses}
+            if ran.isdisjoint(result.flow.graph.nodes):
                 _say_who_wrote(error, closure, before)
-            raise
+                raise
+            # The closure steps between its own backwards, each of which was in time: what they left counts.
+            result.flow = None
+            for name, tensor in subject.tensors.items():
+                if tensor.is_leaf:
+                    tensor.grad = own.get(name)
     with torch.no_grad():
         for name, tensor in subject.tensors.items():
             gradient = tensor.grad if tensor.is_leaf or tensor.retains_grad else None
@@ -74,6 +85,16 @@ def run(subject: Subject, closure: Closure, before: Before) -> Run:
                 if lines != (None, None):
                     result.lines[name] = lines
     return result
+
+
+def _what_trains(loss: Tensor, trace: Trace) -> Tensor:
+    """The loss that was returned; or the sum of those the closure ran backward on, if they reach more."""
+    if not trace.own_losses:
+        return loss
+    with trace.watching(), torch.enable_grad():
+        total = sum(own.sum().to(loss.device) for own in trace.own_losses)
+    assert isinstance(total, Tensor)
+    return total if trace.live(total) & ~trace.live(loss) else loss
 
 
 def _say_who_wrote(error: RuntimeError, closure: Closure, before: Before) -> None:

@@ -6,6 +6,8 @@ one machine operation, and a healthy forward hardly needs them.
 
 from __future__ import annotations
 
+import functools
+import operator
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -43,8 +45,10 @@ class Trace(TorchFunctionMode):
         self.first_use: dict[int, Where | None] = {}
         self.used_in: dict[int, Node] = {}
         """The node that a parameter's first use made."""
-        self.own_backward: Where | None = None
-        """Where the closure itself ran a backward."""
+        self.own_losses: list[Tensor] = []
+        """Losses of backwards that the closure ran itself; of several that reach the same, the first."""
+        self.vanished = 0
+        """Parameters that `autograd.grad` differentiated away: constants in what it was asked for."""
         self.amp: dict[str, Where | None] = {}
         """Where the closure "scaled" a loss, "unscaled" gradients, and "clipped" still scaled ones."""
         self.masks: dict[Any, str] = {}
@@ -95,6 +99,14 @@ class Trace(TorchFunctionMode):
             self._ends = [node for node in reversed(self.places) if node not in read and self.places[node]]
         return next((self.places[node] for node in self._ends if self.live_node(node) & bit), None)
 
+    def _live_in(self, given: Any) -> int:
+        return functools.reduce(operator.or_, map(self.live, operations.tensors_in((given,), {})), 0)
+
+    def _own_backward(self, loss: Tensor, gradient: Any) -> None:
+        # Held, so that they can be looked at; many micro-batches must not stay in memory for that.
+        if self.live(loss) & ~self._live_in(self.own_losses):
+            self.own_losses.append(loss if gradient is None else (loss * gradient).sum())
+
     def fed_by(self, bit: int) -> int:
         """The parameters that what met this one at its first use was computed from."""
         node = self.used_in.get(bit)
@@ -118,7 +130,7 @@ class Trace(TorchFunctionMode):
         if kind == "grad_mode":
             return self._grad_mode(func, args)
         if kind == "backward":
-            self.own_backward = self.own_backward or self._where("backward")
+            self._own_backward(args[0], args[1] if len(args) > 1 else kwargs.get("gradient"))
             return func(*args, **{**kwargs, "retain_graph": True})
         if name in operations.AMP:
             self._note_amp(name)
@@ -133,6 +145,8 @@ class Trace(TorchFunctionMode):
             return out
         if kind == "escape":
             return self._escape(name, ins, out)
+        if name == "grad" and any(tensor.grad_fn is not None for tensor in out):
+            self.vanished |= self._live_in(args[0]) & ~self._live_in(out)
         self._note(name, kind, ins, out, kwargs, came)
         return out
 

@@ -65,6 +65,8 @@ def why_none(name: str, subject: Subject, trace: Trace, flow: Flow | None, loss:
         return _escaped(escapes[-1])
     if stray := [cut for cut in cuts if cut.kind in ("parameter", "overwritten", "deepcopy", "function")]:
         return _cut(stray[0])
+    if trace.vanished & bit:
+        return Reason("none", "not-reaching-loss", EXPLAINED, "differentiated", trace.end_of(bit))
     if bit in trace.first_use:
         where = trace.end_of(bit) or trace.first_use[bit]
         if where is not None and is_installed(where.file):  # BertModel's pooler under a loss of one's own
