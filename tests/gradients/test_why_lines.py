@@ -41,7 +41,7 @@ def test_a_masked_head_counts_as_a_head():
     model, inputs = masked(), torch.randn(2, 5, 16)
     (finding,) = diagnose(model, lambda: (model(inputs) - 1).square().mean()).findings
     assert (finding.values["zero"], finding.values["all"]) == (1, 4)
-    assert "1 of 4 slices (heads, channels, units) is masked here" in finding.say("what", "en")
+    assert "1 of 4 slices (heads, experts, channels, units) is masked here" in finding.say("what", "en")
     assert len(finding.names) == 4
 
 

@@ -15,7 +15,7 @@ from clinometer.gradients.after_backward import without_closure
 from clinometer.gradients.closure import Closure, eagerly
 from clinometer.gradients.document import BLANK, Document, Line, dim, ok, sentence
 from clinometer.gradients.finding import EXPLAINED, FAULT, Finding, Severity
-from clinometer.gradients.freezing import freezing
+from clinometer.gradients.owners import owners
 from clinometer.gradients.report import Result
 from clinometer.gradients.running import Run, find_origin, only_looked_at, run, used_by_chance
 from clinometer.gradients.subject import Subject
@@ -180,11 +180,8 @@ def diagnose(
     entries, found = collect(subject, reasons)
     if origin is not None and not any(f.status == "non-finite" for f in found):
         found.append(_finding(origin.reason(), ("loss",)))
-    if (
-        result.loss.grad_fn is None
-        and not result.own
-        and not any(f.cause == "loss-without-graph" for f in found)
-    ):
+    nothing = result.loss.grad_fn is None and not result.own
+    if nothing and not any(f.cause == "loss-without-graph" for f in found):
         found.append(_finding(Reason("none", "loss-without-graph", FAULT, "frozen"), ()))
     return Diagnosis(subject, entries, [*found, *findings], nodes, time.perf_counter() - begun)
 
@@ -300,8 +297,7 @@ def collect(subject: Subject, reasons: Mapping[str, Reason | str]) -> tuple[dict
     findings = {}
     for key, names in groups.items():
         reason = next(r for r in (reasons[names[0]],) if isinstance(r, Reason))
-        freeze = freezing(names, subject) if reason.status == "none" else ""
-        findings[key] = _finding(reason, tuple(names), freeze)
+        findings[key] = _finding(reason, tuple(names), owners(names, subject))
     entries = {
         name: Entry(name, reason.status, findings[_key(reason)])
         if isinstance(reason, Reason)
@@ -316,7 +312,7 @@ def _key(reason: Reason) -> Any:
     return reason.status, reason.cause, reason.variant, place if reason.group is None else reason.group
 
 
-def _finding(reason: Reason, names: tuple[str, ...], freeze: str = "") -> Finding:
+def _finding(reason: Reason, names: tuple[str, ...], owned: tuple[str, ...] = ()) -> Finding:
     return Finding(
         reason.cause,
         reason.status,
@@ -326,5 +322,5 @@ def _finding(reason: Reason, names: tuple[str, ...], freeze: str = "") -> Findin
         reason.where,
         reason.values,
         reason.variant,
-        freeze=freeze,
+        owners=owned,
     )

@@ -11,6 +11,8 @@ from clinometer.gradients.where import Where
 from clinometer.gradients.wording import shorten
 from clinometer.messages import say, sentences
 
+_FROZEN_AT_ONCE = 3
+
 Severity = Literal["fault", "explained"]
 FAULT: Severity = "fault"
 """Something is very likely wrong."""
@@ -42,8 +44,8 @@ class Finding:
     linked: tuple[str, ...] = ()
     """Further causes of the catalogue that are the same mistake, and are not told a second time."""
 
-    freeze: str = ""
-    """The code that says these tensors are meant to rest; "" leaves it to words."""
+    owners: tuple[str, ...] = ()
+    """The largest modules of which only these tensors would learn, as Python: "encoder.layers[1]"."""
 
     def say(self, part: str, language: str | None = None) -> str:
         """The sentence "what", "why" or "remedy" of this finding; "" if it has none."""
@@ -104,5 +106,15 @@ class Finding:
 
     def _values(self, language: str | None) -> dict[str, Any]:
         first = {"name": self.names[0]} if self.names else {}
-        freeze = self.freeze or say("gradients.finding.freeze", language)
-        return {"count": len(self.names), "freeze": freeze, **first, **self.values}
+        places = {
+            "count": len(self.names),
+            "freeze": self.freeze or say("gradients.finding.freeze", language),
+            "owners": shorten(self.owners or self.names, language=language),
+        }
+        return {**places, **first, **self.values}
+
+    @property
+    def freeze(self) -> str:
+        """The code that says these tensors are meant to rest; "" when they stand in too many places."""
+        many = len(self.owners) > _FROZEN_AT_ONCE
+        return "" if many else ", ".join(f"{owner}.requires_grad_(False)" for owner in self.owners)

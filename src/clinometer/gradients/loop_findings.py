@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from clinometer.gradients.finding import EXPLAINED, FAULT, Finding, Severity
-from clinometer.gradients.freezing import freezing
+from clinometer.gradients.owners import owners
 from clinometer.gradients.running import Run
 from clinometer.gradients.subject import Subject
 from clinometer.gradients.untouched import Before
@@ -86,7 +86,7 @@ def _membership(
         yield _loop("stale-in-optimizer", FAULT, replaced, linked=("not-in-optimizer",), stale=len(strangers))
         missing = [name for name in missing if name not in replaced]
     if rest := tuple(name for name in missing if name not in apart):
-        yield _loop("not-in-optimizer", FAULT, rest, freeze=freezing(rest, subject))
+        yield _loop("not-in-optimizer", FAULT, rest, owned=owners(rest, subject))
 
 
 def _replaced(
@@ -228,8 +228,8 @@ def _loop(
     variant: str = "",
     where: Where | None = None,
     linked: tuple[str, ...] = (),
-    freeze: str = "",
+    owned: tuple[str, ...] = (),
     **values: Any,
 ) -> Finding:
     key = f"diagnosis.loop.{cause}"
-    return Finding(cause, "loop", severity, key, names, where, values, variant, linked, freeze)
+    return Finding(cause, "loop", severity, key, names, where, values, variant, linked, owned)

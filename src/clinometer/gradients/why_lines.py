@@ -264,7 +264,7 @@ def _own_dims(name: str, position: int) -> set[int]:
     """Of a product only what it sums over, and the batch of a batched one, is its own doing."""
     if name in ("Bmm", "Baddbmm"):
         first = 0 if name == "Bmm" else 1
-        return {0, 2} if position == first else {0}
+        return {0, 2} if position == first else {0, 1}
     return {1} if position == (1 if name in ("Addmm", "Addmv") else 0) else set()
 
 

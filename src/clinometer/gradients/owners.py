@@ -1,4 +1,4 @@
-"""How to say in code that some parameters are meant to rest: `encoder.requires_grad_(False)`."""
+"""Whose parameters some tensors are: the modules that can be spoken of in their place."""
 
 from __future__ import annotations
 
@@ -8,21 +8,17 @@ from torch import nn
 
 from clinometer.gradients.subject import Subject
 
-_MOST = 3
 
+def owners(names: Collection[str], subject: Subject) -> tuple[str, ...]:
+    """The largest modules in which these tensors, and no others, would learn, written as Python.
 
-def freezing(names: Collection[str], subject: Subject) -> str:
-    """The calls that freeze these parameters and no others, by the largest modules; "" when they are many.
-
-    A module counts when every parameter in it that asks for a gradient is among `names`.
+    A module counts when every parameter in it that asks for a gradient is among `names`; a tensor that
+    is in no such module stands for itself.
     """
     ids = {id(subject.tensors[name]) for name in names}
     modules = {path: module for module, path in subject.module_paths().items()}
     whole = {path for path, module in modules.items() if path and _only(module, ids)}
-    owners = dict.fromkeys(_largest(name, whole) for name in names)
-    if len(owners) > _MOST:
-        return ""
-    return ", ".join(f"{_spelled(owner)}.requires_grad_(False)" for owner in owners)
+    return tuple(_spelled(owner) for owner in dict.fromkeys(_largest(name, whole) for name in names))
 
 
 def _only(module: nn.Module, ids: set[int]) -> bool:

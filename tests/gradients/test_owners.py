@@ -7,8 +7,13 @@ import torch
 from torch import nn
 
 from clinometer.gradients.diagnosis import diagnose
-from clinometer.gradients.freezing import freezing
+from clinometer.gradients.finding import Finding
+from clinometer.gradients.owners import owners
 from clinometer.gradients.subject import Subject
+
+
+def freezing(names, subject):
+    return Finding("cut", "none", "fault", "diagnosis.none.cut", owners=owners(names, subject)).freeze
 
 
 class Model(nn.Module):
