@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from clinometer.gradients.where import Where
@@ -58,8 +57,9 @@ def nudge(value: Any) -> Any:
         return value * 1.01 + 0.01
     if isinstance(value, list):
         return [nudge(item) for item in value]
-    if isinstance(value, np.ndarray) and value.dtype.kind in "iuf":
-        return value + value.dtype.type(1)
+    dtype = getattr(value, "dtype", None)
+    if getattr(dtype, "kind", "") in ("i", "u", "f"):  # an array of numpy
+        return value + dtype.type(1)
     raise TypeError(f"a {type(value).__name__} has no number close by")
 
 

@@ -201,30 +201,29 @@ def explain(
     """For each tensor why its gradient is as it is: a reason, or its status when there is none to give."""
     loss = float(result.loss.detach())
     reasons: dict[str, Reason | str] = {}
-    _forget_logs(subject, closure, result, before, loss)
+    flow = result.flow
+    _forget_logs(subject, closure, result, before)
     nonfinite = [n for n, size in result.sizes.items() if size is not None and not math.isfinite(size)]
     for name, tensor in subject.tensors.items():
         size = result.sizes[name]
         if not size and (own := result.own.get(name)) and math.isfinite(own):
             reasons[name] = "ok"  # a backward of the closure's own brought it one
-        elif result.flow is None and size is not None and math.isfinite(size):
-            reasons[name] = "ok" if size else "zero"
         elif size is None:
-            reasons[name] = before_any_run(tensor) or why_none(
-                name, subject, result.trace, result.flow, result.loss
-            )
+            reasons[name] = before_any_run(tensor) or why_none(name, subject, result.trace, flow, result.loss)
         elif tensor.numel() == 0:
             reasons[name] = "ok"
         elif not math.isfinite(size):
             continue  # below, when the forward has perhaps been run once more
+        elif flow is None:
+            reasons[name] = "ok" if size else "zero"
         elif size == 0 and not math.isfinite(loss):
             reasons[name] = "zero"  # after a NaN in the forward nothing further follows from it
         elif size == 0:
-            reasons[name] = why_zero(name, subject, result.flow, loss, result.sizes)
-        elif result.flow.graph.leaves.get(id(tensor)) in result.flow.cancelled:
+            reasons[name] = why_zero(name, subject, flow, loss, result.sizes)
+        elif flow.graph.leaves.get(id(tensor)) in flow.cancelled:
             reasons[name] = Reason("zero", "structural", group=0, severity=EXPLAINED, values={"size": size})
         elif name in result.lines:
-            reasons[name] = why_partly(name, subject, result.flow, *result.lines[name]) or "partly-zero"
+            reasons[name] = why_partly(name, subject, flow, *result.lines[name]) or "partly-zero"
         else:
             reasons[name] = "ok"
     origin = None
@@ -233,13 +232,13 @@ def explain(
     for name in nonfinite:
         reasons[name] = (
             Reason("non-finite", "unknown", FAULT, "own", group=0)
-            if result.flow is None
-            else why_nonfinite(name, subject, result.flow, origin)
+            if flow is None
+            else why_nonfinite(name, subject, flow, origin)
         )
     return {name: reasons[name] for name in subject.tensors}, origin
 
 
-def _forget_logs(subject: Subject, closure: Closure, result: Run, before: Before, loss: float) -> None:
+def _forget_logs(subject: Subject, closure: Closure, result: Run, before: Before) -> None:
     """Of the numbers that left torch, keep those the loss depends on, as far as can be tried."""
     missing = sum(
         result.trace.bits[id(tensor)]
@@ -248,10 +247,12 @@ def _forget_logs(subject: Subject, closure: Closure, result: Run, before: Before
     )
     trace = result.trace
     suspects = {e.place: e for e in trace.escapes if e.concerns(missing, trace.cuts)}
-    if not suspects or len(suspects) > _TRIED or not math.isfinite(loss):
+    if not suspects or len(suspects) > _TRIED or not math.isfinite(result.returned):
         return
     kept = {id(t): (t, t.grad) for t in subject.tensors.values() if t.is_leaf}
-    logs = {place for place, e in suspects.items() if only_looked_at(e, subject, closure, before, loss)}
+    logs = {
+        place for place, e in suspects.items() if only_looked_at(e, subject, closure, before, result.returned)
+    }
     for tensor, gradient in kept.values():
         tensor.grad = gradient
     trace.escapes[:] = [escape for escape in trace.escapes if escape.place not in logs]

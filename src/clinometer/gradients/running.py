@@ -33,6 +33,8 @@ class Run:
     """None when the loss has no graph, or one that can be run no more."""
     sizes: dict[str, float | None] = field(default_factory=dict)
     """The largest absolute value of each gradient; None where there is none."""
+    returned: float = math.nan
+    """What the closure returned; `loss` may be the sum of losses it ran backward on instead."""
     own: dict[str, float | None] = field(default_factory=dict)
     """The largest absolute values of the gradients that backwards of the closure's own left."""
     lines: dict[str, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
@@ -55,6 +57,7 @@ def run(subject: Subject, closure: Closure, before: Before) -> Run:
     own = {name: t.grad for name, t in subject.tensors.items() if t.is_leaf and t.grad is not None}
     before.set_grads_aside()  # what a closure's own backwards left
     result = Run(trace, _what_trains(loss, trace), None)
+    result.returned = float(loss.detach())
     result.own = {name: largest(gradient) for name, gradient in own.items()}
     if result.loss.grad_fn is not None:
         result.flow = Flow(Graph(result.loss), trace, _clue)

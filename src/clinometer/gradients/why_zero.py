@@ -179,12 +179,9 @@ def why_zero(
         severity, variant = (EXPLAINED, variant) if loss == 0 else (FAULT, "flat")
     if severity == FAULT and cause in ("masked", "dead-activation") and _is_one_of_many(name, sizes):
         severity, variant, group = EXPLAINED, "choice", 0
-    if (
-        cause == "zero-weight-downstream"
-        and variant in ("product", "stacked")
-        and _is_one_of_many(name, sizes)
-    ):
-        cause, variant, group = "absent-rows", "empty", 0  # the router's weight for it is zero at every token
+    unweighted = cause == "zero-weight-downstream" and variant in ("product", "stacked")
+    if unweighted and _is_one_of_many(name, sizes):  # the router's weight for it is zero at every token
+        cause, variant, group = "absent-rows", "empty", 0
     return Reason("zero", cause, severity, variant, where, values, group)
 
 
