@@ -188,7 +188,7 @@ def diagnose(
 
 def _optimizers(given: Any) -> tuple[Optimizer, ...]:
     several = isinstance(given, Iterable) and not isinstance(given, str | Mapping)
-    optimizers = () if given is None else tuple(given) if several else (given,)
+    optimizers: tuple[Any, ...] = () if given is None else tuple(given) if several else (given,)
     for optimizer in optimizers:
         if not isinstance(getattr(optimizer, "param_groups", None), list):  # wrappers need not inherit
             raise InputError("diagnosis.optimizer", type=type(optimizer).__name__)
@@ -250,9 +250,8 @@ def _forget_logs(subject: Subject, closure: Closure, result: Run, before: Before
     if not suspects or len(suspects) > _TRIED or not math.isfinite(result.returned):
         return
     kept = {id(t): (t, t.grad) for t in subject.tensors.values() if t.is_leaf}
-    logs = {
-        place for place, e in suspects.items() if only_looked_at(e, subject, closure, before, result.returned)
-    }
+    loss = result.returned
+    logs = {place for place, e in suspects.items() if only_looked_at(e, subject, closure, before, loss)}
     for tensor, gradient in kept.values():
         tensor.grad = gradient
     trace.escapes[:] = [escape for escape in trace.escapes if escape.place not in logs]

@@ -20,10 +20,11 @@ from torch.overrides import TorchFunctionMode
 
 from clinometer.gradients import operations
 from clinometer.gradients.cuts import Cell, Cut, Escape, each_bit, nudge
+from clinometer.gradients.grad_off import GradOff
 from clinometer.gradients.graph import Node, live_below
 from clinometer.gradients.patches import seen_calls
 from clinometer.gradients.subject import Subject
-from clinometer.gradients.where import Where, is_machinery, user_frame
+from clinometer.gradients.where import Where, user_frame
 
 _top_saved_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -63,12 +64,12 @@ class Trace(TorchFunctionMode):
         self._modules: list[nn.Module] = []
         self._paths = subject.module_paths()
         self._inside: list[_Inside] = []
-        self._grad_off: list[tuple[int, Any]] = []
+        self._grad_off = GradOff()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Active inside, with what the mode alone cannot see: Function.apply, Parameter(), modules."""
-        with seen_calls(self._function, self._parameter, self._modules, self._inference):
+        with seen_calls(self._function, self._parameter, self._modules, self._grad_off.inference):
             with self:
                 yield
 
@@ -128,7 +129,7 @@ class Trace(TorchFunctionMode):
         if kind == "quiet":
             return func(*args, **kwargs)
         if kind == "grad_mode":
-            return self._grad_mode(func, args)
+            return self._grad_off.switched(func, args)
         if kind == "backward":
             self._own_backward(args[0], args[1] if len(args) > 1 else kwargs.get("gradient"))
             return func(*args, **{**kwargs, "retain_graph": True})
@@ -215,8 +216,8 @@ class Trace(TorchFunctionMode):
 
     def _cut(self, name: str, kind: str, out: Tensor, lost: int, where: Where | None) -> Cut:
         group = None
-        if kind == "op" and not torch.is_grad_enabled() and self._grad_off:
-            where, group = self._grad_place(where)
+        if kind == "op" and not torch.is_grad_enabled() and self._grad_off.openers:
+            where, group = self._grad_off.place(where)
         return Cut(operations.cut_kind(name, kind, out), where, lost, group)
 
     def _carry(self, ins: Iterable[Tensor], outs: Iterable[Tensor], written: Tensor | None) -> int:
@@ -308,47 +309,6 @@ class Trace(TorchFunctionMode):
     def _parameter(self, data: Any, made: Tensor) -> None:
         if isinstance(data, Tensor) and not self._inside and not _copying(sys._getframe(1)):
             self._judge("Parameter", "alias", [data], [made], None, self._where("Parameter"))
-
-    # Where gradients were switched off.
-
-    def _grad_mode(self, func: Any, args: tuple[Any, ...]) -> Any:
-        before = torch.is_grad_enabled()
-        result = func(*args)
-        self._mode_changed(before, torch.is_grad_enabled())
-        return result
-
-    def _inference(self, entered: bool) -> None:
-        self._mode_changed(entered, not entered)
-
-    def _mode_changed(self, before: bool, now: bool) -> None:
-        if before and not now:
-            frame = sys._getframe(1)
-            while frame is not None and is_machinery(frame.f_code.co_filename):
-                frame = frame.f_back
-            if frame is not None:
-                self._grad_off.append((id(frame), frame.f_code))
-        elif now and not before and self._grad_off:
-            self._grad_off.pop()
-
-    def _grad_place(self, where: Where | None) -> tuple[Where | None, Any]:
-        """The line inside the with-block (or the decorated function) under which a path was lost."""
-        opener = self._grad_off[-1]
-        frame, inner = sys._getframe(1), None
-        while frame is not None:
-            if not is_machinery(frame.f_code.co_filename):
-                if (id(frame), frame.f_code) == opener:
-                    break
-                inner = frame
-            elif frame.f_code.co_name == "decorate_context":
-                break
-            frame = frame.f_back
-        else:
-            return where, opener
-        place = inner if is_machinery(frame.f_code.co_filename) else frame
-        if place is None:
-            return where, opener
-        found = user_frame(place, op="no_grad", module=where.module if where else "")
-        return found, (*opener, len(self._grad_off))
 
 
 class _Inside:
