@@ -57,7 +57,7 @@ def nudge(value: Any) -> Any:
         return value * 1.01 + 0.01
     if isinstance(value, list):
         return [nudge(item) for item in value]
-    dtype = getattr(value, "dtype", None)
+    dtype: Any = getattr(value, "dtype", None)
     if getattr(dtype, "kind", "") in ("i", "u", "f"):  # an array of numpy
         return value + dtype.type(1)
     raise TypeError(f"a {type(value).__name__} has no number close by")

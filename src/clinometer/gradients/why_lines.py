@@ -8,8 +8,10 @@ rows (head h → rows h·K … h·K+K−1), or repeated (q, k and v in one matri
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -301,8 +303,9 @@ def _zero_lines(tensor: Tensor) -> list[tuple[int, Tensor]]:
 def _pattern(made: Tensor, zero: Tensor) -> Tensor | None:
     """The shortest repeating part of `made` that gives `zero` when stretched and repeated; or None."""
     made, zero = made.cpu(), zero.cpu()
-    if not bool(zero.any()) or bool(zero.all()):
-        return None
+    share = int(made.sum()) * len(zero)
+    if not bool(zero.any()) or bool(zero.all()) or share != int(zero.sum()) * len(made):
+        return None  # stretching and repeating leave the share of zeros as it is
     for period in _divisors(len(made)):
         part = made[:period]
         if len(zero) % period or not torch.equal(part.repeat(len(made) // period), made):
@@ -318,8 +321,10 @@ def _dims(weight: Tensor) -> int:
     return -weight.dim()  # a matrix says more than its bias
 
 
+@cache
 def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
 
 
 def _leaf(node: Node | None) -> Tensor | None:
