@@ -4,13 +4,20 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 BIN := .venv/bin
 DEMO_FLAGS ?=
 
-.PHONY: demo test check bench soak clean
+.PHONY: demo test browser check bench soak coverage clean
 
 demo: .venv/.installed
 	$(BIN)/clinometer demo $(DEMO_FLAGS)
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not browser"
+
+# Through every page in Chromium; here a missing browser is a failure and not a skip.
+browser: .venv/.installed-dev
+	CLINOMETER_REQUIRE_BROWSER=1 $(BIN)/python -m pytest -m browser tests/view
+
+coverage: .venv/.installed-dev
+	$(BIN)/python -m pytest --cov --cov-report=term --cov-report=html
 
 check: .venv/.installed-dev
 	$(BIN)/ruff format --check .

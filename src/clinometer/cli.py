@@ -85,6 +85,7 @@ def build_app() -> App:
         ("generate", generate),
         ("diagnose", diagnose),
         ("check", check),
+        ("explain", explain),
         ("export", export),
         ("import", import_),
         ("doctor", doctor),
@@ -173,6 +174,21 @@ def check(target: str) -> int:
     return check_command(_console(), target)
 
 
+def explain(
+    run: Path,
+    *,
+    step: int,
+    parameter: str | None = None,
+    index: str | None = None,
+    machine: bool = False,
+    inexact: bool = False,
+) -> int:
+    _restart_with_settings()
+    from clinometer.training.explain import explain_command
+
+    return explain_command(_console(), run, step, parameter, index, machine=machine, inexact=inexact)
+
+
 def demo(*, run: Path | None = None, quick: bool = False) -> int:
     _restart_with_settings()
     from clinometer.training.demo import demo_command
@@ -208,8 +224,8 @@ def _with_help(command: Any, name: str) -> Any:
         if parameter == "settings":
             annotations[parameter] = Annotated[_settings_type() | None, Parameter(name="*")]
         elif parameter != "return":
-            # A lone "-" is standard input, and a prompt may begin with one.
-            dash = parameter in ("corpus", "prompt")
+            # A lone "-" is standard input, a prompt may begin with one, and -1 is the last entry.
+            dash = parameter in ("corpus", "prompt", "index")
             told = Parameter(help=say(f"cli.{name}.{parameter}"), allow_leading_hyphen=dash, negative=())
             annotations[parameter] = Annotated[hint, told]
 

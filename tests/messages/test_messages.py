@@ -99,6 +99,7 @@ def test_every_plain_sentence_is_said_somewhere():
         "resume",
         "checkpoint",
         "instrument",
+        "explain",
         "demo",
         "generate",
         "export",

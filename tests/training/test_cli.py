@@ -196,6 +196,8 @@ def test_from_text_to_generated_text_to_transformers_and_back(call, corpus, tmp_
     assert call("generate", "run", *arguments[:-1], "6")[1] != first
     assert_refused(call("generate", "run", *arguments, "--temperature", "-1"), "-1")
     assert_refused(call("generate", "run", *arguments, "--checkpoint", "77"), "77")
+    not_utf8 = b"caf\xe9".decode(errors="surrogateescape")  # as Python hands it on
+    assert_refused(call("generate", "run", "--prompt", not_utf8), "character 3")
     code, _, err = call("generate", "run", "--prompt", "long " * 20, "--tokens", "4", "--seed", "1")
     assert code == 0
     assert "16" in err  # the prompt was cut to the context, and it is said

@@ -166,6 +166,12 @@ class StepAnatomy(Result):
         self._tensors = {key: TensorStep(m, context) for key, m in moved.items()}
         context.predict = lambda: sum(t.predicted for t in self.entries().values())
 
+    def within(self, predicted: float, losses: tuple[float, float]) -> None:
+        """Say what the whole step did where only a part of it was looked at: Σ⟨g, Δθ⟩ of all parameters, and
+        the loss before and after."""
+        self._context.whole, self._context.losses = True, losses
+        self._context.predict = lambda: predicted
+
     @property
     def optimizer(self) -> str:
         """The optimizer's class."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -274,6 +274,32 @@ class Attributions(Result):
         for one in self._found.values():
             lines += [*([BLANK] if lines else []), *one.document(language)]
         return lines
+
+
+def joined(parts: Sequence[Attribution], text: Text) -> Attribution:
+    """One weight's attribution over a batch, from those over its micro-batches, in order.
+
+    Each part's loss counts the whole batch's tokens, so that gradients and terms add up.
+    """
+    first = parts[0]
+    uses = [
+        Contribution(
+            use.op, use.where, torch.cat([part.uses[i].terms for part in parts]), None, use.precision
+        )
+        for i, use in enumerate(first.uses)
+    ]
+    return Attribution(
+        first.name,
+        first.index,
+        True,
+        math.fsum(part.gradient for part in parts),
+        uses,
+        text,
+        [seen for part in parts for seen in part.unseen],
+        shape=first._shape,
+        dtype=first._dtype,
+        exact_norms=True,
+    )
 
 
 def stacked(leads: list[tuple[int, ...]], tokens: tuple[int, ...] | None) -> bool:

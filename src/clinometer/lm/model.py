@@ -117,11 +117,17 @@ class TransformerLM(nn.Module):
 
     def hidden(self, token_ids: Tensor, caches: Sequence[LayerCache] | None = None, start: int = 0) -> Tensor:
         """The residual stream after the final norm, (B, S, D); `start` is the first token's position."""
-        config = self.config
-        functional.check_length(start + token_ids.shape[-1], config)
-        positions = torch.arange(start, start + token_ids.shape[-1], device=token_ids.device)
-        rotation = functional.rotary_table(positions, config.head_dim, config.rope_theta)
+        functional.check_length(start + token_ids.shape[-1], self.config)
         x_BSD = functional.embedding(token_ids, self.token_embeddings.weight)
+        return self.hidden_from(x_BSD, caches, start)
+
+    def hidden_from(
+        self, x_BSD: Tensor, caches: Sequence[LayerCache] | None = None, start: int = 0
+    ) -> Tensor:
+        """`hidden` of tokens whose embeddings are `x_BSD`: what follows the lookup."""
+        config = self.config
+        positions = torch.arange(start, start + x_BSD.shape[-2], device=x_BSD.device)
+        rotation = functional.rotary_table(positions, config.head_dim, config.rope_theta)
         for i, block in enumerate(self.layers):
             x_BSD = block(x_BSD, rotation, caches[i] if caches is not None else None)
         return functional.rms_norm(x_BSD, self.ln_final.weight)

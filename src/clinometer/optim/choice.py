@@ -15,11 +15,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
-from torch.optim import Muon, Optimizer
+from torch.optim import Optimizer
 
 from clinometer.messages import InputError, say
 from clinometer.optim.adamw import AdamW
 from clinometer.optim.arguments import require_fraction, require_nonnegative
+from clinometer.optim.muon import Muon
 from clinometer.optim.sgd import SGD
 
 OPTIMIZERS = ("adamw", "sgd", "muon")

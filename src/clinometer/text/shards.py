@@ -146,3 +146,20 @@ class TokenData:
         dtype = np.dtype(self.header.dtype).newbyteorder("<")
         arrays = [np.memmap(self.folder / shard.file, dtype=dtype, mode="r") for shard in shards]
         return Tokens(arrays, self.header.vocab_size, str(self.folder), self.header.dtype)
+
+
+def find_tokens(folder: Path, content_hash: str, tokenizer_hash: str, fraction: float) -> TokenData | None:
+    """Finished shards of that text, tokenizer and split among those in `folder`; the text is not read."""
+    for header in folder.glob(f"*/{HEADER_FILE}"):
+        try:
+            data = TokenData.open(header.parent)
+        except InputError:
+            continue
+        found = data.header
+        if (found.content_hash, found.tokenizer_hash, found.split_fraction) == (
+            content_hash,
+            tokenizer_hash,
+            fraction,
+        ):
+            return data
+    return None

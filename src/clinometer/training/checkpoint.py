@@ -61,20 +61,20 @@ def save_checkpoint(
     try:
         # `folder` is not made here: a run folder that was deleted must not come back as half of one.
         partial.mkdir()
-        tensors, groups = _flatten(optimizers)
-        _save(partial / "model.safetensors", {n: t.detach() for n, t in model.state_dict().items()})
-        _save(partial / "optimizer.safetensors", tensors)
+        tensors, groups = flatten(optimizers)
+        save_tensors(partial / "model.safetensors", {n: t.detach() for n, t in model.state_dict().items()})
+        save_tensors(partial / "optimizer.safetensors", tensors)
         state = {
             "format": FORMAT,
             "step": step,
             "files": {
-                name: _fingerprint(partial / name) for name in ("model.safetensors", "optimizer.safetensors")
+                name: fingerprint(partial / name) for name in ("model.safetensors", "optimizer.safetensors")
             },
             "optimizers": groups,
             "random": random_state(),
             **more,
         }
-        state["sha256"] = _digest(state)
+        state["sha256"] = digest(state)
         with (partial / "state.json").open("w", encoding="utf-8") as file:
             json.dump(state, file, indent=1)
             file.flush()
@@ -86,7 +86,7 @@ def save_checkpoint(
         sync_folder(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise InputError("checkpoint.not_written", path=final, reason=_reason(error)) from error
+        raise InputError("checkpoint.not_written", path=final, reason=reason_of(error)) from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -102,7 +102,7 @@ def load_checkpoint(
     """
     state = read_state(path)
     for name, written in state["files"].items():
-        _verify(path / name, written)
+        verify(path / name, written)
     if model is not None:
         model.load_state_dict(_fitting(path, load_file(path / "model.safetensors"), model))
     optimizers = list(optimizers)
@@ -111,7 +111,7 @@ def load_checkpoint(
         if len(state["optimizers"]) != len(optimizers):
             raise InputError("checkpoint.foreign", path=path, what="optimizers")
         for optimizer, groups in zip(optimizers, state["optimizers"], strict=True):
-            _restore(path, optimizer, groups, tensors)
+            restore_optimizer(path, optimizer, groups, tensors)
     return state
 
 
@@ -125,7 +125,7 @@ def read_state(path: Path) -> dict[str, Any]:
         raise InputError("checkpoint.missing", path=file, reason=error.strerror) from None
     except ValueError:  # not JSON, not UTF-8
         fits, state = False, {}
-    if not fits or state.pop("sha256", None) != _digest(state):
+    if not fits or state.pop("sha256", None) != digest(state):
         raise InputError("checkpoint.torn", path=file)
     if state["format"] != FORMAT:
         raise InputError("checkpoint.format", path=path, found=state["format"], known=FORMAT)
@@ -168,7 +168,8 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _flatten(optimizers: Iterable[torch.optim.Optimizer]) -> tuple[dict[str, Tensor], list[Any]]:
+def flatten(optimizers: Iterable[torch.optim.Optimizer]) -> tuple[dict[str, Tensor], list[Any]]:
+    """The optimizers' tensors by "<weight's name>.<key>", and their groups as JSON takes them."""
     tensors: dict[str, Tensor] = {}
     described = []
     for optimizer in optimizers:
@@ -187,9 +188,10 @@ def _flatten(optimizers: Iterable[torch.optim.Optimizer]) -> tuple[dict[str, Ten
     return tensors, described
 
 
-def _restore(
+def restore_optimizer(
     path: Path, optimizer: torch.optim.Optimizer, groups: list[Any], tensors: dict[str, Tensor]
 ) -> None:
+    """Put back what `flatten` gave of one optimizer. Raises `InputError` if it belongs to another model."""
     if [g["param_names"] for g in groups] != [g["param_names"] for g in optimizer.param_groups]:
         raise InputError("checkpoint.foreign", path=path, what="optimizer.param_groups")
     by_name: dict[str, dict[str, Any]] = {}
@@ -225,7 +227,8 @@ def _fitting(path: Path, weights: dict[str, Tensor], model: nn.Module) -> dict[s
     return weights
 
 
-def _save(path: Path, tensors: dict[str, Tensor]) -> None:
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file and wait until it is on the disk."""
     path.touch()
     mode = path.stat().st_mode  # safetensors replaces the file by one that only its owner may read
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
@@ -234,25 +237,29 @@ def _save(path: Path, tensors: dict[str, Tensor]) -> None:
         os.fsync(file.fileno())
 
 
-def _digest(state: Mapping[str, Any]) -> str:
+def digest(state: Mapping[str, Any]) -> str:
+    """SHA-256 of a state's content, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
+def fingerprint(path: Path) -> dict[str, Any]:
+    """A file's size and SHA-256."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _verify(path: Path, written: Mapping[str, Any]) -> None:
+def verify(path: Path, written: Mapping[str, Any]) -> None:
+    """Raise `InputError` if a file is missing or not what was written."""
     try:
-        found = _fingerprint(path)
+        found = fingerprint(path)
     except OSError as error:
         raise InputError("checkpoint.missing", path=path, reason=error.strerror) from None
     if found != written:
         raise InputError("checkpoint.torn", path=path)
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """What the system says of an error with a file."""
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return os.strerror(errno.ENOSPC)
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)

@@ -157,6 +157,9 @@ def generate_command(
     device: str,
 ) -> int:
     """Stream a continuation of the prompt to standard output; what is said about it to standard error."""
+    undecoded = next((i for i, sign in enumerate(prompt) if 0xDC80 <= ord(sign) <= 0xDCFF), None)
+    if undecoded is not None:  # how Python hands on a byte of the command line that is not UTF-8
+        raise InputError("cli.prompt_bytes", at=undecoded)
     where = choose_device(device)
     trained = load_run(run, checkpoint, where)
     seed = secrets.randbits(32) if seed is None else seed

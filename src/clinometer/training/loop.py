@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from enum import Enum
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from clinometer.messages import InputError
 from clinometer.optim.clipping import clip_grad_norm_
 from clinometer.optim.schedule import constant_schedule, cosine_schedule, warmup_stable_decay_schedule
 from clinometer.text import sampler
+from clinometer.training.computation import Computation
 from clinometer.training.config import RunConfig
 from clinometer.training.prepare import Session, begin_with
 from clinometer.training.run_folder import write_whole
@@ -52,21 +54,10 @@ def train(session: Session, display: Display) -> Outcome:
         while session.step < last_step:
             began = time.perf_counter()
             lr = learning_rate(config, session.step + 1)
-            for optimizer in session.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-
-            loss, norm = forward_backward(session)
-            taken = math.isfinite(loss) and math.isfinite(norm)
-            if taken:
-                for optimizer in session.optimizers:
-                    optimizer.step()
-                session.skipped_in_a_row = 0
-            else:
+            loss, norm, taken = take_step(session, lr)
+            session.skipped_in_a_row = 0 if taken else session.skipped_in_a_row + 1
+            if not taken:
                 record_skipped(session, loss, norm, display)
-            for optimizer in session.optimizers:
-                optimizer.zero_grad()
-            session.step += 1
 
             row = {"step": session.step, "loss": loss, "lr": lr, "grad_norm": norm, "taken": taken}
             session.metrics.append(**finite_or_text(row), seconds=time.perf_counter() - began)
@@ -86,40 +77,65 @@ def train(session: Session, display: Display) -> Outcome:
     return Outcome.DONE if session.weights_are_finite() else Outcome.NOT_FINITE
 
 
-def forward_backward(session: Session) -> tuple[float, float]:
+def take_step(
+    computation: Computation, lr: float, before_clipping: Callable[[], None] | None = None
+) -> tuple[float, float, bool]:
+    """One step at the rate `lr`; returns its loss, the gradient's norm before clipping, whether it was taken.
+
+    `before_clipping` is called while the gradients are the loss's own.
+    """
+    for optimizer in computation.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+    loss, norm = forward_backward(computation, before_clipping)
+    taken = math.isfinite(loss) and math.isfinite(norm)
+    if taken:
+        for optimizer in computation.optimizers:
+            optimizer.step()
+    for optimizer in computation.optimizers:
+        optimizer.zero_grad()
+    computation.step += 1
+    return loss, norm, taken
+
+
+def forward_backward(
+    computation: Computation, before_clipping: Callable[[], None] | None = None
+) -> tuple[float, float]:
     """Gradient of the mean loss over the batch's tokens, clipped; returns that loss and the norm before.
 
     Micro-batches add up the *sums* of their token losses over the whole batch's token count, so the gradient
     is the full batch's however it is cut.
     """
-    config = session.config
-    token_ids, targets = batch_of(session, session.step)
+    config = computation.config
+    token_ids, targets = batch_of(computation, computation.step)
     size = config.micro_batch_size
-    total = torch.zeros((), device=session.choices.device)
+    total = torch.zeros((), device=computation.choices.device)
     for part in range(0, len(token_ids), size):
-        with session.choices.autocast():
-            loss = session.model.loss(
+        with computation.choices.autocast():
+            loss = computation.model.loss(
                 token_ids[part : part + size], targets[part : part + size], reduction="sum"
             )
         loss = loss / targets.numel()
         loss.backward()
         total += loss.detach()
-    norm = clip_grad_norm_(session.model.parameters(), config.optim.max_norm)
+    if before_clipping is not None:
+        before_clipping()
+    norm = clip_grad_norm_(computation.model.parameters(), config.optim.max_norm)
     loss_and_norm = torch.stack((total, norm.to(total.device, total.dtype))).tolist()  # one wait for a GPU
     return loss_and_norm[0], loss_and_norm[1]
 
 
-def batch_of(session: Session, step: int) -> tuple[Tensor, Tensor]:
+def batch_of(computation: Computation, step: int) -> tuple[Tensor, Tensor]:
     """Token ids and targets of a step, (B, S) each: a pure function of the seed and the step."""
-    config = session.config
+    config = computation.config
     arrays = sampler.batch(
-        session.data.train,
+        computation.data.train,
         context_length=config.model.context_length,
         batch_size=config.training.batch_size,
         seed=config.training.seed,
         step=step,
     )
-    token_ids, targets = (torch.from_numpy(a).to(session.choices.device) for a in arrays)
+    token_ids, targets = (torch.from_numpy(a).to(computation.choices.device) for a in arrays)
     return token_ids, targets
 
 
@@ -212,19 +228,18 @@ def save(session: Session, display: Display, *, must: bool) -> None:
 
 
 def record_skipped(session: Session, loss: float, norm: float, display: Display) -> None:
-    """Keep what is needed to look at the batch again."""
-    session.skipped_in_a_row += 1
+    """Keep what is needed to look at the batch of the last step again."""
     config = session.config
     starts = sampler.sample_windows(
         len(session.data.train),
         config.model.context_length,
         config.training.batch_size,
         config.training.seed,
-        session.step,
+        session.step - 1,
     )
-    row = {"step": session.step + 1, "loss": loss, "grad_norm": norm, "windows": starts.tolist()}
+    row = {"step": session.step, "loss": loss, "grad_norm": norm, "windows": starts.tolist()}
     session.skipped.append(**finite_or_text(row))
-    display.notice("train.skipped", step=session.step + 1, loss=loss, norm=norm)
+    display.notice("train.skipped", step=session.step, loss=loss, norm=norm)
 
 
 def finite_or_text(row: dict[str, Any]) -> dict[str, Any]:

@@ -15,16 +15,15 @@ from typing import Any, Protocol
 
 import torch
 
-from clinometer.lm.model import TransformerLM
 from clinometer.messages import InputError
-from clinometer.optim.choice import make_optimizers
 from clinometer.text.corpus import Corpus, open_corpus
-from clinometer.text.encoding import encode_corpus
+from clinometer.text.encoding import Progress, encode_corpus
 from clinometer.text.sampler import windows_per_epoch
 from clinometer.text.shards import TokenData
 from clinometer.text.split import split
 from clinometer.text.tokenizer import Tokenizer, byte_tokenizer, train_bpe
 from clinometer.training import checkpoint
+from clinometer.training.computation import Computation, first_model, first_optimizers
 from clinometer.training.config import FREE_ON_RESUME, RunConfig, differences
 from clinometer.training.precision import Choices, choose
 from clinometer.training.run_folder import Lines, RunFolder, describe_environment, write_whole
@@ -42,20 +41,13 @@ class Notices(Protocol):
     def progress(self, key: str, done: int, total: int) -> None: ...
 
 
-@dataclass
-class Session:
-    """A run in memory. `step` counts the steps that are done."""
+@dataclass(kw_only=True)
+class Session(Computation):
+    """A run in memory, with the folder it is written to."""
 
-    config: RunConfig
     folder: RunFolder
-    choices: Choices
-    tokenizer: Tokenizer
-    data: TokenData
-    model: TransformerLM
-    optimizers: list[torch.optim.Optimizer]
     metrics: Lines
     skipped: Lines
-    step: int = 0
     skipped_in_a_row: int = 0
     best_loss: float | None = None
     best_step: int | None = None
@@ -178,7 +170,6 @@ def _prepare(
         raise InputError("resume.data", path=folder.path, corpus=config.data.corpus)
     windows_per_epoch(len(data.train), config.model.context_length)  # raises if the text is too short
 
-    torch.manual_seed(config.training.seed)
     model_config = config.model.transformer(tokenizer.vocab_size)
     if state is None or state["choices"] is None:
         tokens = config.training.steps * config.training.batch_size * model_config.context_length
@@ -193,20 +184,8 @@ def _prepare(
         choose(device=choices.device, precision=choices.precision, compile="off", total_flops=0.0)
         if torch.get_num_threads() != choices.threads:
             torch.set_num_threads(choices.threads)  # sums are split by thread: other threads, other bits
-    generator = torch.Generator().manual_seed(config.training.seed)
-    model = TransformerLM(model_config, generator=generator).to(choices.device)
-    if choices.compile:
-        model.compile_parts()
-    optim = config.optim
-    optimizers = make_optimizers(
-        model.named_parameters(),
-        name=optim.name,
-        lr=optim.lr,
-        betas=optim.betas,
-        eps=optim.eps,
-        weight_decay=optim.weight_decay,
-        momentum=optim.momentum,
-    )
+    model = first_model(config, choices, tokenizer.vocab_size)
+    optimizers = first_optimizers(config, model)
     if state is None or state["choices"] is None:
         environment = describe_environment() | {"choices": dataclasses.asdict(choices)}
         write_whole(folder.environment_file, json.dumps(environment, indent=1, ensure_ascii=False))
@@ -242,12 +221,29 @@ def _encode(
     config: RunConfig, folder: RunFolder, corpus: Corpus, tokenizer: Tokenizer, notices: Notices
 ) -> TokenData:
     notices.notice("train.encoding", corpus=corpus.name)
-    return encode_corpus(
+    return encode(
+        config,
+        folder,
+        tokenizer,
+        lambda done, total: notices.progress("train.encoding_bar", done, total),
         corpus,
+    )
+
+
+def encode(
+    config: RunConfig,
+    folder: RunFolder,
+    tokenizer: Tokenizer,
+    progress: Progress,
+    corpus: Corpus | None = None,
+) -> TokenData:
+    """The run's text (`corpus`, if it is open already) as tokens, made now or found in the cache."""
+    return encode_corpus(
+        corpus or open_corpus(config.data.corpus),
         tokenizer,
         cache_folder(folder) / "tokens",
         fraction=config.data.validation_fraction,
-        progress=lambda done, total: notices.progress("train.encoding_bar", done, total),
+        progress=progress,
     )
 
 

@@ -1,0 +1,1 @@
+"""The run file and what lies beside it: writer, reader, replays."""
