@@ -157,20 +157,6 @@ def test_a_graph_that_is_used_up_is_refused_with_a_sentence():
         diagnose(model, lambda: loss)
 
 
-def test_a_value_written_over_in_place_is_traced_to_who_needs_it():
-    model = nn.Linear(4, 4)
-
-    def closure():
-        h = model(x()).exp()  # needed later
-        h += 1
-        return h.sum()
-
-    with pytest.raises(RuntimeError, match="inplace") as caught:
-        diagnose(model, closure)
-    (note,) = caught.value.__notes__
-    assert f"test_diagnose_strange.py:{line_of('h = model(x()).exp()  # needed later')}" in note
-
-
 def test_several_losses_added_up():
     model = Cut()
     assert_cut(diagnose(model, lambda: sum(model(x()).mean() * k for k in range(1, 4))))

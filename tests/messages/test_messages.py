@@ -5,11 +5,15 @@ from pathlib import Path
 import pytest
 
 import clinometer
+from clinometer.gradients.document import Span, sentence
 from clinometer.messages import InputError, current_language, say, sentences, set_language
 
 
 def places(sentence):
-    return sorted({name for _, name, _, _ in string.Formatter().parse(sentence) if name is not None})
+    names = {
+        name.partition("|")[0] for _, name, _, _ in string.Formatter().parse(sentence) if name is not None
+    }
+    return sorted(names)
 
 
 def test_both_languages_have_the_same_sentences():
@@ -28,6 +32,34 @@ def test_the_chinese_sentence_is_chinese(key):
     text = re.sub(r"\{[^}]*\}", "", sentences("zh")[key])
     if re.search(r"[A-Za-z]{4,} [a-z]{3,} [a-z]{3,}", sentences("en")[key]):  # a sentence, not a bare value
         assert re.search(r"[一-鿿]", text)
+
+
+@pytest.mark.parametrize("given", [1, "1"])
+def test_one_is_spoken_of_in_the_singular(given):
+    assert say("diagnosis.more", "en", count=given) == "1 more finding is in diagnosis.findings."
+    spans = sentence("diagnosis.more", "en", count=Span("1", "number"))
+    assert "".join(span.text for span in spans) == "1 more finding is in diagnosis.findings."
+
+
+@pytest.mark.parametrize("given", [0, 2, 11, "1,001"])
+def test_any_other_number_is_spoken_of_in_the_plural(given):
+    assert "more findings are in" in say("diagnosis.more", "en", count=given)
+
+
+COUNTED = (
+    "bytes|calls|classes|evaluations|files|findings|gradients|layers|lines|means|nodes|numbers|parameters|"
+    "parts|positions|rows|sentences|steps|tensors|tokens|units|values|weights"
+)
+
+
+@pytest.mark.parametrize("key", sorted(sentences("en")))
+def test_a_counted_noun_knows_its_singular(key):
+    """Where a number may be 1; a `what` that has its own `what_one` is said of several only."""
+    if f"{key}_one" in sentences("en"):
+        return
+    found = re.findall(rf"\{{\w+(?::,)?\}} (?:[a-z]+ )?(?:{COUNTED})\b(?!/)", sentences("en")[key])
+    found = [text for text in found if not re.search(r"\} (of|for|in|uses) ", text)]
+    assert not found
 
 
 def test_an_error_is_rendered_in_the_language_of_whoever_reads_it():

@@ -35,6 +35,33 @@ class Escape:
     cuts: int
     """Cuts whose values it carried out."""
 
+    def concerns(self, bits: int, cuts: list[Cut]) -> bool:
+        """Whether it carried out values computed from any of these parameters, perhaps through a cut."""
+        return bool(self.live & bits) or any(
+            self.cuts >> i & 1 and cut.live & bits for i, cut in enumerate(cuts)
+        )
+
+    @property
+    def place(self) -> Any:
+        """What makes two escapes the same: the line."""
+        return self.where and (self.where.file, self.where.line)
+
+
+def nudge(value: Any) -> Any:
+    """Another number close by, also within lists and arrays."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    if isinstance(value, float | complex):
+        return value * 1.01 + 0.01
+    if isinstance(value, list):
+        return [nudge(item) for item in value]
+    dtype: Any = getattr(value, "dtype", None)
+    if getattr(dtype, "kind", "") in ("i", "u", "f"):  # an array of numpy
+        return value + dtype.type(1)
+    raise TypeError(f"a {type(value).__name__} has no number close by")
+
 
 class Cell:
     """The cuts whose values a tensor holds."""

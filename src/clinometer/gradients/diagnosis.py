@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,17 +15,22 @@ from clinometer.gradients.after_backward import without_closure
 from clinometer.gradients.closure import Closure, eagerly
 from clinometer.gradients.document import BLANK, Document, Line, dim, ok, sentence
 from clinometer.gradients.finding import EXPLAINED, FAULT, Finding, Severity
+from clinometer.gradients.owners import owners
 from clinometer.gradients.report import Result
-from clinometer.gradients.running import Run, find_origin, run, used_by_chance
+from clinometer.gradients.running import Run, find_origin, only_looked_at, run, used_by_chance
 from clinometer.gradients.subject import Subject
 from clinometer.gradients.untouched import Before, untouched
 from clinometer.gradients.where import Where
+from clinometer.gradients.why_lines import explain_lines
 from clinometer.gradients.why_none import Reason, before_any_run, why_none
 from clinometer.gradients.why_nonfinite import Origin, why_nonfinite
 from clinometer.gradients.why_partly import why_partly
 from clinometer.gradients.why_zero import why_zero
 from clinometer.gradients.wording import format_count
+from clinometer.messages import InputError
 
+_TRIED = 4
+"""Lines at which numbers leave torch that are tried one by one: a forward each."""
 _SHOWN = 6
 """Findings written out in full: one screen."""
 
@@ -145,34 +150,49 @@ def dim_span(span: Any) -> Any:
     return dim(span.text)
 
 
-def diagnose(params: Any, closure: Closure | None = None, *, optimizer: Optimizer | None = None) -> Diagnosis:
+def diagnose(
+    params: Any, closure: Closure | None = None, *, optimizer: Optimizer | Iterable[Optimizer] | None = None
+) -> Diagnosis:
     """Why the gradient of each tensor is None, zero, partly zero or not finite, with the line at fault.
 
     `closure` computes the loss; it is run once, with a backward (its forward again when the loss is not
     finite or a layer was not used), and nothing is changed by it. Without one, what can be known from
-    the gradients that are there is said, and no more. With `optimizer`, what a step would do is too.
-    Raises InputError for arguments that cannot be used, and whatever the closure raises.
+    the gradients that are there is said, and no more. With `optimizer` (one or several), what a step would
+    do is too. Raises InputError for arguments that cannot be used, and whatever the closure raises.
     """
     begun = time.perf_counter()
     subject = Subject.of(params)
+    optimizers = _optimizers(optimizer)
     if closure is None:
         reasons = without_closure(subject)
-        findings = loop_findings.standing(subject, optimizer)
+        findings = loop_findings.standing(subject, optimizers)
         entries, found = collect(subject, reasons)
         return Diagnosis(subject, entries, [*found, *findings], None, time.perf_counter() - begun)
-    with eagerly(), untouched(subject, closure=closure, optimizer=optimizer) as before:
+    with untouched(subject, closure=closure, optimizer=optimizers) as before, eagerly():
         result = run(subject, closure, before)
         reasons, origin = explain(subject, closure, result, before)
+        unknown = {name: result.lines[name] for name, reason in reasons.items() if reason == "partly-zero"}
+        reasons |= explain_lines(subject, closure, before, unknown)
         reasons = _without_chance(subject, closure, reasons)
-        reasons, apart = _kept_apart(reasons, loop_findings.outside(subject, optimizer))
-        findings = loop_findings.of_run(subject, result, optimizer, before, apart)
+        reasons, apart = _kept_apart(reasons, loop_findings.outside(subject, optimizers))
+        findings = loop_findings.of_run(subject, result, optimizers, before, apart)
         nodes = len(result.flow.graph.nodes) if result.flow else 0
     entries, found = collect(subject, reasons)
     if origin is not None and not any(f.status == "non-finite" for f in found):
         found.append(_finding(origin.reason(), ("loss",)))
-    if nodes == 0 and not any(f.cause == "loss-without-graph" for f in found):
+    nothing = result.loss.grad_fn is None and not result.own
+    if nothing and not any(f.cause == "loss-without-graph" for f in found):
         found.append(_finding(Reason("none", "loss-without-graph", FAULT, "frozen"), ()))
     return Diagnosis(subject, entries, [*found, *findings], nodes, time.perf_counter() - begun)
+
+
+def _optimizers(given: Any) -> tuple[Optimizer, ...]:
+    several = isinstance(given, Iterable) and not isinstance(given, str | Mapping)
+    optimizers: tuple[Any, ...] = () if given is None else tuple(given) if several else (given,)
+    for optimizer in optimizers:
+        if not isinstance(getattr(optimizer, "param_groups", None), list):  # wrappers need not inherit
+            raise InputError("diagnosis.optimizer", type=type(optimizer).__name__)
+    return optimizers
 
 
 def explain(
@@ -181,34 +201,60 @@ def explain(
     """For each tensor why its gradient is as it is: a reason, or its status when there is none to give."""
     loss = float(result.loss.detach())
     reasons: dict[str, Reason | str] = {}
+    flow = result.flow
+    _forget_logs(subject, closure, result, before)
     nonfinite = [n for n, size in result.sizes.items() if size is not None and not math.isfinite(size)]
     for name, tensor in subject.tensors.items():
         size = result.sizes[name]
-        if size is None or result.flow is None:
-            reasons[name] = before_any_run(tensor) or why_none(
-                name, subject, result.trace, result.flow, result.loss
-            )
+        if not size and (own := result.own.get(name)) and math.isfinite(own):
+            reasons[name] = "ok"  # a backward of the closure's own brought it one
+        elif size is None:
+            reasons[name] = before_any_run(tensor) or why_none(name, subject, result.trace, flow, result.loss)
         elif tensor.numel() == 0:
             reasons[name] = "ok"
         elif not math.isfinite(size):
             continue  # below, when the forward has perhaps been run once more
+        elif flow is None:
+            reasons[name] = "ok" if size else "zero"
         elif size == 0 and not math.isfinite(loss):
             reasons[name] = "zero"  # after a NaN in the forward nothing further follows from it
         elif size == 0:
-            reasons[name] = why_zero(name, subject, result.flow, loss, result.sizes)
-        elif result.flow.graph.leaves.get(id(tensor)) in result.flow.cancelled:
+            reasons[name] = why_zero(name, subject, flow, loss, result.sizes)
+        elif flow.graph.leaves.get(id(tensor)) in flow.cancelled:
             reasons[name] = Reason("zero", "structural", group=0, severity=EXPLAINED, values={"size": size})
         elif name in result.lines:
-            reasons[name] = why_partly(name, subject, result.flow, *result.lines[name]) or "partly-zero"
+            reasons[name] = why_partly(name, subject, flow, *result.lines[name]) or "partly-zero"
         else:
             reasons[name] = "ok"
     origin = None
     if not math.isfinite(loss):
         origin = find_origin(subject, closure, before)
     for name in nonfinite:
-        assert result.flow is not None
-        reasons[name] = why_nonfinite(name, subject, result.flow, origin)
+        reasons[name] = (
+            Reason("non-finite", "unknown", FAULT, "own", group=0)
+            if flow is None
+            else why_nonfinite(name, subject, flow, origin)
+        )
     return {name: reasons[name] for name in subject.tensors}, origin
+
+
+def _forget_logs(subject: Subject, closure: Closure, result: Run, before: Before) -> None:
+    """Of the numbers that left torch, keep those the loss depends on, as far as can be tried."""
+    missing = sum(
+        result.trace.bits[id(tensor)]
+        for name, tensor in subject.tensors.items()
+        if result.sizes[name] is None and tensor.requires_grad and tensor.is_leaf
+    )
+    trace = result.trace
+    suspects = {e.place: e for e in trace.escapes if e.concerns(missing, trace.cuts)}
+    if not suspects or len(suspects) > _TRIED or not math.isfinite(result.returned):
+        return
+    kept = {id(t): (t, t.grad) for t in subject.tensors.values() if t.is_leaf}
+    loss = result.returned
+    logs = {place for place, e in suspects.items() if only_looked_at(e, subject, closure, before, loss)}
+    for tensor, gradient in kept.values():
+        tensor.grad = gradient
+    trace.escapes[:] = [escape for escape in trace.escapes if escape.place not in logs]
 
 
 def _without_chance(
@@ -248,10 +294,10 @@ def collect(subject: Subject, reasons: Mapping[str, Reason | str]) -> tuple[dict
     for name, reason in reasons.items():
         if isinstance(reason, Reason):
             groups.setdefault(_key(reason), []).append(name)
-    findings = {
-        key: _finding(next(r for r in (reasons[names[0]],) if isinstance(r, Reason)), tuple(names))
-        for key, names in groups.items()
-    }
+    findings = {}
+    for key, names in groups.items():
+        reason = next(r for r in (reasons[names[0]],) if isinstance(r, Reason))
+        findings[key] = _finding(reason, tuple(names), owners(names, subject))
     entries = {
         name: Entry(name, reason.status, findings[_key(reason)])
         if isinstance(reason, Reason)
@@ -266,7 +312,7 @@ def _key(reason: Reason) -> Any:
     return reason.status, reason.cause, reason.variant, place if reason.group is None else reason.group
 
 
-def _finding(reason: Reason, names: tuple[str, ...]) -> Finding:
+def _finding(reason: Reason, names: tuple[str, ...], owned: tuple[str, ...] = ()) -> Finding:
     return Finding(
         reason.cause,
         reason.status,
@@ -276,4 +322,5 @@ def _finding(reason: Reason, names: tuple[str, ...]) -> Finding:
         reason.where,
         reason.values,
         reason.variant,
+        owners=owned,
     )

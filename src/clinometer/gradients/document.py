@@ -14,7 +14,7 @@ from string import Formatter
 from typing import Any, Literal, NamedTuple
 
 from clinometer.gradients.wording import cell_width, is_wide
-from clinometer.messages import current_language, sentences
+from clinometer.messages import current_language, one_or_many, sentences
 
 Role = Literal["", "fault", "note", "ok", "code", "number", "name", "dim", "strong"]
 
@@ -107,10 +107,13 @@ def dim(text: str) -> Span:
 def sentence(key: str, language: str | None = None, /, **values: Any) -> tuple[Span, ...]:
     """`say(key, …)` as spans: a value that is a Span keeps its role."""
     spans = []
+    plain = {name: value.text if isinstance(value, Span) else value for name, value in values.items()}
     for literal, place, spec, conversion in Formatter().parse(sentences(language or current_language())[key]):
         if literal:
             spans.append(Span(literal))
-        if place is not None:
+        if place is not None and (chosen := one_or_many(place, plain)) is not None:
+            spans.append(Span(chosen))
+        elif place is not None:
             value = values[place]
             if not isinstance(value, Span):
                 bare = "{" + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "") + "}"

@@ -11,6 +11,8 @@ from clinometer.gradients.where import Where
 from clinometer.gradients.wording import shorten
 from clinometer.messages import say, sentences
 
+_FROZEN_AT_ONCE = 3
+
 Severity = Literal["fault", "explained"]
 FAULT: Severity = "fault"
 """Something is very likely wrong."""
@@ -39,11 +41,16 @@ class Finding:
     variant: str = ""
     """Sentences of its own: `{key}.{variant}.why` is preferred to `{key}.why`. One with its own `what`
     says everything itself."""
+    linked: tuple[str, ...] = ()
+    """Further causes of the catalogue that are the same mistake, and are not told a second time."""
+
+    owners: tuple[str, ...] = ()
+    """The largest modules of which only these tensors would learn, as Python: "encoder.layers[1]"."""
 
     def say(self, part: str, language: str | None = None) -> str:
         """The sentence "what", "why" or "remedy" of this finding; "" if it has none."""
         key = self._key(part)
-        return say(key, language, **self._values()) if key else ""
+        return say(key, language, **self._values(language)) if key else ""
 
     def document(self, language: str | None = None) -> Document:
         """The finding as VOICE.md shows it: what, the line, why, the tensors, the remedy."""
@@ -68,6 +75,7 @@ class Finding:
             "severity": self.severity,
             "variant": self.variant,
             "names": list(self.names),
+            "linked": list(self.linked),
             "where": None if self.where is None else self.where.to_dict(),
             "values": dict(self.values),
             "message": self.say("what"),
@@ -86,7 +94,7 @@ class Finding:
 
     def _spans(self, part: str, language: str | None) -> tuple[Any, ...]:
         key = self._key(part)
-        return sentence(key, language, **self._values()) if key else ()
+        return sentence(key, language, **self._values(language)) if key else ()
 
     def _key(self, part: str) -> str:
         """The most particular sentence there is: of this variant, and for a single tensor."""
@@ -96,6 +104,17 @@ class Finding:
         owners = [variant] if f"{variant}.what" in known else [variant, self.key]
         return next((key for owner in owners for end in ends if (key := f"{owner}.{end}") in known), "")
 
-    def _values(self) -> dict[str, Any]:
+    def _values(self, language: str | None) -> dict[str, Any]:
         first = {"name": self.names[0]} if self.names else {}
-        return {"count": len(self.names), **first, **self.values}
+        places = {
+            "count": len(self.names),
+            "freeze": self.freeze or say("gradients.finding.freeze", language),
+            "owners": shorten(self.owners or self.names, language=language),
+        }
+        return {**places, **first, **self.values}
+
+    @property
+    def freeze(self) -> str:
+        """The code that says these tensors are meant to rest; "" when they stand in too many places."""
+        many = len(self.owners) > _FROZEN_AT_ONCE
+        return "" if many else ", ".join(f"{owner}.requires_grad_(False)" for owner in self.owners)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -11,61 +12,103 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from clinometer.gradients.finding import EXPLAINED, FAULT, Finding, Severity
+from clinometer.gradients.owners import owners
 from clinometer.gradients.running import Run
 from clinometer.gradients.subject import Subject
 from clinometer.gradients.untouched import Before
 from clinometer.gradients.where import Where
 from clinometer.gradients.wording import format_number
 
+Optimizers = tuple[Optimizer, ...]
 
-def standing(subject: Subject, optimizer: Optimizer | None, apart: Collection[str] = ()) -> list[Finding]:
-    """What can be said without running anything."""
-    if optimizer is None:
+
+def standing(
+    subject: Subject, optimizers: Optimizers, apart: Collection[str] = (), reached: Collection[int] = ()
+) -> list[Finding]:
+    """What can be said without running anything; ids of tensors the loss `reached` are not stale."""
+    if not optimizers:
         return []
-    return [*_membership(subject, optimizer, apart), *_learning_rates(optimizer)]
+    rates = [finding for optimizer in optimizers for finding in _learning_rates(optimizer)]
+    return [*_membership(subject, optimizers, apart, reached), *rates]
 
 
 def of_run(
-    subject: Subject, run: Run, optimizer: Optimizer | None, before: Before, apart: Collection[str] = ()
+    subject: Subject, run: Run, optimizers: Optimizers, before: Before, apart: Collection[str] = ()
 ) -> list[Finding]:
-    """What one forward and backward, and one optimizer step that is taken back, show.
+    """What one forward and backward, and one step of each optimizer that is taken back, show.
 
     Nothing is said of the membership of those that are `apart` on purpose.
     """
+    reached = run.flow.graph.leaves if run.flow else {}
     found = [
-        *standing(subject, optimizer, apart),
-        *_hidden(subject, run, optimizer),
+        *standing(subject, optimizers, apart, reached),
+        *_hidden(subject, run, optimizers),
         *_piled_up(subject, before),
     ]
     if "clipped" in run.trace.amp:
         found.append(_loop("unscaled-amp", FAULT, (), where=run.trace.amp["clipped"]))
-    if optimizer is not None and run.flow is not None and _steps_alone(optimizer):
-        found += _one_step(subject, run, optimizer, before)
+    if run.flow is not None:
+        for optimizer in filter(_steps_alone, optimizers):
+            found += _one_step(subject, run, optimizer, before)
     return found
 
 
-def outside(subject: Subject, optimizer: Optimizer | None) -> set[str]:
-    """The tensors that this optimizer leaves alone, if it was made for others of the model."""
-    if optimizer is None:
+def outside(subject: Subject, optimizers: Optimizers) -> set[str]:
+    """The tensors that these optimizers leave alone, if they were made for others of the model."""
+    if not optimizers:
         return set()
-    held = _held(optimizer)
+    held = _held(*optimizers)
     ours = {name for name, tensor in subject.tensors.items() if id(tensor) in held}
     if len(ours) < len(held):  # it holds strangers too: most likely stale
         return set()
     return set(subject.tensors) - ours if ours else set()
 
 
-def _membership(subject: Subject, optimizer: Optimizer, apart: Collection[str]) -> Iterator[Finding]:
-    held = _held(optimizer)
+def _membership(
+    subject: Subject, optimizers: Optimizers, apart: Collection[str], reached: Collection[int]
+) -> Iterator[Finding]:
+    held = _held(*optimizers)
+    tensors = {n: t for n, t in subject.tensors.items() if t.requires_grad and t.is_leaf}
+    missing = [name for name, tensor in tensors.items() if id(tensor) not in held]
+    if not missing:
+        return
+    # A second optimizer, as in a GAN or with a separate one for the embeddings, steps what it holds.
+    elsewhere = _held_elsewhere({id(tensors[name]) for name in missing}, optimizers)
+    if others := tuple(n for n in missing if id(tensors[n]) in elsewhere and n not in apart):
+        kinds = sorted({type(elsewhere[id(tensors[name])]).__name__ for name in others})
+        yield _loop("not-in-optimizer", EXPLAINED, others, variant="other", other=", ".join(kinds))
+    missing = [name for name in missing if id(tensors[name]) not in elsewhere]
+    # Tensors that neither the model has nor the loss reaches, while some of the model's own are missing:
+    # replaced behind the optimizer's back. One finding for both, as they are one mistake.
     ours = {id(tensor) for tensor in subject.tensors.values()}
-    missing = [n for n, t in subject.tensors.items() if t.requires_grad and t.is_leaf and id(t) not in held]
-    # A tensor the model no longer has and one of the same shape that it has: replaced behind its back.
-    strangers = [tuple(p.shape) for key, p in held.items() if key not in ours]
-    replaced = [name for name in missing if tuple(subject.tensors[name].shape) in strangers]
-    if replaced:
-        yield _loop("stale-in-optimizer", FAULT, tuple(replaced), stale=len(strangers))
-    if rest := tuple(name for name in missing if name not in replaced and name not in apart):
-        yield _loop("not-in-optimizer", FAULT, rest)
+    strangers = [p for key, p in held.items() if key not in ours and key not in reached]
+    if strangers and (replaced := _replaced(missing, apart, tensors, strangers)):
+        yield _loop("stale-in-optimizer", FAULT, replaced, linked=("not-in-optimizer",), stale=len(strangers))
+        missing = [name for name in missing if name not in replaced]
+    if rest := tuple(name for name in missing if name not in apart):
+        yield _loop("not-in-optimizer", FAULT, rest, owned=owners(rest, subject))
+
+
+def _replaced(
+    missing: list[str], apart: Collection[str], tensors: dict[str, Tensor], strangers: list[Tensor]
+) -> tuple[str, ...]:
+    """Those missing that took a stranger's place: of its shape, or beside one that is, or all else."""
+    shapes = {tuple(stranger.shape) for stranger in strangers}
+    alike = {name for name in missing if tuple(tensors[name].shape) in shapes}
+    modules = {name.rpartition(".")[0] for name in alike}
+    beside = {name for name in missing if name.rpartition(".")[0] in modules}
+    rest = {name for name in missing if name not in apart}
+    return tuple(name for name in missing if name in (alike | beside or rest))
+
+
+def _held_elsewhere(ids: set[int], optimizers: Optimizers) -> dict[int, Optimizer]:
+    """Which of these tensors another optimizer of this process holds."""
+    found = {}
+    for thing in gc.get_objects():
+        # Its type, not isinstance: that would ask lazy proxies for their class and wake them up.
+        if issubclass(type(thing), Optimizer) and not any(thing is optimizer for optimizer in optimizers):
+            found |= {key: thing for key in _held(thing) if key in ids}
+    return found
 
 
 def _learning_rates(optimizer: Optimizer) -> Iterator[Finding]:
@@ -76,11 +119,11 @@ def _learning_rates(optimizer: Optimizer) -> Iterator[Finding]:
         yield _loop("zero-lr", EXPLAINED if scheduled else FAULT, (), groups=", ".join(map(str, groups)))
 
 
-def _hidden(subject: Subject, run: Run, optimizer: Optimizer | None) -> Iterator[Finding]:
+def _hidden(subject: Subject, run: Run, optimizers: Optimizers) -> Iterator[Finding]:
     """Parameters the loss depends on and a module holds, but in a list where nn.Module does not look."""
     if subject.module is None or run.flow is None:
         return
-    known = {id(t) for t in subject.tensors.values()} | set(_held(optimizer) if optimizer else ())
+    known = {id(t) for t in subject.tensors.values()} | set(_held(*optimizers))
     reached = run.flow.graph.leaves
     names: dict[int, str] = {}
     for module, path in subject.module_paths().items():
@@ -172,8 +215,9 @@ def _steps_alone(optimizer: Optimizer) -> bool:
     return not needed and not getattr(optimizer, "defaults", {}).get("differentiable", False)
 
 
-def _held(optimizer: Optimizer) -> dict[int, Tensor]:
-    return {id(p): p for group in optimizer.param_groups for p in group["params"]}
+def _held(*optimizers: Optimizer) -> dict[int, Tensor]:
+    groups = [group for optimizer in optimizers for group in getattr(optimizer, "param_groups", ())]
+    return {id(p): p for group in groups for p in group["params"]}
 
 
 def _loop(
@@ -183,6 +227,9 @@ def _loop(
     *,
     variant: str = "",
     where: Where | None = None,
+    linked: tuple[str, ...] = (),
+    owned: tuple[str, ...] = (),
     **values: Any,
 ) -> Finding:
-    return Finding(cause, "loop", severity, f"diagnosis.loop.{cause}", names, where, values, variant)
+    key = f"diagnosis.loop.{cause}"
+    return Finding(cause, "loop", severity, key, names, where, values, variant, linked, owned)

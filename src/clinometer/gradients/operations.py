@@ -97,6 +97,31 @@ def written_by(name: str, kind: str, ins: list[Tensor], kwargs: Mapping[str, Any
     return ins[0] if name.endswith("_") and not name.endswith("__") and name != "detach_" else None
 
 
+ATTENTION = words("multi_head_attention_forward scaled_dot_product_attention")
+
+
+def masks_that_hide_all(name: str, kwargs: Mapping[str, Any]) -> str:
+    """The argument of an attention that hides every position from every query: "key_padding_mask".
+
+    When none does alone, all masks that were given.
+
+    torch's two conventions are opposite: True hides in multi_head_attention_forward and shows in
+    scaled_dot_product_attention; −∞ hides in both.
+    """
+    given, hides = [], []
+    for argument in ("attn_mask", "key_padding_mask"):
+        mask = kwargs.get(argument)
+        if isinstance(mask, Tensor) and mask.numel():
+            if mask.is_floating_point():
+                hidden = torch.isneginf(mask)
+            else:
+                hidden = ~mask.bool() if name == "scaled_dot_product_attention" else mask.bool()
+            given.append(argument)
+            if bool(hidden.all()):
+                hides.append(argument)
+    return " + ".join(hides or given)
+
+
 def cut_kind(name: str, kind: str, out: Tensor) -> str:
     """How a call lost the path: which sentence explains it."""
     if kind in ("function", "checkpoint"):

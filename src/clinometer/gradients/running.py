@@ -12,14 +12,14 @@ from torch import Tensor
 
 from clinometer.gradients import why_nonfinite, why_zero
 from clinometer.gradients.closure import Closure, evaluate
+from clinometer.gradients.cuts import Escape
 from clinometer.gradients.flow import Flow, Read, largest
 from clinometer.gradients.graph import Graph, Node
+from clinometer.gradients.overwritten import find_overwritten, is_overwritten
 from clinometer.gradients.subject import Subject
 from clinometer.gradients.tracing import Trace
 from clinometer.gradients.untouched import Before
-from clinometer.gradients.where import Where
 from clinometer.gradients.why_partly import zero_lines
-from clinometer.gradients.why_zero import place_above
 from clinometer.messages import InputError, say
 
 
@@ -30,9 +30,13 @@ class Run:
     trace: Trace
     loss: Tensor
     flow: Flow | None
-    """None when the loss has no graph."""
+    """None when the loss has no graph, or one that can be run no more."""
     sizes: dict[str, float | None] = field(default_factory=dict)
     """The largest absolute value of each gradient; None where there is none."""
+    returned: float = math.nan
+    """What the closure returned; `loss` may be the sum of losses it ran backward on instead."""
+    own: dict[str, float | None] = field(default_factory=dict)
+    """The largest absolute values of the gradients that backwards of the closure's own left."""
     lines: dict[str, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
     """Rows and columns that are zero, of gradients that are not zero as a whole."""
 
@@ -43,23 +47,38 @@ def run(subject: Subject, closure: Closure, before: Before) -> Run:
     Raises InputError for a loss whose graph was used up before, and what the closure raises.
     """
     trace = Trace(subject)
-    with trace.watching():
-        loss = evaluate(closure)
-    before.set_grads_aside()  # a closure that ran a backward of its own left something
-    result = Run(trace, loss, None)
-    if loss.grad_fn is not None:
-        graph = Graph(loss)
-        result.flow = Flow(graph, trace, _clue)
+    try:
+        with trace.watching():
+            loss = evaluate(closure)
+    except RuntimeError as error:
+        if is_overwritten(error):
+            _say_who_wrote(error, closure, before)
+        raise
+    own = {name: t.grad for name, t in subject.tensors.items() if t.is_leaf and t.grad is not None}
+    before.set_grads_aside()  # what a closure's own backwards left
+    result = Run(trace, _what_trains(loss, trace), None)
+    result.returned = float(loss.detach())
+    result.own = {name: largest(gradient) for name, gradient in own.items()}
+    if result.loss.grad_fn is not None:
+        result.flow = Flow(Graph(result.loss), trace, _clue)
         # A loss that was computed before the closure was called belongs to the user, graph and all.
-        keep = loss.grad_fn not in trace.places
+        keep = result.loss.grad_fn not in trace.places
         try:
-            result.flow.run(loss, keep)
+            result.flow.run(result.loss, keep)
         except RuntimeError as error:
             if "backward through the graph a second time" in str(error):
                 raise InputError("diagnosis.graph_used_up") from error
-            if "modified by an inplace operation" in str(error) and (where := _overwritten(result)):
-                error.add_note(say("diagnosis.overwritten", place=where.label, source=where.source))
-            raise
+            if not is_overwritten(error):
+                raise
+            ran = {loss.grad_fn for loss in trace.own_losses}
+            if ran.isdisjoint(result.flow.graph.nodes):
+                _say_who_wrote(error, closure, before)
+                raise
+            # The closure steps between its own backwards, each of which was in time: what they left counts.
+            result.flow = None
+            for name, tensor in subject.tensors.items():
+                if tensor.is_leaf:
+                    tensor.grad = own.get(name)
     with torch.no_grad():
         for name, tensor in subject.tensors.items():
             gradient = tensor.grad if tensor.is_leaf or tensor.retains_grad else None
@@ -71,18 +90,27 @@ def run(subject: Subject, closure: Closure, before: Before) -> Run:
     return result
 
 
-def _overwritten(run: Run) -> Where | None:
-    """Whose saved tensor was written over: to read it is refused with the error that stopped the backward."""
-    assert run.flow is not None
-    for node in run.flow.graph.nodes:
-        for name in dir(node):
-            if name.startswith("_saved_") and run.trace.may_read(node):
-                try:
-                    getattr(node, name)
-                except RuntimeError as error:
-                    if "modified by an inplace operation" in str(error):
-                        return run.trace.places.get(node) or place_above(node, run.flow)
-    return None
+def _what_trains(loss: Tensor, trace: Trace) -> Tensor:
+    """The loss that was returned; or the sum of those the closure ran backward on, if they reach more."""
+    if not trace.own_losses:
+        return loss
+    with trace.watching(), torch.enable_grad():
+        total = sum(own.sum().to(loss.device) for own in trace.own_losses)
+    assert isinstance(total, Tensor)
+    return total if trace.live(total) & ~trace.live(loss) else loss
+
+
+def _say_who_wrote(error: RuntimeError, closure: Closure, before: Before) -> None:
+    """Add both lines to the error: the one that needs the value and the one that wrote over it."""
+    if (found := find_overwritten(closure, before)) is None:
+        return
+    needed, written = found.needed, found.written
+    values = {"place": needed.label, "source": needed.source}
+    if written is None:
+        error.add_note(say("diagnosis.overwritten", **values))
+    else:
+        values |= {"writer": written.label, "written": written.source, "op": written.op}
+        error.add_note(say("diagnosis.overwritten_by", **values))
 
 
 def find_origin(subject: Subject, closure: Closure, before: Before) -> why_nonfinite.Origin | None:
@@ -94,6 +122,19 @@ def find_origin(subject: Subject, closure: Closure, before: Before) -> why_nonfi
     with trace.watching():
         loss = evaluate(closure)
     return finiteness.of(loss)
+
+
+def only_looked_at(escape: Escape, subject: Subject, closure: Closure, before: Before, loss: float) -> bool:
+    """Whether the loss stays what it was when the numbers that left torch here are others: a log, a print."""
+    before.rewind()
+    trace = Trace(subject)
+    trace.nudged = escape.place
+    try:
+        with trace.watching():
+            again = float(evaluate(closure).detach())
+    except Exception:  # a closure that cannot be run twice, or minds the number
+        return False
+    return again == loss and any(e.place == escape.place for e in trace.escapes)
 
 
 def used_by_chance(subject: Subject, closure: Closure, unused: set[str], draws: int = 3) -> set[str]:

@@ -6,6 +6,8 @@ one machine operation, and a healthy forward hardly needs them.
 
 from __future__ import annotations
 
+import functools
+import operator
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,11 +19,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from clinometer.gradients import operations
-from clinometer.gradients.cuts import Cell, Cut, Escape, each_bit
+from clinometer.gradients.cuts import Cell, Cut, Escape, each_bit, nudge
+from clinometer.gradients.grad_off import GradOff
 from clinometer.gradients.graph import Node, live_below
 from clinometer.gradients.patches import seen_calls
 from clinometer.gradients.subject import Subject
-from clinometer.gradients.where import Where, is_machinery, user_frame
+from clinometer.gradients.where import Where, user_frame
 
 _top_saved_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -38,28 +41,35 @@ class Trace(TorchFunctionMode):
         """Nodes whose saved tensors belong to a checkpoint or the like: those may be read once only."""
         self.cuts: list[Cut] = []
         self.escapes: list[Escape] = []
+        self.nudged: Any = None
+        """The place of an escape whose numbers are changed a little, to see whether the loss notices."""
         self.first_use: dict[int, Where | None] = {}
         self.used_in: dict[int, Node] = {}
         """The node that a parameter's first use made."""
-        self.own_backward: Where | None = None
-        """Where the closure itself ran a backward."""
+        self.own_losses: list[Tensor] = []
+        """Losses of backwards that the closure ran itself; of several that reach the same, the first."""
+        self.vanished = 0
+        """Parameters that `autograd.grad` differentiated away: constants in what it was asked for."""
         self.amp: dict[str, Where | None] = {}
         """Where the closure "scaled" a loss, "unscaled" gradients, and "clipped" still scaled ones."""
+        self.masks: dict[Any, str] = {}
+        """File and line of an attention → its arguments that hide every position."""
         self.on_node: Callable[[Node], None] | None = None
         """Called with every node made; backward sets it, for graphs that are built while it runs."""
         self.after_call: Callable[[str, list[Tensor], list[Tensor], Where | None], None] | None = None
         self._tensors = list(subject.tensors.values())  # their ids stay theirs
         self._below: dict[Node, int] = {}
+        self._ends: list[Node] | None = None
         self._cells: dict[int, Cell] = {}
         self._modules: list[nn.Module] = []
         self._paths = subject.module_paths()
         self._inside: list[_Inside] = []
-        self._grad_off: list[tuple[int, Any]] = []
+        self._grad_off = GradOff()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Active inside, with what the mode alone cannot see: Function.apply, Parameter(), modules."""
-        with seen_calls(self._function, self._parameter, self._modules, self._inference):
+        with seen_calls(self._function, self._parameter, self._modules, self._grad_off.inference):
             with self:
                 yield
 
@@ -75,9 +85,28 @@ class Trace(TorchFunctionMode):
         """The parameters below a node."""
         return live_below(node, self.bits, self._below)
 
+    def module_at(self, path: str) -> nn.Module | None:
+        """The module of a dotted path, as in `Where.module`."""
+        return next((module for module, known in self._paths.items() if known == path), None)
+
     def may_read(self, node: Node) -> bool:
         """Whether the tensors a node saved may be looked at."""
         return not self.packed or (node in self.places and node not in self.packed)
+
+    def end_of(self, bit: int) -> Where | None:
+        """The line of the last result computed from a parameter that nothing further was computed from."""
+        if self._ends is None:
+            read = {below for node in self.places for below, _ in node.next_functions}
+            self._ends = [node for node in reversed(self.places) if node not in read and self.places[node]]
+        return next((self.places[node] for node in self._ends if self.live_node(node) & bit), None)
+
+    def _live_in(self, given: Any) -> int:
+        return functools.reduce(operator.or_, map(self.live, operations.tensors_in((given,), {})), 0)
+
+    def _own_backward(self, loss: Tensor, gradient: Any) -> None:
+        # Held, so that they can be looked at; many micro-batches must not stay in memory for that.
+        if self.live(loss) & ~self._live_in(self.own_losses):
+            self.own_losses.append(loss if gradient is None else (loss * gradient).sum())
 
     def fed_by(self, bit: int) -> int:
         """The parameters that what met this one at its first use was computed from."""
@@ -100,9 +129,9 @@ class Trace(TorchFunctionMode):
         if kind == "quiet":
             return func(*args, **kwargs)
         if kind == "grad_mode":
-            return self._grad_mode(func, args)
+            return self._grad_off.switched(func, args)
         if kind == "backward":
-            self.own_backward = self.own_backward or self._where("backward")
+            self._own_backward(args[0], args[1] if len(args) > 1 else kwargs.get("gradient"))
             return func(*args, **{**kwargs, "retain_graph": True})
         if name in operations.AMP:
             self._note_amp(name)
@@ -116,8 +145,9 @@ class Trace(TorchFunctionMode):
             self._inside[-1].note(self, ins)
             return out
         if kind == "escape":
-            self._escape(name, ins)
-            return out
+            return self._escape(name, ins, out)
+        if name == "grad" and any(tensor.grad_fn is not None for tensor in out):
+            self.vanished |= self._live_in(args[0]) & ~self._live_in(out)
         self._note(name, kind, ins, out, kwargs, came)
         return out
 
@@ -127,6 +157,8 @@ class Trace(TorchFunctionMode):
         written = operations.written_by(name, kind, ins, kwargs)
         outs = list(operations.tensors_in((out,), {}))
         where = self._where(name)
+        if name in operations.ATTENTION and (hiding := operations.masks_that_hide_all(name, kwargs)):
+            self.masks[where and (where.file, where.line)] = hiding
         for tensor in ins:
             bit = self.bits.get(id(tensor))
             if bit is not None and bit not in self.first_use and tensor.requires_grad:
@@ -135,21 +167,28 @@ class Trace(TorchFunctionMode):
                     self.used_in[bit] = outs[0].grad_fn
         suspect = written is not None
         for tensor in outs:
-            node = tensor.grad_fn
-            if node is None:
+            if tensor.grad_fn is None:
                 suspect = suspect or not tensor.requires_grad or tensor.is_leaf
-            elif node not in self.places:
-                self.places[node] = where
-                if _top_saved_hooks(False) is not None:
-                    self.packed.add(node)
-                if self.on_node is not None:
-                    self.on_node(node)
+            else:
+                self._made(tensor.grad_fn, where)
+        for tensor in () if written is None else (written, written._base):
+            if tensor is not None and tensor.grad_fn is not None:
+                self._made(tensor.grad_fn, where)
         if suspect:
             self._judge(name, kind, ins, outs, written, where, came)
         elif self._cells:
             self._carry(ins, outs, written)
         if self.after_call is not None:
             self.after_call(name, ins, outs if written is None else [*outs, written], where)
+
+    def _made(self, node: Node, where: Where | None) -> None:
+        if node in self.places:
+            return
+        self.places[node] = where
+        if _top_saved_hooks(False) is not None:
+            self.packed.add(node)
+        if self.on_node is not None:
+            self.on_node(node)
 
     def _judge(
         self,
@@ -177,8 +216,8 @@ class Trace(TorchFunctionMode):
 
     def _cut(self, name: str, kind: str, out: Tensor, lost: int, where: Where | None) -> Cut:
         group = None
-        if kind == "op" and not torch.is_grad_enabled() and self._grad_off:
-            where, group = self._grad_place(where)
+        if kind == "op" and not torch.is_grad_enabled() and self._grad_off.openers:
+            where, group = self._grad_off.place(where)
         return Cut(operations.cut_kind(name, kind, out), where, lost, group)
 
     def _carry(self, ins: Iterable[Tensor], outs: Iterable[Tensor], written: Tensor | None) -> int:
@@ -211,13 +250,17 @@ class Trace(TorchFunctionMode):
         cell = self._cells.get(id(tensor))
         return cell if cell is not None and cell.ref() is tensor else None
 
-    def _escape(self, name: str, ins: list[Tensor]) -> None:
+    def _escape(self, name: str, ins: list[Tensor], out: Any) -> Any:
         live = cuts = 0
         for tensor in ins:
             live |= self.live(tensor)
             cuts |= self.cuts_in(tensor)
         if live or cuts:
-            self.escapes.append(Escape(name, self._where(name), live, cuts))
+            escape = Escape(name, self._where(name), live, cuts)
+            self.escapes.append(escape)
+            if self.nudged is not None and escape.place == self.nudged:
+                return nudge(out)
+        return out
 
     def _where(self, op: str) -> Where | None:
         module = next((self._paths[m] for m in reversed(self._modules) if m in self._paths), "")
@@ -266,47 +309,6 @@ class Trace(TorchFunctionMode):
     def _parameter(self, data: Any, made: Tensor) -> None:
         if isinstance(data, Tensor) and not self._inside and not _copying(sys._getframe(1)):
             self._judge("Parameter", "alias", [data], [made], None, self._where("Parameter"))
-
-    # Where gradients were switched off.
-
-    def _grad_mode(self, func: Any, args: tuple[Any, ...]) -> Any:
-        before = torch.is_grad_enabled()
-        result = func(*args)
-        self._mode_changed(before, torch.is_grad_enabled())
-        return result
-
-    def _inference(self, entered: bool) -> None:
-        self._mode_changed(entered, not entered)
-
-    def _mode_changed(self, before: bool, now: bool) -> None:
-        if before and not now:
-            frame = sys._getframe(1)
-            while frame is not None and is_machinery(frame.f_code.co_filename):
-                frame = frame.f_back
-            if frame is not None:
-                self._grad_off.append((id(frame), frame.f_code))
-        elif now and not before and self._grad_off:
-            self._grad_off.pop()
-
-    def _grad_place(self, where: Where | None) -> tuple[Where | None, Any]:
-        """The line inside the with-block (or the decorated function) under which a path was lost."""
-        opener = self._grad_off[-1]
-        frame, inner = sys._getframe(1), None
-        while frame is not None:
-            if not is_machinery(frame.f_code.co_filename):
-                if (id(frame), frame.f_code) == opener:
-                    break
-                inner = frame
-            elif frame.f_code.co_name == "decorate_context":
-                break
-            frame = frame.f_back
-        else:
-            return where, opener
-        place = inner if is_machinery(frame.f_code.co_filename) else frame
-        if place is None:
-            return where, opener
-        found = user_frame(place, op="no_grad", module=where.module if where else "")
-        return found, (*opener, len(self._grad_off))
 
 
 class _Inside:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import CodeType
@@ -22,6 +23,8 @@ from clinometer.gradients.keeping import CONTAINERS, KeptBits, KeptContainer, Ke
 from clinometer.gradients.randomness import RandomState
 from clinometer.gradients.subject import Subject
 
+_ONE_AT_A_TIME = threading.RLock()
+
 
 @contextmanager
 def untouched(subject: Subject, *, closure: Any = None, optimizer: Any = None) -> Iterator[Before]:
@@ -29,19 +32,21 @@ def untouched(subject: Subject, *, closure: Any = None, optimizer: Any = None) -
 
     Put back, also when an exception or KeyboardInterrupt passes: values, memory, `requires_grad`,
     version counters and `.grad` (the same object with the same bits) of the subject's tensors; those, the
-    mode, the hooks and the attributes of its module and of modules `closure` names; the optimizer's
+    mode, the hooks and the attributes of its module and of modules `closure` names; the optimizers'
     state; random generators; grad mode, autocast, default dtype.
 
     Not seen: tensors and modules that neither the subject nor the closure names, objects other than
-    tensors, modules and plain containers, hooks on tensors.
+    tensors, modules and plain containers, hooks on tensors; what other threads draw meanwhile from the
+    global random generators. A second thread that asks waits: two at once would put each other's state back.
     """
-    before = Before(subject, closure, optimizer)
-    try:
-        before.set_grads_aside()
-        yield before
-    finally:
-        _uninterrupted(before.restore)
-        before.forget()
+    with _ONE_AT_A_TIME:
+        before = Before(subject, closure, optimizer)
+        try:
+            before.set_grads_aside()
+            yield before
+        finally:
+            _uninterrupted(before.restore)
+            before.forget()
 
 
 class Before:
@@ -58,10 +63,11 @@ class Before:
         self._values: set[int] = {id(tensor) for tensor in subject.tensors.values()}
         self._value_bits: set[tuple[Any, ...]] = set()
         self._seen: dict[int, Any] = {}
+        optimizers = optimizer if isinstance(optimizer, tuple) else (optimizer,)
         with torch.inference_mode(False), torch.no_grad():
             self._keep(
                 [*subject.tensors.values(), subject.module, *modules_named_by(closure)],
-                None if optimizer is None else [optimizer.__dict__],
+                [each.__dict__ for each in optimizers if each is not None],
             )
             for bits in self._bits.values():
                 bits.take()

@@ -61,14 +61,14 @@ def why_none(name: str, subject: Subject, trace: Trace, flow: Flow | None, loss:
         return Reason("none", "loss-without-graph", FAULT, found.kind if found else "", where, group=0)
     if to_loss:
         return _cut(_first(to_loss))
-    numbers = trace.cuts
-    escapes = [e for e in trace.escapes if e.live & bit or any(numbers[i].live & bit for i in _ones(e.cuts))]
-    if escapes:
+    if escapes := [escape for escape in trace.escapes if escape.concerns(bit, trace.cuts)]:
         return _escaped(escapes[-1])
     if stray := [cut for cut in cuts if cut.kind in ("parameter", "overwritten", "deepcopy", "function")]:
         return _cut(stray[0])
+    if trace.vanished & bit:
+        return Reason("none", "not-reaching-loss", EXPLAINED, "differentiated", trace.end_of(bit))
     if bit in trace.first_use:
-        where = trace.first_use[bit]
+        where = trace.end_of(bit) or trace.first_use[bit]
         if where is not None and is_installed(where.file):  # BertModel's pooler under a loss of one's own
             return Reason("none", "not-reaching-loss", EXPLAINED, "extra_output", where)
         return Reason("none", "not-reaching-loss", FAULT, "", where)
@@ -110,17 +110,12 @@ def _cut(cut: Cut) -> Reason:
 
 
 def _escaped(escape: Escape) -> Reason:
-    group = escape.where and (escape.where.file, escape.where.line)
-    return Reason("none", "cut", FAULT, "escape", escape.where, {"op": escape.kind}, group)
+    return Reason("none", "cut", FAULT, "escape", escape.where, {"op": escape.kind}, escape.place)
 
 
 def _first(cuts: list[Cut]) -> Any:
     """The first cut that is not a mere comparison or index, else the first."""
     return next((cut for cut in cuts if cut.kind != "integer"), cuts[0] if cuts else None)
-
-
-def _ones(mask: int) -> list[int]:
-    return [i for i in range(mask.bit_length()) if mask >> i & 1]
 
 
 def _short(dtype: Any) -> str:

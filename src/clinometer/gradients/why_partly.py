@@ -8,9 +8,10 @@ from torch import Tensor
 from clinometer.gradients.finding import EXPLAINED
 from clinometer.gradients.flow import Flow
 from clinometer.gradients.graph import Node, operation
+from clinometer.gradients.kinds import PICK, PRODUCT, RELU
 from clinometer.gradients.subject import Subject
 from clinometer.gradients.why_none import Reason
-from clinometer.gradients.why_zero import PICK, PRODUCT, RELU, place_above
+from clinometer.gradients.why_zero import place_above
 
 
 def zero_lines(gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:

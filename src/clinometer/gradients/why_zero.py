@@ -9,53 +9,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.dropout import _DropoutNd
 
 from clinometer.gradients.finding import EXPLAINED, FAULT, Severity
-from clinometer.gradients.flow import Flow, Read, largest
+from clinometer.gradients.flow import Event, Flow, Read, largest
 from clinometer.gradients.graph import Node, is_custom, operation, same_values
+from clinometer.gradients.kinds import (
+    CLAMP,
+    HINGES,
+    LOSS,
+    MASK,
+    PICK,
+    PRODUCT,
+    RELU,
+    SMOOTH,
+    STEP,
+    SUM,
+)
 from clinometer.gradients.source import definition_of
 from clinometer.gradients.subject import Subject
 from clinometer.gradients.why_none import Reason
-from clinometer.gradients.wording import words
-
-RELU = {"Relu", "Threshold", "LeakyRelu", "Prelu", "RreluWithNoise"}
-SMOOTH = words(
-    """
-    Gelu Silu Elu Softplus Sigmoid Tanh Hardswish Hardsigmoid Mish LogSigmoid Celu Selu Softmax
-    SafeSoftmax LogSoftmax Erf Glu Softshrink Hardshrink Logsumexp Atan
-    """
-)
-CLAMP = {"Clamp", "ClampMin", "ClampMax", "Hardtanh", "Maximum", "Minimum"}
-STEP = {"Round", "Floor", "Ceil", "Sign", "Trunc", "Sgn", "Heaviside", "FloorDivide", "Frac"}
-MASK = {"MaskedFill", "Where", "MaskedScatter", "MaskedSelect", "IndexFill", "NativeDropout", "FusedDropout"}
-PRODUCT = words(
-    """
-    Mm Addmm Bmm Baddbmm Convolution Linear Mv Dot Addmv ConvolutionOverrideable
-    """
-)
-PICK = words(
-    """
-    Embedding EmbeddingBag Index IndexSelect Gather Slice Select Narrow TakeAlongDim
-    EmbeddingDenseBackward Split SplitWithSizes Unbind Chunk Diagonal AsStrided Take
-    """
-)
-LOSS = words(
-    """
-    MseLoss L1Loss SmoothL1Loss HuberLoss NllLoss NllLossForward NllLoss2D NllLossNd BinaryCrossEntropy
-    BinaryCrossEntropyWithLogits KlDiv MultiMarginLoss MultilabelMarginLoss SoftMarginLoss CtcLoss
-    PoissonNllLoss
-    """
-)
-SUM = words(
-    "Sum Mean Add Sub Expand NativeLayerNorm NativeBatchNorm NativeGroupNorm Var Std Neg FusedRmsNorm"
-)
-HINGES = words(
-    """
-    margin_ranking_loss hinge_embedding_loss cosine_embedding_loss triplet_margin_loss mse_loss l1_loss
-    triplet_margin_with_distance_loss multi_margin_loss multilabel_margin_loss cross_entropy nll_loss
-    smooth_l1_loss huber_loss
-    """
-)
 
 
 @dataclass(frozen=True)
@@ -91,6 +64,8 @@ def read_clue(
         return Clue("underflow", "", FAULT, (("dtype", str(_dtype(into[position])).removeprefix("torch.")),))
     if name in LOSS:
         return Clue("zero-loss-gradient", "ignored" if _all_ignored(saved) else "minimum")
+    if _attends_to_nothing(name, saved):
+        return Clue("masked", "attention")
     if name in RELU:
         return Clue("dead-activation", "relu")
     if "Softmax" in name and gradient is not None and _runs_over_one(gradient, saved("dim")):
@@ -116,6 +91,19 @@ def read_clue(
     if name in ("Exp", "Exp2", "Pow", "Prod", "Abs", "Cumprod"):
         return Clue("underflow" if name.startswith("Exp") else "zero-weight-downstream", "forward", EXPLAINED)
     return Clue("structural", "cancels", EXPLAINED) if name in SUM else Clue("unknown", "", EXPLAINED)
+
+
+def _attends_to_nothing(name: str, saved: Read) -> bool:
+    """Whether an attention's mask hides every position from every query."""
+    if name == "SafeSoftmax":  # of −∞ throughout it makes zeros, where softmax makes NaN
+        result = saved("result")
+        return isinstance(result, Tensor) and largest(result) == 0
+    if not name.startswith("ScaledDotProduct"):
+        return False
+    mask = next((m for m in (saved("attn_mask"), saved("attn_bias")) if isinstance(m, Tensor)), None)
+    if mask is None or not mask.numel():
+        return False
+    return bool((~mask if mask.dtype == torch.bool else torch.isneginf(mask)).all())
 
 
 def _only_empty_below(node: Node) -> bool:
@@ -169,14 +157,16 @@ def why_zero(
             cause, variant, severity, group = "dead-activation", "relu", FAULT, silent
             where = flow.trace.places.get(silent) or place_above(silent, flow)
             values["op"] = where.op if where is not None else "relu"
+        elif (masked := _masked_below(factor, flow)) is not None:  # what it is multiplied with is the mask's
+            return _masked(*masked, flow, name, sizes)
         else:
             cause, variant, severity = _zero_factor(factor, subject, values)
     elif variant == "forward" and (silent := _silent_below(event.node.next_functions[position][0], flow)):
         cause, variant, severity, group = "dead-activation", "relu", FAULT, silent  # a power of its zeros
         where = flow.trace.places.get(silent) or place_above(silent, flow)
         values["op"] = where.op if where is not None else "relu"
-    elif variant == "zero_constant" and "dropout" in op:
-        variant = "dropout"
+    elif cause == "masked" and not (nothing_learns and (event.scalar or op in HINGES)):
+        return _masked(event, clue, flow, name, sizes)
     elif (
         variant != "ignored"
         and nothing_learns
@@ -189,7 +179,48 @@ def why_zero(
         severity, variant = (EXPLAINED, variant) if loss == 0 else (FAULT, "flat")
     if severity == FAULT and cause in ("masked", "dead-activation") and _is_one_of_many(name, sizes):
         severity, variant, group = EXPLAINED, "choice", 0
+    unweighted = cause == "zero-weight-downstream" and variant in ("product", "stacked")
+    if unweighted and _is_one_of_many(name, sizes):  # the router's weight for it is zero at every token
+        cause, variant, group = "absent-rows", "empty", 0
     return Reason("zero", cause, severity, variant, where, values, group)
+
+
+def _masked(event: Event, clue: Clue, flow: Flow, name: str, sizes: Mapping[str, float | None]) -> Reason:
+    """What was masked out, with the module or the argument that did it."""
+    where = flow.trace.places.get(event.node) or place_above(event.node, flow)
+    op = where.op if where is not None else ""
+    values: dict[str, Any] = {"op": op or operation(event.node).lower()}
+    variant, group = clue.variant, event.node
+    if "dropout" in op:
+        path = where.module if where is not None else ""
+        module = flow.trace.module_at(path)
+        variant, group = "dropout", None
+        if isinstance(module, _DropoutNd) or "dropout" in type(module).__name__.lower():
+            variant, values["module"] = "dropout_module", path
+            group = path
+    elif variant == "attention":
+        values["mask"] = flow.trace.masks.get(where and (where.file, where.line), "attn_mask")
+        group = None  # every layer that runs at this line
+    if _is_one_of_many(name, sizes):
+        return Reason("zero", "masked", EXPLAINED, "choice", where, values, 0)
+    return Reason("zero", "masked", FAULT, variant, where, values, group)
+
+
+def _masked_below(factor: Node | None, flow: Flow) -> tuple[Event, Clue] | None:
+    """The mask that made a factor zero, if one did: a gradient came to it and went no further."""
+    weighed = False
+    for below in [] if factor is None else _below(factor):
+        event = flow.events.get(below)
+        clues = [] if event is None else [c for c in event.clues.values() if c is not None]
+        if event is not None and clues and all(clue.cause == "masked" for clue in clues):
+            if weighed and clues[0].variant != "attention":
+                continue
+            return event, clues[0]
+        if operation(below) in PRODUCT:
+            if weighed:
+                break
+            weighed = True  # an attention's probabilities times its values, as separate calls
+    return None
 
 
 def _is_one_of_many(name: str, sizes: Mapping[str, float | None]) -> bool:

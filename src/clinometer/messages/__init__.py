@@ -5,14 +5,18 @@ reports a *key* with values, and the sentence is made when somebody reads it:
 
     raise InputError("model.heads", d_model=100, num_heads=3)
     say("run.done", steps=2000)
+
+A place may choose words by a number: "{steps} {steps|step|steps}" is "1 step", "2,000 steps".
 """
 
 from __future__ import annotations
 
 import os
 import tomllib
+from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
+from string import Formatter
 from typing import Any
 
 LANGUAGES = ("en", "zh")
@@ -48,7 +52,25 @@ def sentences(language: str) -> dict[str, str]:
 
 def say(key: str, language: str | None = None, /, **values: Any) -> str:
     """The sentence `key` with `values` in its places, in `language` (default: `current_language()`)."""
-    return sentences(language or current_language())[key].format(**values)
+    return _SENTENCE.vformat(sentences(language or current_language())[key], (), values)
+
+
+def one_or_many(place: str, values: Mapping[str, Any]) -> str | None:
+    """The word a place "steps|step|steps" chooses: the first when `steps` reads "1"; None for a bare name."""
+    name, *words = place.split("|")
+    if not words:
+        return None
+    one, many = words
+    return one if str(values[name]) == "1" else many
+
+
+class _Sentence(Formatter):
+    def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
+        chosen = one_or_many(field_name, kwargs)
+        return super().get_field(field_name, args, kwargs) if chosen is None else (chosen, field_name)
+
+
+_SENTENCE = _Sentence()
 
 
 class InputError(ValueError):

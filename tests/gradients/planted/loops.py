@@ -38,6 +38,21 @@ def weight_replaced_after_the_optimizer_was_made():
     return model, lambda: model(x()).mean(), optimizer
 
 
+@fault("loop", "stale-in-optimizer", "2.*")
+def head_replaced_after_the_optimizer_was_made():
+    model = two_layers()
+    optimizer = torch.optim.AdamW(model.parameters(), 0.1)
+    model[2] = nn.Linear(4, 3)
+    return model, lambda: model(x()).mean(), optimizer
+
+
+@fault("loop", "stale-in-optimizer", "*")
+def model_made_anew_after_the_optimizer():
+    optimizer = torch.optim.AdamW(two_layers().parameters(), 0.1)
+    model = two_layers()
+    return model, lambda: model(x()).mean(), optimizer
+
+
 @fault("loop", "not-in-optimizer", "blocks[[]0].*", "blocks[[]1].*")
 def layers_hidden_in_a_python_list():
     class Model(nn.Module):

@@ -195,6 +195,58 @@ def dict_entry_overwritten():
     return model, closure
 
 
+@fault("none", "not-reaching-loss", "second.*")
+def computed_further_and_left_aside_at_the_end():
+    model = Pair()
+
+    def closure():
+        h = model.second(x())
+        h = torch.tanh(h) * 2
+        score = h.square().mean()  # <- here
+        assert score.dim() == 0
+        return model.first(x()).mean()
+
+    return model, closure
+
+
+@fault("none", "not-reaching-loss", "second.*")
+def logged_and_left_aside():
+    model, log = Pair(), []
+
+    def closure():
+        main = model.first(x()).mean()
+        extra = model.second(x()).square().mean()  # <- here
+        log.append(f"extra {extra.item():.3f}, {extra.detach().numpy()}")
+        return main
+
+    return model, closure
+
+
+@fault("none", "cut", "second.*")
+def logged_here_and_used_as_a_number_there():
+    model, log = Pair(), []
+
+    def closure():
+        extra = model.second(x()).square().mean()
+        log.append(extra.item())
+        weight = float(extra)  # <- here
+        log.append(extra.tolist())
+        return model.first(x()).mean() * weight
+
+    return model, closure
+
+
+@fault("none", "cut", "second.*")
+def counted_with_a_whole_number():
+    model = Pair()
+
+    def closure():
+        count = int(model.second(x()).abs().sum().ceil())  # <- here
+        return model.first(x()).mean() / count
+
+    return model, closure
+
+
 @fault("none", "undefined-in-backward", "weight")
 def function_returns_none_for_the_weight():
     class Product(torch.autograd.Function):

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from tests.gradients.planted.registry import Registry
 from torch import nn
+from torch.nn.utils import prune
 
 FAULTS = Registry()
 fault, explained = FAULTS.fault, FAULTS.explained
@@ -166,6 +167,73 @@ def dropout_of_everything():
         return F.dropout(h, p=1.0) + 1  # <- here
 
     return between(function)
+
+
+@fault("zero", "masked", "0.*", "3.weight")
+def dropout_module_of_everything():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Dropout(1.0), nn.Linear(4, 1))
+
+    def closure():
+        return model(x()).square().mean()  # <- here
+
+    return model, closure
+
+
+@fault("zero", "masked", "0.*", "3.weight")
+def channels_dropped_altogether():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout2d(1.0), nn.Flatten(), nn.Linear(144, 1))
+
+    def closure():
+        return model(torch.randn(2, 3, 8, 8)).square().mean()  # <- here
+
+    return model, closure
+
+
+class Attending(nn.Module):
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, dropout=dropout, batch_first=True)
+        self.head = nn.Linear(8, 1)
+
+    def forward(self, inputs, **masks):
+        h, _ = self.attention(inputs, inputs, inputs, need_weights=False, **masks)
+        return self.head(h + inputs).square().mean()
+
+
+@fault("zero", "masked", "attention.in_proj_*", "attention.out_proj.weight")
+def attention_with_an_inverted_padding_mask():
+    model = Attending()
+
+    def closure():
+        padding = torch.ones(2, 5, dtype=torch.bool)
+        return model(torch.randn(2, 5, 8), key_padding_mask=padding)
+
+    return model, closure
+
+
+@fault("zero", "masked", "attention.in_proj_*", "attention.out_proj.weight")
+def attention_with_a_mask_of_minus_infinity():
+    model = Attending(dropout=0.1)
+
+    def closure():
+        return model(torch.randn(2, 5, 8), attn_mask=torch.full((5, 5), -torch.inf))
+
+    return model, closure
+
+
+@fault("zero", "masked", "qkv.*", "out.weight")
+def attention_that_shows_nothing():
+    model = nn.Module()
+    model.qkv, model.out = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def closure():
+        inputs = torch.randn(2, 2, 5, 8)
+        q, k, v = model.qkv(inputs).chunk(3, -1)
+        mask = torch.zeros(5, 5, dtype=torch.bool)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # <- here
+        return (model.out(h) + inputs).square().mean()
+
+    return model, closure
 
 
 @fault("zero", "masked", "encoder.*")
@@ -373,6 +441,137 @@ def some_silent_units():
     with torch.no_grad():
         model[0].bias[:2] = -100.0
     return model, lambda: model(x()).square().mean()
+
+
+def split(rows):
+    """(B, S, 16) into 4 heads of 4 numbers: (B, 4, S, 4)."""
+    return rows.unflatten(-1, (4, 4)).transpose(1, 2)
+
+
+class Heads(nn.Module):
+    """Self-attention of 4 heads of 4 numbers; `between` sees each head's result as (B, 4, S, 4)."""
+
+    def __init__(self, between=None):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(16, 16, bias=False) for _ in range(3))
+        self.o = nn.Linear(16, 16, bias=False)
+        self.between = between
+
+    def forward(self, inputs):
+        q, k, v = (split(layer(inputs)) for layer in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        h = h if self.between is None else self.between(h)
+        h = h.transpose(1, 2).flatten(2)
+        return self.o(h)
+
+
+def heads(between=None):
+    model = Heads(between)
+    return model, lambda: (model(torch.randn(2, 5, 16)) - 1).square().mean()
+
+
+@explained("partly-zero", "masked", "q.*", "k.*", "v.*", "o.*")
+def heads_multiplied_by_a_head_mask():
+    def between(h):
+        return h * torch.tensor([1.0, 0.0, 1.0, 1.0]).view(1, 4, 1, 1)  # <- here
+
+    return heads(between)
+
+
+@explained("partly-zero", "masked", "q.*", "k.*", "v.*", "o.*")
+def head_filled_with_zeros():
+    def between(h):
+        return h.masked_fill(torch.tensor([0, 0, 1, 1]).bool().view(4, 1, 1), 0.0)  # <- here
+
+    return heads(between)
+
+
+@explained("partly-zero", "masked", "q.*", "k.*", "v.*", "o.*")
+def head_written_over_with_zeros():
+    def between(h):
+        h = h.clone()
+        h[:, 2] = 0.0  # <- here
+        return h
+
+    return heads(between)
+
+
+@explained("partly-zero", "masked", "qkv.weight", "o.weight")
+def head_masked_in_the_probabilities_of_a_joint_projection():
+    model = nn.Module()
+    model.qkv, model.o = nn.Linear(16, 48, bias=False), nn.Linear(16, 16, bias=False)
+
+    def closure():
+        q, k, v = model.qkv(torch.randn(2, 5, 16)).unflatten(-1, (3, 4, 4)).permute(2, 0, 3, 1, 4)
+        p = (q @ k.transpose(-1, -2)).softmax(-1)
+        p = p * torch.tensor([1.0, 1.0, 1.0, 0.0]).view(4, 1, 1)  # <- here
+        return (model.o((p @ v).transpose(1, 2).flatten(2)) - 1).square().mean()
+
+    return model, closure
+
+
+@explained("partly-zero", "zero-weight-downstream", "q.*", "k.*", "v.*", "o.*")
+def head_closed_by_a_learned_gate():
+    model = Heads()
+    model.gate = nn.Parameter(torch.tensor([1.0, 0.0, 1.0, 1.0]))
+
+    def between(h):
+        return h * model.gate.view(4, 1, 1)  # <- here
+
+    model.between = between
+    return model, lambda: (model(torch.randn(2, 5, 16)) - 1).square().mean()
+
+
+@explained("partly-zero", "zero-weight-downstream", "q.*", "k.*", "v.*")
+def head_whose_columns_of_the_output_projection_are_zero():
+    model = nn.Module()
+    model.q, model.k, model.v, model.o = (nn.Linear(16, 16, bias=False) for _ in range(4))
+    with torch.no_grad():
+        model.o.weight[:, 8:12] = 0.0
+
+    def closure():
+        inputs = torch.randn(2, 5, 16)
+        q, k, v = (split(layer(inputs)) for layer in (model.q, model.k, model.v))
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return (model.o(h) - 1).square().mean()  # <- here
+
+    return model, closure
+
+
+@explained("partly-zero", "masked", "v.weight", "o.weight_orig")
+def columns_pruned():
+    model = Heads()
+    prune.ln_structured(model.o, "weight", 0.25, n=2, dim=1)
+
+    def closure():
+        return (model(torch.randn(2, 5, 16)) - 1).square().mean()
+
+    return model, closure
+
+
+@explained("partly-zero", "absent-rows", "q.*", "k.*", "v.*")
+def head_left_out_by_slices():
+    model = nn.Module()
+    model.q, model.k, model.v = (nn.Linear(16, 16, bias=False) for _ in range(3))
+
+    def closure():
+        inputs = torch.randn(2, 5, 16)
+        q, k, v = (split(layer(inputs)) for layer in (model.q, model.k, model.v))
+        h = F.scaled_dot_product_attention(q, k, v)
+        return h[:, :1].square().mean() + h[:, 2:].square().mean()  # <- here
+
+    return model, closure
+
+
+@explained("partly-zero", "absent-rows", "0.weight")
+def features_that_are_zero_in_this_batch():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+
+    def closure():
+        inputs = x() * torch.tensor([1.0, 0.0, 1.0, 0.0])
+        return model(inputs).square().mean()  # <- here
+
+    return model, closure
 
 
 @explained("zero", "structural", "key.bias")

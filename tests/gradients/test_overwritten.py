@@ -1,0 +1,155 @@
+"""A value that the backward needs and somebody wrote over: both lines are named."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from clinometer.gradients.diagnosis import diagnose
+
+
+def x():
+    return torch.ones(3, 4)
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value):
+        ctx.save_for_backward(value)
+        return value * value
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (value,) = ctx.saved_tensors
+        return 2 * value * gradient
+
+
+def plus_equals(model):
+    h = model(x()).exp()  # needs
+    h += 1  # writes
+    return h.sum()
+
+
+def assignment_to_an_index(model):
+    h = model(x()).sigmoid()  # needs
+    h[:, 0] = 0.0  # writes
+    return h.sum()
+
+
+def relu_in_place(model):
+    h = model(x()).tanh()  # needs
+    F.relu_(h)  # writes
+    return h.sum()
+
+
+def relu_module_in_place(model):
+    h = model(x()).sigmoid()  # needs
+    h = nn.ReLU(inplace=True)(h)  # writes
+    return h.sum()
+
+
+def a_copy_into_a_view(model):
+    h = model(x()).exp()  # needs
+    h[1:].copy_(torch.zeros(2, 4))  # writes
+    return h.sum()
+
+
+def out_argument(model):
+    buffer = torch.ones(3, 4)
+    h = model(x()) * buffer  # needs
+    torch.add(torch.ones(3, 4), 1, out=buffer)  # writes
+    return h.sum()
+
+
+def a_buffer_that_is_used_twice(model):
+    state = torch.ones(4)
+    total = 0
+    for _ in range(2):
+        total = total + (model(x()) * state).sum()  # needs
+        state.mul_(0.9)  # writes
+    return total
+
+
+def a_weight_stepped_between_forward_and_backward(model):
+    first = model(model(x())).sum()  # needs
+    model(x()).sum().backward()
+    torch.optim.SGD(model.parameters(), 0.1, foreach=True).step()  # writes
+    return first
+
+
+def what_a_custom_function_saved(model):
+    h = model(x()) + 0
+    y = Square.apply(h)  # needs
+    h.zero_()  # writes
+    return y.sum()
+
+
+def a_closure_with_a_backward_of_its_own(model):
+    h = model(x()).exp()  # needs
+    h += 1  # writes
+    loss = h.sum()
+    loss.backward()
+    return loss
+
+
+def the_first_of_two_writers(model):
+    h = model(x()).exp()  # needs
+    h += 1  # writes
+    h *= 2
+    return h.sum()
+
+
+def two_that_need_it(model):
+    h = model(x()).exp()
+    y = h.sigmoid() * h  # needs
+    h += 1  # writes
+    return y.sum()
+
+
+FAULTS = [
+    plus_equals,
+    assignment_to_an_index,
+    relu_in_place,
+    relu_module_in_place,
+    a_copy_into_a_view,
+    out_argument,
+    a_buffer_that_is_used_twice,
+    a_weight_stepped_between_forward_and_backward,
+    what_a_custom_function_saved,
+    a_closure_with_a_backward_of_its_own,
+    the_first_of_two_writers,
+    two_that_need_it,
+]
+
+
+def line_of(function, comment):
+    first = function.__code__.co_firstlineno
+    with open(__file__) as file:
+        lines = file.read().splitlines()[first:]
+    return first + 1 + next(i for i, line in enumerate(lines) if line.endswith(comment))
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_who_needs_it_and_who_wrote_are_named(fault):
+    model = nn.Linear(4, 4)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(RuntimeError, match="inplace") as caught:
+        diagnose(model, lambda: fault(model))
+    (note,) = caught.value.__notes__
+    needs, writes = (f"test_overwritten.py:{line_of(fault, c)} " for c in ("# needs", "# writes"))
+    assert f"the backward of {needs}(" in note
+    assert f"that {writes}(" in note
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
+
+
+def test_writing_over_what_nobody_needs_is_no_fault():
+    model = nn.Linear(4, 4)
+
+    def closure():
+        h = model(x())
+        h += 1
+        h[:, 0] = 0.0
+        F.relu_(h)
+        return h.sum()
+
+    assert diagnose(model, closure).healthy
