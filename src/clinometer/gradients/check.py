@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from clinometer.gradients.capture import Capture
 from clinometer.gradients.closure import Closure, eagerly, evaluate
-from clinometer.gradients.conclusions import conclude, not_finite, not_repeatable
+from clinometer.gradients.conclusions import conclude, no_gradient, no_graph, not_finite, not_repeatable
 from clinometer.gradients.differences import DIRECTIONS, Judgement
 from clinometer.gradients.double import LIFT, InDouble, in_double
 from clinometer.gradients.layers import LayerCheck, check_call
@@ -78,6 +78,7 @@ class _Check:
     functions: list[type] = field(default_factory=list)
     done: int = 0
     total: int = 0
+    has_graph: bool = True
 
     def run(self) -> GradientCheck:
         self.started = time.perf_counter()
@@ -108,13 +109,23 @@ class _Check:
     def _ladder(self, probe: Probe, own: OwnGradients) -> GradientCheck:
         if not _finite(probe):
             return self._result({}, [not_finite(probe.here)], probe)
+        if not self.has_graph:
+            tensors = {name: self._without_gradient(name, own) for name in self.checked}
+            return self._result(tensors, [no_graph(list(tensors), len(self.subject.tensors))], probe)
         calls = self._capture(self.mode)
         self.total = 1 + len(self.checked) + len(calls)
         self.everything = probe.judge_everything(self.seed)
         self._step()
-        tensors = {}
+        tensors: dict[str, TensorCheck] = {}
+        cut: list[str] = []
         for position, name in enumerate(self.checked):
-            tensors[name] = self._tensor(probe, name, self.seed + 7 * (position + 1), own)
+            seed = self.seed + 7 * (position + 1)
+            if name in probe.unreached:
+                tensors[name] = self._without_gradient(name, own)
+                if probe.depends_on(name, torch.Generator().manual_seed(seed)):
+                    cut.append(name)
+            else:
+                tensors[name] = self._tensor(probe, name, seed, own)
             self._step()
         for position, call in enumerate(calls):
             found = check_call(call, self.mode, self.doubled, self.before.rewind, self.seed + position)
@@ -123,7 +134,8 @@ class _Check:
             calls[position] = None  # its inputs are not needed any more
             self._step()
         self._narrow(probe, tensors)
-        return self._result(tensors, [], probe)
+        absent = [name for name, tensor in tensors.items() if tensor.status == "no-gradient"]
+        return self._result(tensors, no_gradient(absent, cut, len(tensors)), probe)
 
     def _narrow(self, probe: Probe, tensors: dict[str, TensorCheck]) -> None:
         """Look inside the wrong tensors that say most: a failing layer's own, then the farthest off.
@@ -149,6 +161,8 @@ class _Check:
         last = judged[-1]
         verdicts = {one.verdict for one in judged}
         status = last.verdict if len(verdicts) == 1 or last.verdict == "passed" else _weakest(verdicts)
+        if status == "passed" and probe.gradients[name] is None:
+            status = "no-gradient"
         if status == "wrong":
             last = max(judged, key=lambda one: abs(one.error) / one.tolerance)
         return TensorCheck(
@@ -167,6 +181,10 @@ class _Check:
             own.distance(name, probe.gradients[name]),
         )
 
+    def _without_gradient(self, name: str, own: OwnGradients) -> TensorCheck:
+        shape = tuple(self.checked[name].shape)
+        return TensorCheck(name, shape, own.dtypes[name], "no-gradient", has_gradient=False)
+
     def _entries(self, probe: Probe, name: str) -> tuple[EntryCheck, ...]:
         return tuple(check_entry(probe, name, index) for index in self.asked.get(name, ()))
 
@@ -178,6 +196,7 @@ class _Check:
     def _look(self, loss: Tensor) -> None:
         if loss.dtype in LIFT:
             raise TypeError(loss.dtype)
+        self.has_graph = loss.requires_grad
 
     def _capture(self, mode: InDouble | None) -> list[Any]:
         """Every call of a module or custom Function in one run of the closure."""

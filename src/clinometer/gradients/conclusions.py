@@ -166,6 +166,26 @@ def not_repeatable(run: Callable[[], Tensor], mode: AbstractContextManager[Any])
     return Finding("not-repeatable", "loop", FAULT, f"check.{key}", (), where, _asked(where))
 
 
+def no_graph(names: Sequence[str], total: int) -> Finding:
+    """The loss does not know what it came from: nothing can be compared."""
+    return _finding("loss_without_graph", FAULT, names, values={"total": format_count(total)})
+
+
+def no_gradient(names: Sequence[str], cut: Sequence[str], total: int) -> list[Finding]:
+    """Tensors without a gradient to compare: those the loss changes with all the same, and the rest.
+
+    An expert that no token chose and a target network are among them, so this is no accusation, unless
+    nothing at all was left to check.
+    """
+    severity = FAULT if len(names) == total else EXPLAINED
+    rest = [name for name in names if name not in set(cut)]
+    return [
+        _finding(cause, severity, group, values={"total": format_count(total)})
+        for cause, group in (("no_gradient_cut", list(cut)), ("no_gradient", rest))
+        if group
+    ]
+
+
 def not_finite(loss: float) -> Finding:
     key = "check.not_finite_gradient" if math.isfinite(loss) else "check.not_finite"
     values = {"loss": format_number(loss, place="")}

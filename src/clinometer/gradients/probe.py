@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 
 from clinometer.gradients.constants import Held
-from clinometer.gradients.differences import EPS, ROUNDING, Along, Judgement, direction, judge, reals
+from clinometer.gradients.differences import EPS, ROUNDING, STEP, Along, Judgement, direction, judge, reals
 from clinometer.gradients.double import Doubled
+from clinometer.gradients.graph import Graph
 from clinometer.messages import InputError
 
 Mask = Callable[[Tensor], Tensor]
@@ -42,6 +43,8 @@ class Probe:
         self._copies: dict[str, Tensor] = {}
         self.tensors = dict(tensors)
         self.held = Held()
+        self.unreached: frozenset[str] = frozenset()
+        """Tensors that are not in the scalar's graph: cut off from it, or not used."""
         self.here = 0.0
         self.magnitude = 0.0
         self.gradients: dict[str, Tensor | None] = {}
@@ -54,7 +57,13 @@ class Probe:
         self.magnitude = abs(self.here) if magnitude is None else max(abs(self.here), magnitude)
         if look is not None:
             look(loss)
+        found = Graph(loss).leaves if loss.grad_fn is not None else {id(loss): None}
         self.gradients = self._backward(loss)
+        # A reentrant checkpoint's parameters are in no graph before its backward, and have a gradient after.
+        self.unreached = frozenset(
+            name for name, t in self.tensors.items() if id(t) not in found and self.gradients[name] is None
+        )
+        del found
         del loss
         if not self._agrees(self.value()):
             self.held.active = False
@@ -66,6 +75,11 @@ class Probe:
         """The scalar where the tensors are now."""
         with self._mode, self.held.replay():
             return float(self._run().detach())
+
+    def depends_on(self, name: str, generator: torch.Generator) -> bool:
+        """Whether the scalar, nothing held constant, is another when one tensor is moved by a small step."""
+        with self._moved({name: self.direction(name, generator)}, STEP), self._mode:
+            return not self._agrees(float(self._run().detach()))
 
     def _agrees(self, value: float) -> bool:
         return abs(value - self.here) <= ROUNDING * EPS * self.magnitude
@@ -102,7 +116,7 @@ class Probe:
         return direction(self.tensors[name], generator)
 
     def judge_everything(self, seed: int) -> Judgement:
-        """One direction through all tensors; drawn anew at each step, for it need not be kept."""
+        """One direction through all tensors in the graph; drawn anew at each step, for it need not be kept."""
         analytic = square = 0.0
         for name, v in self._drawn(seed):
             a, s = self.slope_by_gradient({name: v})
@@ -122,6 +136,8 @@ class Probe:
     def _drawn(self, seed: int) -> Iterator[tuple[str, Tensor]]:
         generator = torch.Generator().manual_seed(seed)
         for name, tensor in self.tensors.items():
+            if name in self.unreached:
+                continue
             # From θ as it was: the direction must not depend on how far it has been followed already.
             yield name, direction(self._base(name), generator).to(tensor.device)
 
@@ -160,7 +176,7 @@ def backward(
     The engine is called directly: `torch.autograd.grad` would run with torch function modes switched off,
     and a custom backward should run in double precision too.
     """
-    if loss.grad_fn is None:
+    if not loss.requires_grad:
         return dict.fromkeys(tensors)
     try:
         found = _engine_run_backward(

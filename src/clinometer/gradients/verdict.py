@@ -24,7 +24,7 @@ from clinometer.gradients.report import Result
 from clinometer.gradients.where import Where
 from clinometer.gradients.wording import format_count, format_number
 
-Status = Literal["passed", "wrong", "surrogate", "kink", "unclear", "unchecked"]
+Status = Literal["passed", "wrong", "surrogate", "kink", "unclear", "no-gradient", "unchecked"]
 _SHOWN = 3
 
 
@@ -140,8 +140,9 @@ class GradientCheck(Result):
 
     @property
     def passed(self) -> bool:
-        """Healthy, and every tensor was checked against numbers and agreed."""
-        return self.healthy and all(tensor.passed for tensor in self._tensors.values())
+        """Healthy, and every tensor that asks for a gradient has one, was compared with numbers, and agreed."""
+        passed = sum(tensor.passed for tensor in self._tensors.values())
+        return self.healthy and passed > 0 and passed + self.frozen == len(self._tensors)
 
     @property
     def wrong_layers(self) -> tuple[LayerCheck, ...]:
@@ -179,21 +180,11 @@ class GradientCheck(Result):
         passed = sum(tensor.passed for tensor in self._tensors.values())
         if self.passed and not self.findings:
             worst = max((_share(t) for t in self._tensors.values()), default=0.0)
-            lines.append(
-                Line(
-                    (
-                        ok("✓ "),
-                        *sentence(
-                            "check.passed",
-                            language,
-                            count=format_count(passed),
-                            share=format_number(worst, language=language, place=""),
-                        ),
-                    ),
-                    hang=2,
-                )
-            )
-        elif passed:
+            values = {"count": format_count(passed), "share": format_number(worst, language=language, place="")}
+            key = "check.passed_but_frozen" if self.frozen else "check.passed"
+            values |= {"frozen": format_count(self.frozen)} if self.frozen else {}
+            lines.append(Line((ok("✓ "), *sentence(key, language, **values)), hang=2))
+        elif passed or self.frozen == len(self._tensors):
             total, frozen = format_count(len(self._tensors)), format_count(self.frozen)
             key = "check.passed_of_frozen" if self.frozen else "check.passed_of"
             values = {"count": format_count(passed), "total": total}
