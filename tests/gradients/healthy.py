@@ -96,7 +96,9 @@ def image(name: str, **config: Any) -> Callable[[], Built]:
         import transformers
 
         cls = getattr(transformers, f"{name}Config")
-        model = getattr(transformers, f"{name}ForImageClassification")(cls(num_labels=3, **_deep(config))).train()
+        model = getattr(transformers, f"{name}ForImageClassification")(
+            cls(num_labels=3, **_deep(config))
+        ).train()
         pixels = torch.randn(2, 3, 32, 32)
         return model, lambda: model(pixel_values=pixels, labels=torch.tensor([0, 2])).loss
 

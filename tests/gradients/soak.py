@@ -24,7 +24,19 @@ from tests.gradients.tiny import MORE, TINY
 from clinometer.gradients.check import check_gradients
 
 SEEDS = 200
-TWICE = {"bart", "deberta", "albert", "mistral", "resnet", "swin", "wav2vec2", "mamba2", "mamba", "gpt2", "llama"}
+TWICE = {
+    "bart",
+    "deberta",
+    "albert",
+    "mistral",
+    "resnet",
+    "swin",
+    "wav2vec2",
+    "mamba2",
+    "mamba",
+    "gpt2",
+    "llama",
+}
 """In both collections: the smaller of the two configurations is enough."""
 
 
@@ -79,7 +91,9 @@ def false_alarms(name: str, build: Callable[[int], Any], seed: int, tally: Tally
     return said
 
 
-def soak(chosen: dict[str, Callable[[int], Any]], seeds: range, until: float) -> Iterator[tuple[int, dict[str, Tally]]]:
+def soak(
+    chosen: dict[str, Callable[[int], Any]], seeds: range, until: float
+) -> Iterator[tuple[int, dict[str, Tally]]]:
     """The tallies after every seed; ends when the time is over."""
     tallies = {name: Tally() for name in chosen}
     healthy.LAYERS = 1
@@ -109,12 +123,18 @@ def main() -> None:
     torch.set_num_threads(1)
     chosen = {n: b for n, b in models().items() if given.only in n and given.without not in n}
     tallies: dict[str, Tally] = {}
-    for _, tallies in soak(chosen, range(given.first, given.first + given.seeds), time.monotonic() + 60 * given.minutes):
+    for _, tallies in soak(
+        chosen, range(given.first, given.first + given.seeds), time.monotonic() + 60 * given.minutes
+    ):
         if given.report:
             given.report.write_text(json.dumps({n: vars(t) for n, t in tallies.items()}, indent=1))
     for name, tally in tallies.items():
-        print(f"{name:36} {tally.seeds:4} seeds  {tally.no_verdict:3} no verdict  {len(tally.alarms):3} alarms  {tally.seconds:7.1f} s")
-    print(f"{sum(t.seeds for t in tallies.values())} checks, {sum(len(t.alarms) for t in tallies.values())} alarms")
+        print(
+            f"{name:36} {tally.seeds:4} seeds  {tally.no_verdict:3} no verdict  {len(tally.alarms):3} alarms  {tally.seconds:7.1f} s"
+        )
+    print(
+        f"{sum(t.seeds for t in tallies.values())} checks, {sum(len(t.alarms) for t in tallies.values())} alarms"
+    )
 
 
 if __name__ == "__main__":

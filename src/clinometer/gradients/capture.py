@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from clinometer.gradients.graph import Node, live_below
 from clinometer.gradients.randomness import RandomState
 
 MOST_CALLS = 8
@@ -30,6 +31,10 @@ class Call:
     """The tensors among the arguments that required a gradient."""
     random: RandomState = field(default_factory=RandomState)
     training: dict[nn.Module, bool] = field(default_factory=dict)
+    upstream: int = 0
+    """The tensors (bits of `Capture`) that what it was given was computed from."""
+    own: int = 0
+    """Those that it was given themselves."""
 
 
 class _Copying(TorchFunctionMode):
@@ -56,8 +61,12 @@ class _Copying(TorchFunctionMode):
 class Capture:
     """Notes the calls of modules and Functions while the closure runs."""
 
-    def __init__(self, modules: Mapping[nn.Module, str], functions: Iterable[type]) -> None:
+    def __init__(
+        self, modules: Mapping[nn.Module, str], functions: Iterable[type], bits: Mapping[int, int]
+    ) -> None:
         self._modules = modules
+        self._bits = bits
+        self._below: dict[Node, int] = {}
         self._functions = list(functions)
         self._running: list[str] = []
         self._counts: dict[Any, int] = {}
@@ -86,6 +95,7 @@ class Capture:
                     kind.forward = own  # pyright: ignore[reportAttributeAccessIssue]
             for handle in handles:
                 handle.remove()
+            self._below.clear()
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         path = self._modules[module]
@@ -123,6 +133,11 @@ class Capture:
         except Exception:  # something that cannot be copied cannot be called again either
             return
         call = Call(path, target, kept, copying.inputs)
+        for tensor in tensors_in(arguments):
+            if tensor.grad_fn is not None:
+                call.upstream |= live_below(tensor.grad_fn, self._bits, self._below)
+            else:
+                call.own |= self._bits.get(id(tensor), 0)
         if isinstance(target, nn.Module):
             call.training = {module: module.training for module in target.modules()}
         self.calls.append(call)

@@ -130,7 +130,7 @@ class _Check:
         for position, call in enumerate(calls):
             found = check_call(call, self.mode, self.doubled, self.before.rewind, self.seed + position)
             if found is not None:
-                self.layers.append(found)
+                self.layers.append(self._with_names(found, call))
             calls[position] = None  # its inputs are not needed any more
             self._step()
         self._narrow(probe, tensors)
@@ -204,7 +204,8 @@ class _Check:
         for module in modules_named_by(self.closure):
             for path, part in module.named_modules():
                 paths.setdefault(part, path)
-        capture = Capture(paths, self.functions)
+        bits = {id(tensor): 1 << i for i, tensor in enumerate(self.checked.values())}
+        capture = Capture(paths, self.functions, bits)
         self.before.rewind()
         with capture.listening():
             if mode is None:
@@ -213,6 +214,15 @@ class _Check:
                 with mode:
                     evaluate(self.closure)
         return capture.calls
+
+    def _with_names(self, layer: LayerCheck, call: Any) -> LayerCheck:
+        if layer.passed:
+            return layer
+        upstream, own = (
+            tuple(name for i, name in enumerate(self.checked) if bits >> i & 1)
+            for bits in (call.upstream, call.own)
+        )
+        return replace(layer, upstream=upstream, own=own)
 
     def _step(self) -> None:
         self.done += 1

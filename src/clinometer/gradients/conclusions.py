@@ -43,7 +43,7 @@ def conclude(
             left.pop(name, None)
             if meant:
                 statuses[name] = "surrogate"
-        findings.append(_of_layer(group, names, held))
+        findings.append(_of_layer(group, names, held, _parts(group, tensors)))
     hooked = [name for name in left if name in given and given[name]._backward_hooks]
     if hooked:
         findings.append(_finding("hooked", EXPLAINED, hooked, values={"total": total}))
@@ -103,7 +103,25 @@ def _own(layer: LayerCheck, part: str) -> str:
     return f"{layer.path}.{part}" if layer.path else part
 
 
-def _of_layer(group: list[LayerCheck], names: list[str], held: Held | None) -> Finding:
+def _parts(group: list[LayerCheck], tensors: Mapping[str, TensorCheck]) -> bool:
+    """Whether the failing calls part the tensors: all upstream of them wrong, all others right.
+
+    A layer's own tensors are on neither side.
+    """
+    own = {name for layer in group for name in layer.own}
+    own |= {n for layer in group if not layer.function for n in tensors if n.startswith(f"{layer.path}.")}
+    upstream = {name for layer in group for name in layer.upstream} - own
+    judged = [t for t in tensors.values() if t.status not in ("unchecked", "no-gradient")]
+    before = [t for t in judged if t.name in upstream]
+    after = [t for t in judged if t.name not in upstream and t.name not in own]
+    return (
+        bool(before and after)
+        and all(tensor.status == "wrong" for tensor in before)
+        and all(tensor.passed for tensor in after)
+    )
+
+
+def _of_layer(group: list[LayerCheck], names: list[str], held: Held | None, parts: bool) -> Finding:
     first = group[0]
     paths = list(dict.fromkeys(layer.path for layer in group if layer.path))
     where = first.where
@@ -121,6 +139,8 @@ def _of_layer(group: list[LayerCheck], names: list[str], held: Held | None) -> F
         "calls": format_count(len(group)),
         "analytic": format_number(judged.analytic, sign=True, place=""),
         "numeric": format_number(judged.numeric, sign=True, place=""),
+        "parts": parts,
+        "hint": next((layer.hint for layer in group if layer.hint is not None), None),
         **_asked(where),
     }
     severity = EXPLAINED if first.surrogate else FAULT

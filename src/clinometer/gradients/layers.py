@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from clinometer.gradients.capture import Call, tensors_in
 from clinometer.gradients.differences import DIRECTIONS, Judgement, reals
 from clinometer.gradients.double import Doubled
+from clinometer.gradients.hints import Hint, hint_of, names_of_inputs
 from clinometer.gradients.probe import NotRepeatable, Probe
 from clinometer.gradients.where import Where
 
@@ -43,6 +44,12 @@ class LayerCheck:
     """Most likely meant: "identity" passes its input on and changes the gradient, "steps" has slope 0."""
     where: Where | None = None
     precision: str = "float64"
+    upstream: tuple[str, ...] = ()
+    """Tensors that its input was computed from; known for one that fails."""
+    own: tuple[str, ...] = ()
+    """Tensors that it was given themselves."""
+    hint: Hint | None = None
+    """What a wrong backward of a Function was measured to be."""
 
     @property
     def passed(self) -> bool:
@@ -61,6 +68,7 @@ class LayerCheck:
             "surrogate": self.surrogate,
             "where": None if self.where is None else self.where.to_dict(),
             "precision": self.precision,
+            "hint": self.hint,
         }
 
 
@@ -107,10 +115,17 @@ def check_call(
             judged = judge(probe, tensors, generator)
     if judged.verdict != "wrong":
         return LayerCheck(call.path, _kind(call), module is None, judged)
-    parts = tuple(n for n in tensors if judge(probe, [n], generator).verdict == "wrong")
-    parts = tuple(dict.fromkeys("input" if n.startswith("input ") else n for n in parts))
+    wrong = [n for n in tensors if judge(probe, [n], generator).verdict == "wrong"]
+    parts = tuple(dict.fromkeys("input" if n.startswith("input ") else n for n in wrong))
     surrogate = _surrogate(probe, weighed, tensors, judged) if module is None else ""
-    return LayerCheck(call.path, _kind(call), module is None, judged, parts, surrogate, _where(call))
+    hint = None
+    if module is None and not surrogate and verdict is None:
+        hint = hint_of(
+            probe, wrong, _arguments(call), weighed.compute, weighed.weights, judged.step, generator
+        )
+    return LayerCheck(
+        call.path, _kind(call), module is None, judged, parts, surrogate, _where(call), hint=hint
+    )
 
 
 def _judge(probe: Probe, names: Iterable[str], generator: torch.Generator) -> Judgement:
@@ -124,12 +139,13 @@ class _Weighed:
         self._call = call
         self._rewind = rewind
         self._seed = seed
-        self._weights: list[Tensor] = []
+        self.weights: list[Tensor] = []
         self.size: float | None = None
         """‖u⊙f(x)‖₂ at the first run: what the sum's rounding is measured by. None: no output."""
         self.outputs: list[Tensor] = []
 
-    def __call__(self) -> Tensor:
+    def compute(self) -> list[Tensor]:
+        """The outputs that carry a gradient, for the inputs as they are now."""
         call = self._call
         self._rewind()
         call.random.restore()
@@ -138,19 +154,23 @@ class _Weighed:
         with torch.enable_grad():
             target = call.target
             came = target(*args, **kwargs) if isinstance(target, nn.Module) else target.apply(*args, **kwargs)
-            outputs = [out for out in tensors_in(came) if out.requires_grad and out.is_floating_point()]
-            if not self._weights:
+            return [out for out in tensors_in(came) if out.requires_grad and out.is_floating_point()]
+
+    def __call__(self) -> Tensor:
+        outputs = self.compute()
+        with torch.enable_grad():
+            if not self.weights:
                 generator = torch.Generator().manual_seed(self._seed + 1)
-                self._weights = [
+                self.weights = [
                     torch.empty(out.shape, dtype=torch.float64).normal_(generator=generator).to(out.device)
                     for out in outputs
                 ]
                 self.outputs = [out.detach().to(torch.float64, copy=True) for out in outputs]
                 if outputs:
-                    pairs = zip(self._weights, self.outputs, strict=True)
+                    pairs = zip(self.weights, self.outputs, strict=True)
                     self.size = float(sum((u * y).square().sum() for u, y in pairs)) ** 0.5
             total = torch.zeros((), dtype=torch.float64)
-            for u, out in zip(self._weights, outputs, strict=False):
+            for u, out in zip(self.weights, outputs, strict=False):
                 total = total + (u * out.to(torch.float64)).sum()
             return total
 
@@ -167,6 +187,12 @@ def _surrogate(
     if same and all(same):
         return "identity"
     return "steps" if judged.numeric == 0 and judged.analytic != 0 else ""
+
+
+def _arguments(call: Call) -> list[str]:
+    """What the forward calls its inputs."""
+    takes_context = not torch.autograd.function._is_setup_context_defined(call.target.setup_context)
+    return names_of_inputs(call.target.forward, takes_context, call.arguments[0], call.inputs)
 
 
 def _kind(call: Call) -> str:

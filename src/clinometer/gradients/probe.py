@@ -107,6 +107,11 @@ class Probe:
 
         return at
 
+    def moved(self, steps: Mapping[str, Tensor], t: float, run: Callable[[], Any]) -> Any:
+        """What `run` returns at θ + t·v, in the surroundings of `value`."""
+        with self._moved(steps, t), self._mode, self.held.replay():
+            return run()
+
     def judge(self, steps: Mapping[str, Tensor]) -> Judgement:
         """The gradient against the differences along one direction."""
         analytic, scale = self.slope_by_gradient(steps)

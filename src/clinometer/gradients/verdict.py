@@ -18,6 +18,7 @@ from clinometer.gradients.document import (
     sentence,
 )
 from clinometer.gradients.finding import FAULT, Finding
+from clinometer.gradients.hints import Hint
 from clinometer.gradients.layers import LayerCheck
 from clinometer.gradients.localise import EntryCheck, Narrowed, Range
 from clinometer.gradients.report import Result
@@ -180,7 +181,10 @@ class GradientCheck(Result):
         passed = sum(tensor.passed for tensor in self._tensors.values())
         if self.passed and not self.findings:
             worst = max((_share(t) for t in self._tensors.values()), default=0.0)
-            values = {"count": format_count(passed), "share": format_number(worst, language=language, place="")}
+            values = {
+                "count": format_count(passed),
+                "share": format_number(worst, language=language, place=""),
+            }
             key = "check.passed_but_frozen" if self.frozen else "check.passed"
             values |= {"frozen": format_count(self.frozen)} if self.frozen else {}
             lines.append(Line((ok("✓ "), *sentence(key, language, **values)), hang=2))
@@ -222,7 +226,26 @@ class GradientCheck(Result):
         lines: Document = [Table(rows, indent=4)] if rows else []
         for tensor in wrong[:_SHOWN]:
             lines += [Line(spans, indent=4, hang=2) for spans in narrowed_spans(tensor, language)]
+        if finding.values.get("parts"):
+            function = "layer" not in finding.key
+            layer = finding.values["kind" if function else "layer"]
+            lines.append(Line(sentence("check.parts", language, layer=name(str(layer))), indent=4, hang=2))
+        if (hint := finding.values.get("hint")) is not None:
+            lines.append(Line(hint_spans(hint, finding.where, language), indent=4, hang=2))
         return lines
+
+
+def hint_spans(hint: Hint, where: Where | None, language: str | None) -> tuple[Any, ...]:
+    """What the backward of a Function was measured to be, and where it is written."""
+    place = "" if where is None else f"{where.label}, {where.function}"
+    values = {"place": name(place), "argument": name(hint.argument)}
+    values |= {
+        "factor": number(format_factor(hint.factor)),
+        "dim": str(hint.dim),
+        "size": format_count(hint.size),
+    }
+    values |= {"total": number(_signed(hint.total, language))}
+    return sentence(f"check.hint.{hint.kind}", language, **values)
 
 
 def narrowed_spans(tensor: TensorCheck, language: str | None) -> list[tuple[Any, ...]]:
