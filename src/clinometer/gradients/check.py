@@ -76,6 +76,7 @@ class _Check:
     everything: Judgement | None = None
     layers: list[LayerCheck] = field(default_factory=list)
     functions: list[type] = field(default_factory=list)
+    operators: dict[str, Any] = field(default_factory=dict)
     done: int = 0
     total: int = 0
     has_graph: bool = True
@@ -85,7 +86,7 @@ class _Check:
         subject = self.subject
         self.checked = {n: t for n, t in subject.tensors.items() if _checkable(t)}
         own = OwnGradients.of(self.closure, self.checked, self.before)
-        self.functions = own.functions
+        self.functions, self.operators = own.functions, own.operators
         modules = dict.fromkeys([m for m in [subject.module, *modules_named_by(self.closure)] if m])
         also = [p for module in modules for p in module.parameters()]
         with in_double([*self.checked.values(), *also]) as (mode, doubled):
@@ -205,7 +206,7 @@ class _Check:
             for path, part in module.named_modules():
                 paths.setdefault(part, path)
         bits = {id(tensor): 1 << i for i, tensor in enumerate(self.checked.values())}
-        capture = Capture(paths, self.functions, bits)
+        capture = Capture(paths, self.functions, self.operators, bits)
         self.before.rewind()
         with capture.listening():
             if mode is None:

@@ -125,7 +125,7 @@ def _of_layer(group: list[LayerCheck], names: list[str], held: Held | None, part
     first = group[0]
     paths = list(dict.fromkeys(layer.path for layer in group if layer.path))
     where = first.where
-    kind = "function" if first.function else "layer"
+    kind = "operator" if first.called else "function" if first.function else "layer"
     if first.surrogate:
         kind = f"surrogate_{first.surrogate}"
     elif not first.function and held is not None and held.written:
@@ -139,6 +139,7 @@ def _of_layer(group: list[LayerCheck], names: list[str], held: Held | None, part
         "calls": format_count(len(group)),
         "analytic": format_number(judged.analytic, sign=True, place=""),
         "numeric": format_number(judged.numeric, sign=True, place=""),
+        "called": first.called.label if first.called else "",
         "parts": parts,
         "hint": next((layer.hint for layer in group if layer.hint is not None), None),
         **_asked(where),

@@ -21,7 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, Function
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointFunction
 
+from clinometer.gradients.checkpointing import opened_checkpoints
 from clinometer.gradients.where import Where, user_frame
 
 _DATA = torch.Tensor.data  # pyright: ignore[reportAttributeAccessIssue]
@@ -75,6 +77,16 @@ class Held(TorchFunctionMode):
         self._values: list[tuple[str, Any]] = []
         self._aliases: list[_Alias] = []
         self._position = 0
+        self._opened: list[Any] = []
+
+    def __enter__(self) -> Any:
+        self._opened.append(opened_checkpoints())
+        self._opened[-1].__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._opened.pop().__exit__(*error)
 
     def record(self) -> Held:
         self.recording = True
@@ -263,7 +275,7 @@ def _in_custom() -> bool:
     """Whether a custom autograd Function is running: there, gradients are off and everything counts."""
     frame = sys._getframe(2)
     while frame is not None:
-        if frame.f_code in _CUSTOM:
+        if frame.f_code in _CUSTOM and frame.f_locals.get("cls") is not CheckpointFunction:
             return True
         frame = frame.f_back
     return False

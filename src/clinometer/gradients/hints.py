@@ -7,7 +7,6 @@ shift     f(x + c·1) = f(x), so 1ᵀ ∂/∂x = 0; a softmax's or cross-entropy
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -71,15 +70,8 @@ def hint_of(
     return None
 
 
-def names_of_inputs(
-    forward: Any, takes_context: bool, given: Sequence[Any], inputs: Sequence[Tensor]
-) -> list[str]:
+def names_of_inputs(named: Sequence[str], given: Sequence[Any], inputs: Sequence[Tensor]) -> list[str]:
     """The forward's name for each of the inputs; its place where the signature has none."""
-    try:
-        known = list(inspect.signature(forward).parameters.values())[1 if takes_context else 0 :]
-    except (TypeError, ValueError):
-        known = []
-    named = [p.name for p in known if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     places = {id(value): place for place, value in enumerate(given)}
     found = []
     for position, tensor in enumerate(inputs):

@@ -16,8 +16,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverloadPacket
 
-from clinometer.gradients.capture import Call, tensors_in
+from clinometer.gradients.capture import Call, operator_name, tensors_in
 from clinometer.gradients.differences import DIRECTIONS, Judgement, reals
 from clinometer.gradients.double import Doubled
 from clinometer.gradients.hints import Hint, hint_of, names_of_inputs
@@ -48,6 +49,8 @@ class LayerCheck:
     """Tensors that its input was computed from; known for one that fails."""
     own: tuple[str, ...] = ()
     """Tensors that it was given themselves."""
+    called: Where | None = None
+    """Of a custom operator: the line that calls it."""
     hint: Hint | None = None
     """What a wrong backward of a Function was measured to be."""
 
@@ -68,6 +71,7 @@ class LayerCheck:
             "surrogate": self.surrogate,
             "where": None if self.where is None else self.where.to_dict(),
             "precision": self.precision,
+            "called": None if self.called is None else self.called.to_dict(),
             "hint": self.hint,
         }
 
@@ -124,7 +128,15 @@ def check_call(
             probe, wrong, _arguments(call), weighed.compute, weighed.weights, judged.step, generator
         )
     return LayerCheck(
-        call.path, _kind(call), module is None, judged, parts, surrogate, _where(call), hint=hint
+        call.path,
+        _kind(call),
+        module is None,
+        judged,
+        parts,
+        surrogate,
+        _where(call),
+        called=call.where,
+        hint=hint,
     )
 
 
@@ -153,7 +165,7 @@ class _Weighed:
         args, kwargs = copy.deepcopy(call.arguments, memo)
         with torch.enable_grad():
             target = call.target
-            came = target(*args, **kwargs) if isinstance(target, nn.Module) else target.apply(*args, **kwargs)
+            came = target.apply(*args, **kwargs) if isinstance(target, type) else target(*args, **kwargs)
             return [out for out in tensors_in(came) if out.requires_grad and out.is_floating_point()]
 
     def __call__(self) -> Tensor:
@@ -191,16 +203,31 @@ def _surrogate(
 
 def _arguments(call: Call) -> list[str]:
     """What the forward calls its inputs."""
+    if not isinstance(call.target, type):
+        schema = (
+            call.target.default._schema if isinstance(call.target, OpOverloadPacket) else call.target._schema
+        )
+        named = [argument.name for argument in schema.arguments]
+        return names_of_inputs(named, call.arguments[0], call.inputs)
     takes_context = not torch.autograd.function._is_setup_context_defined(call.target.setup_context)
-    return names_of_inputs(call.target.forward, takes_context, call.arguments[0], call.inputs)
+    try:
+        parameters = list(inspect.signature(call.target.forward).parameters.values())
+    except (TypeError, ValueError):
+        parameters = []
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return names_of_inputs(named[1 if takes_context else 0 :], call.arguments[0], call.inputs)
 
 
 def _kind(call: Call) -> str:
-    return type(call.target).__name__ if isinstance(call.target, nn.Module) else call.target.__name__
+    if isinstance(call.target, nn.Module):
+        return type(call.target).__name__
+    return call.target.__name__ if isinstance(call.target, type) else operator_name(call.target)
 
 
 def _where(call: Call) -> Where | None:
-    """The definition of the backward of a Function, or of the forward of a module that is not torch's."""
+    """The definition of the backward, or of the forward of a module that is not torch's."""
+    if call.backward is not None:
+        return definition(call.backward, call.path) or call.where
     module = isinstance(call.target, nn.Module)
     kind: Any = type(call.target) if module else call.target
     if module and kind.__module__.startswith("torch."):

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from clinometer.gradients.capture import Call, custom_functions
+from clinometer.gradients.capture import Call, custom_functions, custom_operators
+from clinometer.gradients.checkpointing import opened_checkpoints
 from clinometer.gradients.closure import Closure, evaluate
 from clinometer.gradients.differences import Judgement
 from clinometer.gradients.double import LIFT, Doubled, in_double
@@ -33,6 +35,8 @@ class OwnGradients:
     """Of low-precision tensors, and only if the closure draws no random numbers: in float64 others come."""
     functions: list[type]
     """Custom autograd Functions in the graph."""
+    operators: dict[str, Any]
+    """Custom operators in the graph, by qualified name, and their backward."""
     loss: float
     size: float = 0.0
     """Norm of all of them together."""
@@ -43,14 +47,23 @@ class OwnGradients:
         low = {name: tensor for name, tensor in tensors.items() if tensor.dtype in LIFT}
         before.rewind()
         state = torch.get_rng_state()
-        loss = evaluate(closure)
-        functions = custom_functions(loss)
+        inside: list[type] = []
+        operators: dict[str, Any] = {}
+
+        def seen(out: Tensor) -> None:
+            inside.extend(custom_functions(out))
+            operators.update(custom_operators(out))
+
+        with opened_checkpoints(seen):
+            loss = evaluate(closure)
+        seen(loss)
+        functions = list(dict.fromkeys(inside))
         if not low or not torch.equal(state, torch.get_rng_state()):
-            return cls(dtypes, {}, functions, float(loss.detach()))
+            return cls(dtypes, {}, functions, operators, float(loss.detach()))
         found = backward(loss, low, lambda: evaluate(closure))
         kept = {name: grad for name, grad in found.items() if grad is not None}
         size = sum(float(torch.linalg.vector_norm(grad)) ** 2 for grad in kept.values()) ** 0.5
-        return cls(dtypes, kept, functions, float(loss.detach()), size)
+        return cls(dtypes, kept, functions, operators, float(loss.detach()), size)
 
     def distance(self, name: str, exact: Tensor | None) -> float | None:
         """‖g − g₆₄‖ / ‖g₆₄‖; forgets the gradient it compared."""
