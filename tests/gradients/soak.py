@@ -129,12 +129,10 @@ def main() -> None:
         if given.report:
             given.report.write_text(json.dumps({n: vars(t) for n, t in tallies.items()}, indent=1))
     for name, tally in tallies.items():
-        print(
-            f"{name:36} {tally.seeds:4} seeds  {tally.no_verdict:3} no verdict  {len(tally.alarms):3} alarms  {tally.seconds:7.1f} s"
-        )
-    print(
-        f"{sum(t.seeds for t in tallies.values())} checks, {sum(len(t.alarms) for t in tallies.values())} alarms"
-    )
+        counts = f"{tally.seeds:4} seeds  {tally.no_verdict:3} no verdict  {len(tally.alarms):3} alarms"
+        print(f"{name:36} {counts}  {tally.seconds:7.1f} s")
+    checks, alarms = (sum(t.seeds for t in tallies.values()), sum(len(t.alarms) for t in tallies.values()))
+    print(f"{checks} checks, {alarms} alarms")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import torch
 from tests.gradients.broken import Apply
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from clinometer.gradients.check import check_gradients
 
@@ -195,17 +194,6 @@ def test_a_loss_that_is_not_finite_is_handed_to_diagnose():
     assert not check.healthy
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointed_layers_are_checked(reentrant):
-    first, inner, last = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Linear(4, 2)
-    model = nn.ModuleList([first, inner, last])
-    x = torch.randn(6, 4)
-    check = check_gradients(
-        model, lambda: last(checkpoint(inner, first(x), use_reentrant=reentrant)).square().mean()
-    )
-    assert check.passed
-
-
 def test_a_gradient_penalty_is_checked_through_its_double_backward():
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1))
     x = torch.randn(6, 4, requires_grad=True)
@@ -250,86 +238,46 @@ def test_weights_that_the_forward_clips_to_a_norm_stand_on_a_corner():
     assert check["weight"].status == "kink"
 
 
-def parted(cut):
-    """Two layers, the second's input detached or not, and one that nobody uses."""
-    model = nn.ModuleDict({"first": nn.Linear(4, 4), "last": nn.Linear(4, 2), "spare": nn.Linear(4, 4)})
-    x = torch.randn(5, 4)
+def by_frequency(kind, **options):
+    model = nn.ModuleList([kind(9, 4, scale_grad_by_freq=True, **options), nn.Linear(4, 3)])
+    ids = torch.tensor([[1, 1, 1, 2], [3, 1, 2, 2]])
+    targets = torch.randint(0, 3, (2,) if kind is nn.EmbeddingBag else (2, 4))
 
     def loss():
-        h = model["first"](x)
-        return model["last"](h.detach() if cut else h).square().mean()
+        return F.cross_entropy(model[1](model[0](ids)).reshape(-1, 3), targets.flatten())
 
     return model, loss
 
 
-def test_tensors_cut_from_the_loss_are_named_and_never_pass():
-    check = check_gradients(*parted(cut=True))
-    cut, unused = check.findings
-    assert (cut.cause, cut.names) == ("no-gradient-cut", ("first.weight", "first.bias"))
-    assert (unused.cause, unused.names) == ("no-gradient", ("spare.weight", "spare.bias"))
-    assert {finding.severity for finding in check.findings} == {"explained"}
-    assert {check[name].status for name in (*cut.names, *unused.names)} == {"no-gradient"}
-    assert check["last.weight"].passed
-    assert check.healthy
-    assert not check.passed
-    told = " ".join(check.render("en").split())
-    assert "2 of 6 tensors get no gradient (None)" in told
-    assert "clinometer diagnose" in told
-    assert "2 of 6 tensors pass." in told
-    assert "✓" not in check.render("en") + check.render("zh")
-
-
-def test_a_tensor_that_is_not_used_is_not_called_cut():
-    check = check_gradients(*parted(cut=False))
-    (finding,) = check.findings
-    assert (finding.cause, finding.severity) == ("no-gradient", "explained")
-    assert finding.names == ("spare.weight", "spare.bias")
-    assert check["first.weight"].passed
-
-
-@pytest.mark.parametrize("number", [".item()", "no_grad", "frozen"])
-def test_a_loss_without_a_graph_is_an_error_that_points_to_diagnose(number):
-    model = nn.Linear(4, 2).requires_grad_(number != "frozen")
-    x = torch.randn(5, 4)
-
-    def loss():
-        if number == "no_grad":
-            with torch.no_grad():
-                return model(x).square().mean()
-        value = model(x).square().mean()
-        return torch.tensor(value.item()) if number == ".item()" else value
-
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_a_gradient_divided_by_frequencies_is_explained_and_not_accused(kind):
+    model, loss = by_frequency(kind)
     check = check_gradients(model, loss)
+    assert check.healthy
     (finding,) = check.findings
-    assert (finding.cause, finding.severity) == ("loss-without-graph", "fault")
+    assert (finding.cause, finding.names) == ("divided", ("0.weight",))
+    assert (
+        finding.where.source
+        == "return F.cross_entropy(model[1](model[0](ids)).reshape(-1, 3), targets.flatten())"
+    )
+    assert check["0.weight"].status == "surrogate"
+    assert check["1.weight"].passed
+    assert check.wrong_layers == ()
+    assert "scale_grad_by_freq" in check.render("en")
+
+
+def test_a_wrong_backward_behind_such_an_embedding_is_still_found():
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.sin()
+
+        @staticmethod
+        def backward(ctx, g):
+            return 2 * g
+
+    model, _ = by_frequency(nn.Embedding)
+    ids = torch.tensor([1, 1, 2])
+    check = check_gradients(model, lambda: model[1](Twice.apply(model[0](ids))).square().mean())
     assert not check.healthy
-    assert not check.passed
-    assert {check[name].status for name in check} == {"unchecked" if number == "frozen" else "no-gradient"}
-    assert "diagnose(params, closure)" in check.render("en")
-    assert "✓" not in check.render("en")
-
-
-def test_where_no_tensor_at_all_is_reached_nothing_was_checked_and_that_is_a_fault():
-    model, copy = nn.Linear(4, 2), nn.Linear(4, 2)
-    x = torch.randn(5, 4)
-    check = check_gradients(copy, lambda: model(x).square().mean())
-    (finding,) = check.findings
-    assert (finding.cause, finding.severity, len(finding.names)) == ("no-gradient", "fault", 2)
-
-
-def test_frozen_tensors_do_not_keep_a_model_from_passing():
-    model = nn.Sequential(nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, 2))
-    x = torch.randn(5, 4)
-    check = check_gradients(model, lambda: model(x).square().mean())
-    assert check.passed
-    assert check.findings == ()
-    assert "all 2 tensors that ask for one" in " ".join(check.render("en").split())
-    frozen = check_gradients({"w": model[0].weight}, lambda: model(x).square().mean())
-    assert frozen.healthy
-    assert not frozen.passed
-    assert "✓" not in frozen.render("en")
-
-
-def test_a_parameter_that_is_itself_the_loss_passes():
-    w = torch.tensor(2.0, requires_grad=True)
-    assert check_gradients({"w": w}, lambda: w).passed
+    assert check["0.weight"].status == "wrong"

@@ -19,13 +19,21 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from clinometer.gradients.capture import Capture
 from clinometer.gradients.closure import Closure, eagerly, evaluate
-from clinometer.gradients.conclusions import conclude, no_gradient, no_graph, not_finite, not_repeatable
+from clinometer.gradients.conclusions import (
+    conclude,
+    divided,
+    no_gradient,
+    no_graph,
+    not_finite,
+    not_repeatable,
+)
 from clinometer.gradients.differences import DIRECTIONS, Judgement
 from clinometer.gradients.double import LIFT, InDouble, in_double
 from clinometer.gradients.layers import LayerCheck, check_call
 from clinometer.gradients.localise import EntryCheck, check_entry, localise
 from clinometer.gradients.own_precision import OwnGradients, check_at_own_precision
 from clinometer.gradients.probe import NotRepeatable, Probe
+from clinometer.gradients.running import OVERWRITTEN, run
 from clinometer.gradients.subject import Subject
 from clinometer.gradients.untouched import Before, modules_named_by, untouched
 from clinometer.gradients.verdict import GradientCheck, TensorCheck
@@ -85,7 +93,12 @@ class _Check:
         self.started = time.perf_counter()
         subject = self.subject
         self.checked = {n: t for n, t in subject.tensors.items() if _checkable(t)}
-        own = OwnGradients.of(self.closure, self.checked, self.before)
+        try:
+            own = OwnGradients.of(self.closure, self.checked, self.before)
+        except RuntimeError as error:
+            if OVERWRITTEN in str(error):
+                self._raise_its_own()
+            raise
         self.functions, self.operators = own.functions, own.operators
         modules = dict.fromkeys([m for m in [subject.module, *modules_named_by(self.closure)] if m])
         also = [p for module in modules for p in module.parameters()]
@@ -104,8 +117,15 @@ class _Check:
                 broken = error
             else:
                 return self._ladder(probe, own)
+        if not own.gradients:  # no backward has shown yet that the closure is sound as it is
+            self._raise_its_own()
         self.layers = check_at_own_precision(self._capture(None), self.before.rewind, self.seed)
         return self._result({}, [], None, loss=own.loss, broken=broken)
+
+    def _raise_its_own(self) -> None:
+        """Run it as it is; what then fails is the closure's own error, with the line as `diagnose` tells it."""
+        self.before.rewind()
+        run(self.subject, self.closure, self.before)
 
     def _ladder(self, probe: Probe, own: OwnGradients) -> GradientCheck:
         if not _finite(probe):
@@ -136,7 +156,9 @@ class _Check:
             self._step()
         self._narrow(probe, tensors)
         absent = [name for name, tensor in tensors.items() if tensor.status == "no-gradient"]
-        return self._result(tensors, no_gradient(absent, cut, len(tensors)), probe)
+        findings = no_gradient(absent, cut, len(tensors))
+        findings += divided(tensors, self.checked, own.divided)
+        return self._result(tensors, findings, probe)
 
     def _narrow(self, probe: Probe, tensors: dict[str, TensorCheck]) -> None:
         """Look inside the wrong tensors that say most: a failing layer's own, then the farthest off.

@@ -21,7 +21,7 @@ def opened_checkpoints(seen: Callable[[Tensor], None] | None = None) -> Iterator
     """Inside, checkpoints are opened; `seen` is given each output of a block while it has its graph."""
     forward: Any = vars(CheckpointFunction)["forward"]
 
-    def opened_forward(ctx: Any, run_function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+    def opened_forward(ctx: Any, run_function: Any, preserve_rng_state: Any, *args: Any) -> Any:
         def run(*given: Any) -> Any:
             with torch.enable_grad():
                 outputs = run_function(*given)
@@ -29,7 +29,7 @@ def opened_checkpoints(seen: Callable[[Tensor], None] | None = None) -> Iterator
                 return _let_go(outputs, seen)
             return tuple(_let_go(out, seen) for out in outputs)
 
-        result = forward.__func__(ctx, run, preserve, *args)
+        result = forward.__func__(ctx, run, preserve_rng_state, *args)
         ctx.run_function = run_function  # the backward runs the block as it is
         return result
 

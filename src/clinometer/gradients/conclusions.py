@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from clinometer.gradients.finding import EXPLAINED, FAULT, Finding
 from clinometer.gradients.layers import LayerCheck
 from clinometer.gradients.repeating import first_difference
 from clinometer.gradients.verdict import TensorCheck
+from clinometer.gradients.where import Where
 from clinometer.gradients.wording import format_count, format_number, shorten
 
 _COARSE = {"float32": 1e-3, "bfloat16": 0.2, "float16": 0.05}
@@ -205,6 +207,19 @@ def no_gradient(names: Sequence[str], cut: Sequence[str], total: int) -> list[Fi
         for cause, group in (("no_gradient_cut", list(cut)), ("no_gradient", rest))
         if group
     ]
+
+
+def divided(
+    tensors: dict[str, TensorCheck], given: Mapping[str, Tensor], places: Mapping[int, Where | None]
+) -> list[Finding]:
+    """Gradients that `scale_grad_by_freq` divides on purpose; those that pass without do not pass with it."""
+    found: dict[Any, list[str]] = {}
+    for name, tensor in tensors.items():
+        if id(given[name]) in places:
+            found.setdefault(places[id(given[name])], []).append(name)
+            if tensor.passed:
+                tensors[name] = replace(tensor, status="surrogate")
+    return [_finding("divided", EXPLAINED, names, where=where) for where, names in found.items()]
 
 
 def not_finite(loss: float) -> Finding:

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
 from clinometer.gradients.checkpointing import opened_checkpoints
+from clinometer.gradients.frequencies import LOOKUPS, undivided
 from clinometer.gradients.where import Where, user_frame
 
 _DATA = torch.Tensor.data  # pyright: ignore[reportAttributeAccessIssue]
@@ -110,6 +111,8 @@ class Held(TorchFunctionMode):
             return self._straight(func, args, kwargs, corners)
         if func is F.gumbel_softmax:
             return self._gumbel(args, kwargs)
+        if func in LOOKUPS and (undivided_call := undivided(func, args, kwargs)) is not None:
+            args, kwargs = (), undivided_call
         if func is F.embedding:
             return self._embedding(args, kwargs)
         asked = _asks(args) or _asks(kwargs)

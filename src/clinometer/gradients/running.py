@@ -22,6 +22,9 @@ from clinometer.gradients.why_partly import zero_lines
 from clinometer.gradients.why_zero import place_above
 from clinometer.messages import InputError, say
 
+OVERWRITTEN = "modified by an inplace operation"
+"""In torch's message when a saved tensor was written over."""
+
 
 @dataclass
 class Run:
@@ -57,7 +60,7 @@ def run(subject: Subject, closure: Closure, before: Before) -> Run:
         except RuntimeError as error:
             if "backward through the graph a second time" in str(error):
                 raise InputError("diagnosis.graph_used_up") from error
-            if "modified by an inplace operation" in str(error) and (where := _overwritten(result)):
+            if OVERWRITTEN in str(error) and (where := _overwritten(result)):
                 error.add_note(say("diagnosis.overwritten", place=where.label, source=where.source))
             raise
     with torch.no_grad():
@@ -80,7 +83,7 @@ def _overwritten(run: Run) -> Where | None:
                 try:
                     getattr(node, name)
                 except RuntimeError as error:
-                    if "modified by an inplace operation" in str(error):
+                    if OVERWRITTEN in str(error):
                         return run.trace.places.get(node) or place_above(node, run.flow)
     return None
 

@@ -141,7 +141,7 @@ class GradientCheck(Result):
 
     @property
     def passed(self) -> bool:
-        """Healthy, and every tensor that asks for a gradient has one, was compared with numbers, and agreed."""
+        """Healthy, and every tensor that asks for a gradient has one, which agreed with the numbers."""
         passed = sum(tensor.passed for tensor in self._tensors.values())
         return self.healthy and passed > 0 and passed + self.frozen == len(self._tensors)
 
