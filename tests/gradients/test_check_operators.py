@@ -1,4 +1,4 @@
-"""Operators of torch.library: a wrong backward names the operator, the line that calls it, and its backward."""
+"""Operators of torch.library: a wrong backward names the operator and the line that calls it."""
 
 import inspect
 

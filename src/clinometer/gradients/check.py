@@ -123,7 +123,7 @@ class _Check:
         return self._result({}, [], None, loss=own.loss, broken=broken)
 
     def _raise_its_own(self) -> None:
-        """Run it as it is; what then fails is the closure's own error, with the line as `diagnose` tells it."""
+        """Run it as it is: what fails then is the closure's own error, raised with the line."""
         self.before.rewind()
         run(self.subject, self.closure, self.before)
 

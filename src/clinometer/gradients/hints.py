@@ -90,7 +90,7 @@ def _is_forward(probe: Probe, name: str, outputs: Callable[[], list[Tensor]], u:
 
 
 def _sum_that_should_be_zero(probe: Probe, name: str, dim: int, generator: torch.Generator) -> float:
-    """0 unless the value keeps still when every line along `dim` is shifted, and the gradient says it moves."""
+    """0 unless the value keeps still when lines along `dim` are shifted, and the gradient denies it."""
     grad = probe.gradients[name]
     assert grad is not None
     if grad.shape[dim] < 2:

@@ -121,7 +121,7 @@ class Probe:
         return direction(self.tensors[name], generator)
 
     def judge_everything(self, seed: int) -> Judgement:
-        """One direction through all tensors in the graph; drawn anew at each step, for it need not be kept."""
+        """One direction through all tensors in the graph, drawn anew at each step: it need not be kept."""
         analytic = square = 0.0
         for name, v in self._drawn(seed):
             a, s = self.slope_by_gradient({name: v})
