@@ -29,6 +29,7 @@ from clinometer.gradients.conclusions import (
 )
 from clinometer.gradients.differences import DIRECTIONS, Judgement
 from clinometer.gradients.double import LIFT, InDouble, in_double
+from clinometer.gradients.forward_mode import ForwardMode
 from clinometer.gradients.layers import LayerCheck, check_call
 from clinometer.gradients.localise import EntryCheck, check_entry, localise
 from clinometer.gradients.own_precision import OwnGradients, check_at_own_precision
@@ -51,6 +52,7 @@ def check_gradients(
     seed: int = 0,
     entries: Indices | None = None,
     progress: Progress | None = None,
+    forward_mode: bool = False,
 ) -> GradientCheck:
     """Whether autograd's gradient of every tensor is the derivative of the loss.
 
@@ -58,14 +60,16 @@ def check_gradients(
 
     In float64, whatever the model's precision. Dropout stays on and draws the same numbers at every run;
     what the closure detaches is held constant. `entries` asks for single numbers: {"w": [(3, 5)]}.
-    `progress(done, total)` is called as it goes. Leaves no trace.
+    `progress(done, total)` is called as it goes. `forward_mode` differentiates one direction through the
+    whole model by dual numbers too, for `.forward_mode`; no verdict hangs on it. Leaves no trace.
 
     Raises InputError for what is no set of tensors or no loss, UnknownName for a name in `entries`.
     """
     subject = Subject.of(params)
     asked = {subject.name_of(key): [_index(i) for i in value] for key, value in (entries or {}).items()}
     with untouched(subject, closure=closure) as before, eagerly(), sdpa_kernel(SDPBackend.MATH):
-        return _Check(subject, closure, before, seed, asked, progress or (lambda done, total: None)).run()
+        quiet = progress or (lambda done, total: None)
+        return _Check(subject, closure, before, seed, asked, quiet, forward_mode).run()
 
 
 def _index(given: int | tuple[int, ...]) -> tuple[int, ...]:
@@ -80,8 +84,10 @@ class _Check:
     seed: int
     asked: Mapping[str, list[tuple[int, ...]]]
     progress: Progress
+    asks_forward_mode: bool = False
     evaluations: int = 0
     everything: Judgement | None = None
+    forward_mode: ForwardMode | None = None
     layers: list[LayerCheck] = field(default_factory=list)
     functions: list[type] = field(default_factory=list)
     operators: dict[str, Any] = field(default_factory=dict)
@@ -136,6 +142,8 @@ class _Check:
         calls = self._capture(self.mode)
         self.total = 1 + len(self.checked) + len(calls)
         self.everything = probe.judge_everything(self.seed)
+        if self.asks_forward_mode:
+            self.forward_mode = probe.forward_mode(self.seed)
         self._step()
         tensors: dict[str, TensorCheck] = {}
         cut: list[str] = []
@@ -278,6 +286,7 @@ class _Check:
             aliases=self.subject.canonical,
             size=self.subject.size,
             everything=self.everything,
+            forward_mode=self.forward_mode,
             loss=loss if probe is None else probe.here,
             evaluations=self.evaluations,
             seconds=time.perf_counter() - self.started,

@@ -107,7 +107,7 @@ class Held(TorchFunctionMode):
         if not self.active or (name == "__get__" and getattr(func, "__self__", None) is not _DATA):
             return func(*args, **kwargs)
         corners = _corners(func, args, kwargs)
-        if corners is not None and args[0].requires_grad and torch.is_grad_enabled() and not _in_custom():
+        if corners is not None and args[0].requires_grad and torch.is_grad_enabled() and not in_custom():
             return self._straight(func, args, kwargs, corners)
         if func is F.gumbel_softmax:
             return self._gumbel(args, kwargs)
@@ -120,18 +120,18 @@ class Held(TorchFunctionMode):
         if not asked or torch._C._are_functorch_transforms_active():
             return out
         if name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")):
-            if isinstance(args[0], Tensor) and not args[0].requires_grad and not _in_custom():
+            if isinstance(args[0], Tensor) and not args[0].requires_grad and not in_custom():
                 self._hold_write(name, args[0])
             return out
         return self._hold(name, out, args)
 
     def _hold(self, name: str, out: Any, args: Any) -> Any:
         if isinstance(out, Tensor):
-            return out if out.requires_grad or _in_custom() else self._exchange(name, out, args)
+            return out if out.requires_grad or in_custom() else self._exchange(name, out, args)
         if isinstance(out, bool | int | float | complex) or name == "tolist":
-            return out if _in_custom() else self._exchange(name, out, args)
+            return out if in_custom() else self._exchange(name, out, args)
         if isinstance(out, tuple | list) and any(isinstance(o, Tensor) and not o.requires_grad for o in out):
-            if _in_custom():
+            if in_custom():
                 return out
             parts = [o if getattr(o, "requires_grad", True) else self._exchange(name, o, args) for o in out]
             return _like(out, parts)
@@ -274,7 +274,7 @@ def _like(out: Any, parts: list[Any]) -> Any:
     return type(out)(*parts) if hasattr(out, "_fields") else type(out)(parts)
 
 
-def _in_custom() -> bool:
+def in_custom() -> bool:
     """Whether a custom autograd Function is running: there, gradients are off and everything counts."""
     frame = sys._getframe(2)
     while frame is not None:

@@ -13,6 +13,7 @@ from torch.autograd.graph import _engine_run_backward
 from clinometer.gradients.constants import Held
 from clinometer.gradients.differences import EPS, ROUNDING, STEP, Along, Judgement, direction, judge, reals
 from clinometer.gradients.double import Doubled
+from clinometer.gradients.forward_mode import ForwardMode, by_forward_mode
 from clinometer.gradients.graph import Graph
 from clinometer.messages import InputError
 
@@ -73,7 +74,7 @@ class Probe:
 
     def value(self) -> float:
         """The scalar where the tensors are now."""
-        with self._mode, self.held.replay():
+        with self._replaying():
             return float(self._run().detach())
 
     def depends_on(self, name: str, generator: torch.Generator) -> bool:
@@ -109,7 +110,7 @@ class Probe:
 
     def moved(self, steps: Mapping[str, Tensor], t: float, run: Callable[[], Any]) -> Any:
         """What `run` returns at θ + t·v, in the surroundings of `value`."""
-        with self._moved(steps, t), self._mode, self.held.replay():
+        with self._moved(steps, t), self._replaying():
             return run()
 
     def judge(self, steps: Mapping[str, Tensor]) -> Judgement:
@@ -137,6 +138,23 @@ class Probe:
                     self._place(name)
 
         return judge(at, analytic, square**0.5, self.magnitude, self.here)
+
+    def forward_mode(self, seed: int) -> ForwardMode:
+        """The direction of `judge_everything` once more, by dual numbers."""
+        drawn = dict(self._drawn(seed))
+        return by_forward_mode(
+            self._run,
+            self._replaying,
+            self.tensors,
+            drawn,
+            self.slope_by_gradient(drawn),
+            self.magnitude,
+        )
+
+    @contextmanager
+    def _replaying(self) -> Iterator[None]:
+        with self._mode, self.held.replay():
+            yield
 
     def _drawn(self, seed: int) -> Iterator[tuple[str, Tensor]]:
         generator = torch.Generator().manual_seed(seed)

@@ -18,6 +18,7 @@ from clinometer.gradients.document import (
     sentence,
 )
 from clinometer.gradients.finding import FAULT, Finding
+from clinometer.gradients.forward_mode import ForwardMode
 from clinometer.gradients.hints import Hint
 from clinometer.gradients.layers import LayerCheck
 from clinometer.gradients.localise import EntryCheck, Narrowed, Range
@@ -112,6 +113,7 @@ class GradientCheck(Result):
         aliases: Mapping[str, str],
         size: int,
         everything: Judgement | None,
+        forward_mode: ForwardMode | None = None,
         loss: float,
         evaluations: int,
         seconds: float,
@@ -126,6 +128,8 @@ class GradientCheck(Result):
         self.size = size
         self.everything = everything
         """One direction through all tensors at once."""
+        self.forward_mode = forward_mode
+        """The same direction by forward-mode differentiation; None if it was not asked for."""
         self.loss = loss
         self.evaluations = evaluations
         self.seconds = seconds
@@ -162,6 +166,7 @@ class GradientCheck(Result):
             "healthy": self.healthy,
             "loss": self.loss,
             "everything": self.everything,
+            "forward_mode": self.forward_mode,
             "parameters": self.size,
             "evaluations": self.evaluations,
             "seconds": self.seconds,
