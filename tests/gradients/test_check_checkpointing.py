@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tests.gradients.broken import Apply
+from tests.gradients.healthy import TRANSFORMERS
 from tests.gradients.test_check_meant import ByDetach, Round, Spike
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -71,3 +72,49 @@ def test_checkpointing_is_afterwards_what_it_was():
     forward = torch.utils.checkpoint.CheckpointFunction.__dict__["forward"]
     test_checkpointed_layers_are_checked(True)
     assert torch.utils.checkpoint.CheckpointFunction.__dict__["forward"] is forward
+
+
+class Normalised(nn.Module):
+    """As Llama's norm does: in float32, whatever came in."""
+
+    def forward(self, x):
+        y = x.to(torch.float32)
+        return (y * (y.square().mean(-1, keepdim=True) + 1e-6).rsqrt()).to(x.dtype)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_block_that_asks_for_float32_is_computed_again_in_double(reentrant, dtype):
+    first, last = nn.Linear(4, 4), nn.Linear(4, 2)
+    inner = nn.Sequential(nn.Linear(4, 4), Normalised(), nn.Linear(4, 4))
+    model = nn.ModuleList([first, inner, last]).to(dtype)
+    x = torch.randn(6, 4, dtype=dtype)
+    check = check_gradients(
+        model, lambda: last(checkpoint(inner, first(x), use_reentrant=reentrant)).square().mean()
+    )
+    assert {check[name].status for name in check} == {"passed"}, check.render("en")
+    assert check.wrong_layers == ()
+
+
+def test_corners_in_a_checkpointed_block_do_not_disturb_what_torch_saves_for_it():
+    first, last = nn.Linear(4, 4), nn.Linear(4, 2)
+    inner = nn.Sequential(nn.Linear(4, 7), nn.ReLU(), nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 4))
+    model = nn.ModuleList([first, inner, last])
+    x = torch.randn(6, 4)
+    check = check_gradients(
+        model, lambda: last(checkpoint(inner, first(x), use_reentrant=False)).square().mean()
+    )
+    assert check.passed, check.render("en")
+
+
+@pytest.mark.soak
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "t5"])
+def test_transformers_models_pass_with_gradient_checkpointing(name, reentrant):
+    model, loss = TRANSFORMERS[name]()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    check = check_gradients(model, loss)
+    assert check.passed, check.render("en")

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, Function
+from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
@@ -186,7 +187,8 @@ class Held(TorchFunctionMode):
         x, name = args[0], func.__name__
         if self.recording:
             x0 = x.detach().clone()
-            with torch.enable_grad():
+            # Hooks of our own keep a checkpoint from counting what is saved here as the block's.
+            with torch.enable_grad(), saved_tensors_hooks(lambda x: x, lambda x: x):
                 probe = x0.clone().requires_grad_()
                 # In-place forms write into a clone, so that the leaf keeps its gradient.
                 y0 = func(probe.clone(), *args[1:], **kwargs)

@@ -216,8 +216,12 @@ def backward(
             raise InputError("check.graph_used_up") from error
         if "heckpoint" not in str(error):
             raise
-        # Reentrant checkpointing works only with gradients that are accumulated.
-        torch.autograd.backward(again())
+        # Reentrant checkpointing works only with gradients that are accumulated. It computes the block once
+        # more in here, and must do so in double precision too.
+        loss = again()
+        _engine_run_backward(
+            (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
+        )
         found = [tensor.grad for tensor in tensors.values()]
         for tensor in tensors.values():
             tensor.grad = None
