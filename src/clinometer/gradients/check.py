@@ -113,15 +113,17 @@ class _Check:
             probe = Probe(self._loss, self.checked, mode, doubled)
             try:
                 probe.begin(look=self._look)
-            except NotRepeatable:
-                if not math.isfinite(probe.here):  # NaN differs from itself: no sign of randomness
-                    return self._result({}, [not_finite(probe.here)], probe)
-                return self._result({}, [not_repeatable(self._loss, mode)], probe)
             except InputError:
                 raise
             except Exception as error:  # it ran at its own precision, so float64 is what it cannot do
                 broken = error
             else:
+                try:
+                    probe.repeat()
+                except NotRepeatable:
+                    if not math.isfinite(probe.here):  # NaN differs from itself: no sign of randomness
+                        return self._result({}, [not_finite(probe.here)], probe)
+                    return self._result({}, [not_repeatable(self._loss, mode)], probe)
                 return self._ladder(probe, own)
         if not own.gradients:  # no backward has shown yet that the closure is sound as it is
             self._raise_its_own()

@@ -105,6 +105,7 @@ def check_call(
         x.requires_grad_()
     try:
         probe.begin(magnitude=0.0)
+        probe.repeat()
         if weighed.size is None:
             return None
         probe.magnitude = max(probe.magnitude, 2 * weighed.size)

@@ -51,7 +51,7 @@ class Probe:
         self.gradients: dict[str, Tensor | None] = {}
 
     def begin(self, magnitude: float | None = None, look: Callable[[Tensor], None] | None = None) -> None:
-        """Compute the scalar and its gradient; raises NotRepeatable if a second run differs."""
+        """Compute the scalar and its gradient."""
         with self._mode, self.held.record():
             loss = self._run()
         self.here = float(loss.detach())
@@ -65,7 +65,9 @@ class Probe:
             name for name, t in self.tensors.items() if id(t) not in found and self.gradients[name] is None
         )
         del found
-        del loss
+
+    def repeat(self) -> None:
+        """Compute the scalar again, its constants given; raises NotRepeatable if it is another."""
         if not self._agrees(self.value()):
             self.held.active = False
             first = self.value()
