@@ -34,6 +34,7 @@ bench: .venv/.installed-dev
 	$(if $(TEXT),$(BIN)/python -m benchmarks.tokenizer --text $(TEXT))
 	$(if $(and $(NANOGPT),$(TEXT)),$(BIN)/python -m benchmarks.training --nanogpt $(NANOGPT) --text $(TEXT))
 
+# Hours. For an hour of the longest part: .venv/bin/python -m tests.gradients.soak --minutes 60
 soak: .venv/.installed-dev
 	$(BIN)/python -m pytest -m soak
 

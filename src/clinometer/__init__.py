@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from clinometer.gradients.accumulation import check_accumulation as check_accumulation
     from clinometer.gradients.attribution import attribute as attribute
+    from clinometer.gradients.causality import check_causality as check_causality
     from clinometer.gradients.check import check_gradients as check_gradients
     from clinometer.gradients.diagnosis import diagnose as diagnose
     from clinometer.gradients.step import explain_step as explain_step
@@ -34,6 +35,7 @@ _HOME = {
     "diagnose": "clinometer.gradients.diagnosis",
     "check_gradients": "clinometer.gradients.check",
     "check_accumulation": "clinometer.gradients.accumulation",
+    "check_causality": "clinometer.gradients.causality",
     "explain_step": "clinometer.gradients.step",
     "attribute": "clinometer.gradients.attribution",
     "watch": "clinometer.integrations.loops",

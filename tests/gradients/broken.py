@@ -126,3 +126,21 @@ class Apply(nn.Module):
 
     def forward(self, x):
         return self.function.apply(x)
+
+
+class CrossEntropyFunction(torch.autograd.Function):
+    """Mean cross-entropy whose backward forgets the targets, or halves them."""
+
+    @staticmethod
+    def forward(ctx, logits, targets, share):
+        log_p = logits - logits.logsumexp(-1, keepdim=True)
+        ctx.save_for_backward(log_p, targets)
+        ctx.share = share
+        return -log_p.gather(-1, targets[:, None]).mean()
+
+    @staticmethod
+    def backward(ctx, g):
+        log_p, targets = ctx.saved_tensors
+        grad = log_p.exp()
+        grad = grad - ctx.share * torch.zeros_like(grad).scatter(-1, targets[:, None], 1.0)
+        return g * grad / len(targets), None, None

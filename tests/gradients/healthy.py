@@ -8,6 +8,16 @@ import torch.nn.functional as F
 from torch import nn
 
 Built = tuple[nn.Module, Callable[[], Any]]
+LAYERS = 2
+"""Of the models of transformers that stack equal layers; the soak over many seeds takes 1."""
+_DEPTHS = ("num_hidden_layers", "num_layers", "encoder_layers", "decoder_layers")
+
+
+def _deep(settings: dict[str, Any]) -> dict[str, Any]:
+    """The same settings with LAYERS layers, where no other setting lists the layers one by one."""
+    if {"attention_types", "attention_hidden_size"} & settings.keys():  # RWKV divides by layers less one
+        return settings
+    return {key: LAYERS if key in _DEPTHS and value == 2 else value for key, value in settings.items()}
 
 
 def ids(batch: int = 2, length: int = 8, vocabulary: int = 50) -> torch.Tensor:
@@ -30,7 +40,7 @@ def causal(name: str, **config: Any) -> Callable[[], Built]:
         head = getattr(transformers, f"{name}ForCausalLM", None) or getattr(
             transformers, f"{name}LMHeadModel"
         )
-        model = head(cls(**settings)).train()
+        model = head(cls(**_deep(settings))).train()
         tokens = ids()
         return model, lambda: model(input_ids=tokens, labels=tokens).loss
 
@@ -49,7 +59,7 @@ def masked(name: str, head: str = "ForMaskedLM", **config: Any) -> Callable[[], 
         }  # fmt: skip
         settings.update(config)
         cls = getattr(transformers, f"{name}Config")
-        model = getattr(transformers, f"{name}{head}")(cls(**settings)).train()
+        model = getattr(transformers, f"{name}{head}")(cls(**_deep(settings))).train()
         tokens = ids()
         attention = torch.ones_like(tokens)
         attention[0, 6:] = 0
@@ -66,7 +76,7 @@ def encoder_decoder(name: str, **config: Any) -> Callable[[], Built]:
 
         cls = getattr(transformers, f"{name}Config")
         head = getattr(transformers, f"{name}ForConditionalGeneration", None)
-        model = (head or getattr(transformers, f"{name}MTModel"))(cls(**config)).train()
+        model = (head or getattr(transformers, f"{name}MTModel"))(cls(**_deep(config))).train()
         tokens = ids()
         return model, lambda: model(input_ids=tokens, labels=tokens).loss
 
@@ -86,7 +96,9 @@ def image(name: str, **config: Any) -> Callable[[], Built]:
         import transformers
 
         cls = getattr(transformers, f"{name}Config")
-        model = getattr(transformers, f"{name}ForImageClassification")(cls(num_labels=3, **config)).train()
+        model = getattr(transformers, f"{name}ForImageClassification")(
+            cls(num_labels=3, **_deep(config))
+        ).train()
         pixels = torch.randn(2, 3, 32, 32)
         return model, lambda: model(pixel_values=pixels, labels=torch.tensor([0, 2])).loss
 

@@ -7,7 +7,6 @@ import torch
 from tests.gradients.broken import Apply
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from clinometer.gradients.check import check_gradients
 
@@ -195,17 +194,6 @@ def test_a_loss_that_is_not_finite_is_handed_to_diagnose():
     assert not check.healthy
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointed_layers_are_checked(reentrant):
-    first, inner, last = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Linear(4, 2)
-    model = nn.ModuleList([first, inner, last])
-    x = torch.randn(6, 4)
-    check = check_gradients(
-        model, lambda: last(checkpoint(inner, first(x), use_reentrant=reentrant)).square().mean()
-    )
-    assert check.passed
-
-
 def test_a_gradient_penalty_is_checked_through_its_double_backward():
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1))
     x = torch.randn(6, 4, requires_grad=True)
@@ -248,3 +236,48 @@ def test_weights_that_the_forward_clips_to_a_norm_stand_on_a_corner():
     check = check_gradients(module, lambda: module(torch.arange(9)).sin().sum())
     assert check.healthy
     assert check["weight"].status == "kink"
+
+
+def by_frequency(kind, **options):
+    model = nn.ModuleList([kind(9, 4, scale_grad_by_freq=True, **options), nn.Linear(4, 3)])
+    ids = torch.tensor([[1, 1, 1, 2], [3, 1, 2, 2]])
+    targets = torch.randint(0, 3, (2,) if kind is nn.EmbeddingBag else (2, 4))
+
+    def loss():
+        return F.cross_entropy(model[1](model[0](ids)).reshape(-1, 3), targets.flatten())
+
+    return model, loss
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_a_gradient_divided_by_frequencies_is_explained_and_not_accused(kind):
+    model, loss = by_frequency(kind)
+    check = check_gradients(model, loss)
+    assert check.healthy
+    (finding,) = check.findings
+    assert (finding.cause, finding.names) == ("divided", ("0.weight",))
+    assert (
+        finding.where.source
+        == "return F.cross_entropy(model[1](model[0](ids)).reshape(-1, 3), targets.flatten())"
+    )
+    assert check["0.weight"].status == "surrogate"
+    assert check["1.weight"].passed
+    assert check.wrong_layers == ()
+    assert "scale_grad_by_freq" in check.render("en")
+
+
+def test_a_wrong_backward_behind_such_an_embedding_is_still_found():
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.sin()
+
+        @staticmethod
+        def backward(ctx, g):
+            return 2 * g
+
+    model, _ = by_frequency(nn.Embedding)
+    ids = torch.tensor([1, 1, 2])
+    check = check_gradients(model, lambda: model[1](Twice.apply(model[0](ids))).square().mean())
+    assert not check.healthy
+    assert check["0.weight"].status == "wrong"

@@ -79,6 +79,12 @@ def test_nothing_is_left_behind_when_it_is_interrupted_at_any_evaluation(stop, e
     assert difference(before, trace_of(model)) == []
 
 
+def test_a_closure_that_fails_at_its_third_run_is_not_taken_for_one_that_cannot_run_in_float64():
+    model, batches = torch.nn.Linear(4, 1), iter(torch.randn(2, 8, 4))
+    with pytest.raises(StopIteration):
+        check_gradients(model, lambda: model(next(batches)).square().mean())
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_an_error_in_the_first_run_in_float64_leaves_nothing_either(error):
     model, x = trained(torch.float32)

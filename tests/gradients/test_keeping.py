@@ -123,3 +123,27 @@ def test_a_stretch_of_a_big_storage_costs_only_its_own_size():
         copies = sum(kept.copy.numel() * kept.copy.element_size() for kept in before._bits.values())
         assert copies == 10 * 4
     assert (big[0].item(), big[10:20].sum().item()) == (1, 0)
+
+
+def test_containers_of_the_same_size_with_other_things_in_them_are_put_back():
+    module, x, y = nn.Linear(1, 1), object(), object()
+    module.listed, module.mapped, module.chosen = [x, 1], {"a": x, "b": y}, {"only"}
+    with untouched(Subject.of(module)):
+        module.listed[0] = y
+        module.mapped["c"] = module.mapped.pop("b")  # the same value under another key
+        module.mapped["a"] = y
+        module.chosen.clear()
+        module.chosen.add("other")
+    assert module.listed[0] is x
+    assert module.mapped == {"a": x, "b": y}
+    assert module.chosen == {"only"}
+
+
+def test_containers_that_were_empty_are_emptied_again():
+    module = nn.Linear(1, 1)
+    module.log, module.cache = [], {}
+    with untouched(Subject.of(module)):
+        module.log.append(3)
+        module.cache["k"] = torch.ones(2)
+    assert module.log == []
+    assert module.cache == {}

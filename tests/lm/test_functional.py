@@ -166,6 +166,22 @@ def test_the_sum_over_the_vocabulary_of_the_logit_gradient_is_zero():
     assert largest(logits.grad.sum(-1), torch.zeros(4, 6)) <= 1e-15
 
 
+@pytest.mark.parametrize("rotated", [False, True])
+def test_the_gradient_of_a_key_bias_is_zero_unless_keys_are_rotated(rotated):
+    """One number added to all scores of a query changes no softmax: b·q is the same for every key."""
+    q, k, v = torch.randn(3, 2, 7, 8, dtype=torch.float64)
+    bias = torch.randn(8, dtype=torch.float64, requires_grad=True)
+    rotation = lm.rotary_table(torch.arange(7), 8, CONFIG.rope_theta)
+    keys = k + bias
+    if rotated:
+        q, keys = lm.rotate(q, rotation), lm.rotate(keys, rotation)
+    seen = torch.ones(7, 7, dtype=torch.bool).tril()
+    out = lm.scaled_dot_product_attention(q, keys, v, seen)
+    (grad,) = torch.autograd.grad(out.square().sum(), bias)
+    assert (float(grad.abs().max()) > 1e-3) == rotated
+    assert rotated or float(grad.abs().max()) <= 1e-14
+
+
 def test_the_module_and_the_function_agree_to_the_bit():
     model = TransformerLM(CONFIG)
     ids = torch.randint(0, CONFIG.vocab_size, (2, 24))

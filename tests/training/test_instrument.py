@@ -32,6 +32,11 @@ def healthy():
     x = torch.randn(5, 3)
     return model, lambda: model(x).pow(2).mean(), torch.optim.SGD(model.parameters(), lr=0.1)
 
+def frozen():
+    model, loss, _ = healthy()
+    model[0].requires_grad_(False)
+    return model, loss
+
 class Wrong(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -79,6 +84,19 @@ def test_a_healthy_file_has_exit_code_0(call, script):
     assert call("check", f"{script}:healthy")[0] == 0
 
 
+def test_what_is_cut_from_the_loss_is_no_success_of_a_check_and_diagnose_is_named(call, script):
+    code, out, _ = call("check", f"{script}:broken")
+    told = " ".join(out.split())
+    assert code == 1
+    assert "2 of 4 tensors get no gradient (None)" in told
+    assert "clinometer diagnose" in told
+    assert "✓" not in out
+
+
+def test_frozen_tensors_do_not_spoil_a_check(call, script):
+    assert call("check", f"{script}:frozen")[0] == 0
+
+
 def test_a_wrong_backward_is_found_with_exit_code_1(call, script):
     code, out, _ = call("check", f"{script}:wrong")
     assert code == 1
@@ -90,7 +108,7 @@ def test_a_wrong_backward_is_found_with_exit_code_1(call, script):
     ("target", "words"),
     [
         ("{script}", ["function"]),
-        ("{script}:missing", ["missing", "broken, healthy"]),
+        ("{script}:missing", ["missing", "broken, healthy, frozen"]),
         ("{script}:nothing", ["nothing", "NoneType", "(params, closure)"]),
         ("{script}:fails", ["ZeroDivisionError", "line"]),
         ("nowhere.py:f", ["nowhere.py"]),

@@ -54,7 +54,9 @@ def contents(path):
             kept = {k: v for k, v in row["scalars"].items() if k not in PASSING}
             rows[step] = (kept, row["statistics"])
     names = [t["name"] for t in file.tensors()]
-    histograms = [file.histograms(i, kind) for i in range(len(names)) for kind in ("grad", "weight", "update")]
+    histograms = [
+        file.histograms(i, kind) for i in range(len(names)) for kind in ("grad", "weight", "update")
+    ]
     weights = [file.weight(p["tensor"], p["index"]) for p in file.pinned()]
     events = [(e["step"], e["kind"], e["data"]) for e in file.events() if e["kind"] != "resumed"]
     file.close()
@@ -178,7 +180,15 @@ def test_the_replayed_steps_pinned_weights_are_the_live_ones_bit_for_bit(corpus,
     run(config, path)
     file = RunFile.open(path)
     names = [t["name"] for t in file.tensors()]
-    fields = ("before", "after", "grad", "exp_avg_before", "exp_avg_after", "exp_avg_sq_before", "exp_avg_sq_after")
+    fields = (
+        "before",
+        "after",
+        "grad",
+        "exp_avg_before",
+        "exp_avg_after",
+        "exp_avg_sq_before",
+        "exp_avg_sq_after",
+    )
     for step in (1, 7, 8, 13, 20):
         replay_step(path, step, lambda *_: None)
         for pin in file.pinned():

@@ -19,13 +19,23 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from clinometer.gradients.capture import Capture
 from clinometer.gradients.closure import Closure, eagerly, evaluate
-from clinometer.gradients.conclusions import conclude, not_finite, not_repeatable
+from clinometer.gradients.conclusions import (
+    conclude,
+    divided,
+    no_gradient,
+    no_graph,
+    not_finite,
+    not_repeatable,
+)
 from clinometer.gradients.differences import DIRECTIONS, Judgement
 from clinometer.gradients.double import LIFT, InDouble, in_double
+from clinometer.gradients.forward_mode import ForwardMode
 from clinometer.gradients.layers import LayerCheck, check_call
 from clinometer.gradients.localise import EntryCheck, check_entry, localise
+from clinometer.gradients.overwritten import is_overwritten
 from clinometer.gradients.own_precision import OwnGradients, check_at_own_precision
 from clinometer.gradients.probe import NotRepeatable, Probe
+from clinometer.gradients.running import run
 from clinometer.gradients.subject import Subject
 from clinometer.gradients.untouched import Before, modules_named_by, untouched
 from clinometer.gradients.verdict import GradientCheck, TensorCheck
@@ -43,6 +53,7 @@ def check_gradients(
     seed: int = 0,
     entries: Indices | None = None,
     progress: Progress | None = None,
+    forward_mode: bool = False,
 ) -> GradientCheck:
     """Whether autograd's gradient of every tensor is the derivative of the loss.
 
@@ -50,14 +61,16 @@ def check_gradients(
 
     In float64, whatever the model's precision. Dropout stays on and draws the same numbers at every run;
     what the closure detaches is held constant. `entries` asks for single numbers: {"w": [(3, 5)]}.
-    `progress(done, total)` is called as it goes. Leaves no trace.
+    `progress(done, total)` is called as it goes. `forward_mode` differentiates one direction through the
+    whole model by dual numbers too, for `.forward_mode`; no verdict hangs on it. Leaves no trace.
 
     Raises InputError for what is no set of tensors or no loss, UnknownName for a name in `entries`.
     """
     subject = Subject.of(params)
     asked = {subject.name_of(key): [_index(i) for i in value] for key, value in (entries or {}).items()}
     with untouched(subject, closure=closure) as before, eagerly(), sdpa_kernel(SDPBackend.MATH):
-        return _Check(subject, closure, before, seed, asked, progress or (lambda done, total: None)).run()
+        quiet = progress or (lambda done, total: None)
+        return _Check(subject, closure, before, seed, asked, quiet, forward_mode).run()
 
 
 def _index(given: int | tuple[int, ...]) -> tuple[int, ...]:
@@ -72,19 +85,28 @@ class _Check:
     seed: int
     asked: Mapping[str, list[tuple[int, ...]]]
     progress: Progress
+    asks_forward_mode: bool = False
     evaluations: int = 0
     everything: Judgement | None = None
+    forward_mode: ForwardMode | None = None
     layers: list[LayerCheck] = field(default_factory=list)
     functions: list[type] = field(default_factory=list)
+    operators: dict[str, Any] = field(default_factory=dict)
     done: int = 0
     total: int = 0
+    has_graph: bool = True
 
     def run(self) -> GradientCheck:
         self.started = time.perf_counter()
         subject = self.subject
         self.checked = {n: t for n, t in subject.tensors.items() if _checkable(t)}
-        own = OwnGradients.of(self.closure, self.checked, self.before)
-        self.functions = own.functions
+        try:
+            own = OwnGradients.of(self.closure, self.checked, self.before)
+        except RuntimeError as error:
+            if is_overwritten(error):
+                self._raise_its_own()
+            raise
+        self.functions, self.operators = own.functions, own.operators
         modules = dict.fromkeys([m for m in [subject.module, *modules_named_by(self.closure)] if m])
         also = [p for module in modules for p in module.parameters()]
         with in_double([*self.checked.values(), *also]) as (mode, doubled):
@@ -92,38 +114,62 @@ class _Check:
             probe = Probe(self._loss, self.checked, mode, doubled)
             try:
                 probe.begin(look=self._look)
-            except NotRepeatable:
-                if not math.isfinite(probe.here):  # NaN differs from itself: no sign of randomness
-                    return self._result({}, [not_finite(probe.here)], probe)
-                return self._result({}, [not_repeatable(self._loss, mode)], probe)
             except InputError:
                 raise
             except Exception as error:  # it ran at its own precision, so float64 is what it cannot do
                 broken = error
             else:
+                try:
+                    probe.repeat()
+                except NotRepeatable:
+                    if not math.isfinite(probe.here):  # NaN differs from itself: no sign of randomness
+                        return self._result({}, [not_finite(probe.here)], probe)
+                    return self._result({}, [not_repeatable(self._loss, mode)], probe)
                 return self._ladder(probe, own)
+        if not own.gradients:  # no backward has shown yet that the closure is sound as it is
+            self._raise_its_own()
         self.layers = check_at_own_precision(self._capture(None), self.before.rewind, self.seed)
         return self._result({}, [], None, loss=own.loss, broken=broken)
+
+    def _raise_its_own(self) -> None:
+        """Run it as it is: what fails then is the closure's own error, raised with the line."""
+        self.before.rewind()
+        run(self.subject, self.closure, self.before)
 
     def _ladder(self, probe: Probe, own: OwnGradients) -> GradientCheck:
         if not _finite(probe):
             return self._result({}, [not_finite(probe.here)], probe)
+        if not self.has_graph:
+            tensors = {name: self._without_gradient(name, own) for name in self.checked}
+            return self._result(tensors, [no_graph(list(tensors), len(self.subject.tensors))], probe)
         calls = self._capture(self.mode)
         self.total = 1 + len(self.checked) + len(calls)
         self.everything = probe.judge_everything(self.seed)
+        if self.asks_forward_mode:
+            self.forward_mode = probe.forward_mode(self.seed)
         self._step()
-        tensors = {}
+        tensors: dict[str, TensorCheck] = {}
+        cut: list[str] = []
         for position, name in enumerate(self.checked):
-            tensors[name] = self._tensor(probe, name, self.seed + 7 * (position + 1), own)
+            seed = self.seed + 7 * (position + 1)
+            if name in probe.unreached:
+                tensors[name] = self._without_gradient(name, own)
+                if probe.depends_on(name, torch.Generator().manual_seed(seed)):
+                    cut.append(name)
+            else:
+                tensors[name] = self._tensor(probe, name, seed, own)
             self._step()
         for position, call in enumerate(calls):
             found = check_call(call, self.mode, self.doubled, self.before.rewind, self.seed + position)
             if found is not None:
-                self.layers.append(found)
+                self.layers.append(self._with_names(found, call))
             calls[position] = None  # its inputs are not needed any more
             self._step()
         self._narrow(probe, tensors)
-        return self._result(tensors, [], probe)
+        absent = [name for name, tensor in tensors.items() if tensor.status == "no-gradient"]
+        findings = no_gradient(absent, cut, len(tensors))
+        findings += divided(tensors, self.checked, own.divided)
+        return self._result(tensors, findings, probe)
 
     def _narrow(self, probe: Probe, tensors: dict[str, TensorCheck]) -> None:
         """Look inside the wrong tensors that say most: a failing layer's own, then the farthest off.
@@ -149,6 +195,8 @@ class _Check:
         last = judged[-1]
         verdicts = {one.verdict for one in judged}
         status = last.verdict if len(verdicts) == 1 or last.verdict == "passed" else _weakest(verdicts)
+        if status == "passed" and probe.gradients[name] is None:
+            status = "no-gradient"
         if status == "wrong":
             last = max(judged, key=lambda one: abs(one.error) / one.tolerance)
         return TensorCheck(
@@ -167,6 +215,10 @@ class _Check:
             own.distance(name, probe.gradients[name]),
         )
 
+    def _without_gradient(self, name: str, own: OwnGradients) -> TensorCheck:
+        shape = tuple(self.checked[name].shape)
+        return TensorCheck(name, shape, own.dtypes[name], "no-gradient", has_gradient=False)
+
     def _entries(self, probe: Probe, name: str) -> tuple[EntryCheck, ...]:
         return tuple(check_entry(probe, name, index) for index in self.asked.get(name, ()))
 
@@ -178,6 +230,7 @@ class _Check:
     def _look(self, loss: Tensor) -> None:
         if loss.dtype in LIFT:
             raise TypeError(loss.dtype)
+        self.has_graph = loss.requires_grad
 
     def _capture(self, mode: InDouble | None) -> list[Any]:
         """Every call of a module or custom Function in one run of the closure."""
@@ -185,7 +238,8 @@ class _Check:
         for module in modules_named_by(self.closure):
             for path, part in module.named_modules():
                 paths.setdefault(part, path)
-        capture = Capture(paths, self.functions)
+        bits = {id(tensor): 1 << i for i, tensor in enumerate(self.checked.values())}
+        capture = Capture(paths, self.functions, self.operators, bits)
         self.before.rewind()
         with capture.listening():
             if mode is None:
@@ -194,6 +248,15 @@ class _Check:
                 with mode:
                     evaluate(self.closure)
         return capture.calls
+
+    def _with_names(self, layer: LayerCheck, call: Any) -> LayerCheck:
+        if layer.passed:
+            return layer
+        upstream, own = (
+            tuple(name for i, name in enumerate(self.checked) if bits >> i & 1)
+            for bits in (call.upstream, call.own)
+        )
+        return replace(layer, upstream=upstream, own=own)
 
     def _step(self) -> None:
         self.done += 1
@@ -226,6 +289,7 @@ class _Check:
             aliases=self.subject.canonical,
             size=self.subject.size,
             everything=self.everything,
+            forward_mode=self.forward_mode,
             loss=loss if probe is None else probe.here,
             evaluations=self.evaluations,
             seconds=time.perf_counter() - self.started,

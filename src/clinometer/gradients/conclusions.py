@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from clinometer.gradients.finding import EXPLAINED, FAULT, Finding
 from clinometer.gradients.layers import LayerCheck
 from clinometer.gradients.repeating import first_difference
 from clinometer.gradients.verdict import TensorCheck
+from clinometer.gradients.where import Where
 from clinometer.gradients.wording import format_count, format_number, shorten
 
 _COARSE = {"float32": 1e-3, "bfloat16": 0.2, "float16": 0.05}
@@ -43,7 +45,7 @@ def conclude(
             left.pop(name, None)
             if meant:
                 statuses[name] = "surrogate"
-        findings.append(_of_layer(group, names, held))
+        findings.append(_of_layer(group, names, held, _parts(group, tensors)))
     hooked = [name for name in left if name in given and given[name]._backward_hooks]
     if hooked:
         findings.append(_finding("hooked", EXPLAINED, hooked, values={"total": total}))
@@ -103,11 +105,29 @@ def _own(layer: LayerCheck, part: str) -> str:
     return f"{layer.path}.{part}" if layer.path else part
 
 
-def _of_layer(group: list[LayerCheck], names: list[str], held: Held | None) -> Finding:
+def _parts(group: list[LayerCheck], tensors: Mapping[str, TensorCheck]) -> bool:
+    """Whether the failing calls part the tensors: all upstream of them wrong, all others right.
+
+    A layer's own tensors are on neither side.
+    """
+    own = {name for layer in group for name in layer.own}
+    own |= {n for layer in group if not layer.function for n in tensors if n.startswith(f"{layer.path}.")}
+    upstream = {name for layer in group for name in layer.upstream} - own
+    judged = [t for t in tensors.values() if t.status not in ("unchecked", "no-gradient")]
+    before = [t for t in judged if t.name in upstream]
+    after = [t for t in judged if t.name not in upstream and t.name not in own]
+    return (
+        bool(before and after)
+        and all(tensor.status == "wrong" for tensor in before)
+        and all(tensor.passed for tensor in after)
+    )
+
+
+def _of_layer(group: list[LayerCheck], names: list[str], held: Held | None, parts: bool) -> Finding:
     first = group[0]
     paths = list(dict.fromkeys(layer.path for layer in group if layer.path))
     where = first.where
-    kind = "function" if first.function else "layer"
+    kind = "operator" if first.called else "function" if first.function else "layer"
     if first.surrogate:
         kind = f"surrogate_{first.surrogate}"
     elif not first.function and held is not None and held.written:
@@ -121,6 +141,9 @@ def _of_layer(group: list[LayerCheck], names: list[str], held: Held | None) -> F
         "calls": format_count(len(group)),
         "analytic": format_number(judged.analytic, sign=True, place=""),
         "numeric": format_number(judged.numeric, sign=True, place=""),
+        "called": first.called.label if first.called else "",
+        "parts": parts,
+        "hint": next((layer.hint for layer in group if layer.hint is not None), None),
         **_asked(where),
     }
     severity = EXPLAINED if first.surrogate else FAULT
@@ -164,6 +187,39 @@ def not_repeatable(run: Callable[[], Tensor], mode: AbstractContextManager[Any])
     where = first_difference(run, mode)
     key = "not_repeatable" if where is None else "not_repeatable_at"
     return Finding("not-repeatable", "loop", FAULT, f"check.{key}", (), where, _asked(where))
+
+
+def no_graph(names: Sequence[str], total: int) -> Finding:
+    """The loss does not know what it came from: nothing can be compared."""
+    return _finding("loss_without_graph", FAULT, names, values={"total": format_count(total)})
+
+
+def no_gradient(names: Sequence[str], cut: Sequence[str], total: int) -> list[Finding]:
+    """Tensors without a gradient to compare: those the loss changes with all the same, and the rest.
+
+    An expert that no token chose and a target network are among them, so this is no accusation, unless
+    nothing at all was left to check.
+    """
+    severity = FAULT if len(names) == total else EXPLAINED
+    rest = [name for name in names if name not in set(cut)]
+    return [
+        _finding(cause, severity, group, values={"total": format_count(total)})
+        for cause, group in (("no_gradient_cut", list(cut)), ("no_gradient", rest))
+        if group
+    ]
+
+
+def divided(
+    tensors: dict[str, TensorCheck], given: Mapping[str, Tensor], places: Mapping[int, Where | None]
+) -> list[Finding]:
+    """Gradients that `scale_grad_by_freq` divides on purpose; those that pass without do not pass with it."""
+    found: dict[Any, list[str]] = {}
+    for name, tensor in tensors.items():
+        if id(given[name]) in places:
+            found.setdefault(places[id(given[name])], []).append(name)
+            if tensor.passed:
+                tensors[name] = replace(tensor, status="surrogate")
+    return [_finding("divided", EXPLAINED, names, where=where) for where, names in found.items()]
 
 
 def not_finite(loss: float) -> Finding:

@@ -20,8 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, Function
+from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointFunction
 
+from clinometer.gradients.checkpointing import opened_checkpoints
+from clinometer.gradients.frequencies import LOOKUPS, undivided
 from clinometer.gradients.where import Where, user_frame
 
 _DATA = torch.Tensor.data  # pyright: ignore[reportAttributeAccessIssue]
@@ -75,6 +79,16 @@ class Held(TorchFunctionMode):
         self._values: list[tuple[str, Any]] = []
         self._aliases: list[_Alias] = []
         self._position = 0
+        self._opened: list[Any] = []
+
+    def __enter__(self) -> Any:
+        self._opened.append(opened_checkpoints())
+        self._opened[-1].__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._opened.pop().__exit__(*error)
 
     def record(self) -> Held:
         self.recording = True
@@ -94,10 +108,12 @@ class Held(TorchFunctionMode):
         if not self.active or (name == "__get__" and getattr(func, "__self__", None) is not _DATA):
             return func(*args, **kwargs)
         corners = _corners(func, args, kwargs)
-        if corners is not None and args[0].requires_grad and torch.is_grad_enabled() and not _in_custom():
+        if corners is not None and args[0].requires_grad and torch.is_grad_enabled() and not in_custom():
             return self._straight(func, args, kwargs, corners)
         if func is F.gumbel_softmax:
             return self._gumbel(args, kwargs)
+        if func in LOOKUPS and (undivided_call := undivided(func, args, kwargs)) is not None:
+            args, kwargs = (), undivided_call
         if func is F.embedding:
             return self._embedding(args, kwargs)
         asked = _asks(args) or _asks(kwargs)
@@ -105,18 +121,18 @@ class Held(TorchFunctionMode):
         if not asked or torch._C._are_functorch_transforms_active():
             return out
         if name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")):
-            if isinstance(args[0], Tensor) and not args[0].requires_grad and not _in_custom():
+            if isinstance(args[0], Tensor) and not args[0].requires_grad and not in_custom():
                 self._hold_write(name, args[0])
             return out
         return self._hold(name, out, args)
 
     def _hold(self, name: str, out: Any, args: Any) -> Any:
         if isinstance(out, Tensor):
-            return out if out.requires_grad or _in_custom() else self._exchange(name, out, args)
+            return out if out.requires_grad or in_custom() else self._exchange(name, out, args)
         if isinstance(out, bool | int | float | complex) or name == "tolist":
-            return out if _in_custom() else self._exchange(name, out, args)
+            return out if in_custom() else self._exchange(name, out, args)
         if isinstance(out, tuple | list) and any(isinstance(o, Tensor) and not o.requires_grad for o in out):
-            if _in_custom():
+            if in_custom():
                 return out
             parts = [o if getattr(o, "requires_grad", True) else self._exchange(name, o, args) for o in out]
             return _like(out, parts)
@@ -171,7 +187,8 @@ class Held(TorchFunctionMode):
         x, name = args[0], func.__name__
         if self.recording:
             x0 = x.detach().clone()
-            with torch.enable_grad():
+            # Hooks of our own keep a checkpoint from counting what is saved here as the block's.
+            with torch.enable_grad(), saved_tensors_hooks(lambda x: x, lambda x: x):
                 probe = x0.clone().requires_grad_()
                 # In-place forms write into a clone, so that the leaf keeps its gradient.
                 y0 = func(probe.clone(), *args[1:], **kwargs)
@@ -259,11 +276,11 @@ def _like(out: Any, parts: list[Any]) -> Any:
     return type(out)(*parts) if hasattr(out, "_fields") else type(out)(parts)
 
 
-def _in_custom() -> bool:
+def in_custom() -> bool:
     """Whether a custom autograd Function is running: there, gradients are off and everything counts."""
     frame = sys._getframe(2)
     while frame is not None:
-        if frame.f_code in _CUSTOM:
+        if frame.f_code in _CUSTOM and frame.f_locals.get("cls") is not CheckpointFunction:
             return True
         frame = frame.f_back
     return False

@@ -16,10 +16,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverloadPacket
 
-from clinometer.gradients.capture import Call, tensors_in
+from clinometer.gradients.capture import Call, operator_name, tensors_in
 from clinometer.gradients.differences import DIRECTIONS, Judgement, reals
 from clinometer.gradients.double import Doubled
+from clinometer.gradients.hints import Hint, hint_of, names_of_inputs
 from clinometer.gradients.probe import NotRepeatable, Probe
 from clinometer.gradients.where import Where
 
@@ -43,6 +45,14 @@ class LayerCheck:
     """Most likely meant: "identity" passes its input on and changes the gradient, "steps" has slope 0."""
     where: Where | None = None
     precision: str = "float64"
+    upstream: tuple[str, ...] = ()
+    """Tensors that its input was computed from; known for one that fails."""
+    own: tuple[str, ...] = ()
+    """Tensors that it was given themselves."""
+    called: Where | None = None
+    """Of a custom operator: the line that calls it."""
+    hint: Hint | None = None
+    """What a wrong backward of a Function was measured to be."""
 
     @property
     def passed(self) -> bool:
@@ -61,6 +71,8 @@ class LayerCheck:
             "surrogate": self.surrogate,
             "where": None if self.where is None else self.where.to_dict(),
             "precision": self.precision,
+            "called": None if self.called is None else self.called.to_dict(),
+            "hint": self.hint,
         }
 
 
@@ -93,6 +105,7 @@ def check_call(
         x.requires_grad_()
     try:
         probe.begin(magnitude=0.0)
+        probe.repeat()
         if weighed.size is None:
             return None
         probe.magnitude = max(probe.magnitude, 2 * weighed.size)
@@ -107,10 +120,25 @@ def check_call(
             judged = judge(probe, tensors, generator)
     if judged.verdict != "wrong":
         return LayerCheck(call.path, _kind(call), module is None, judged)
-    parts = tuple(n for n in tensors if judge(probe, [n], generator).verdict == "wrong")
-    parts = tuple(dict.fromkeys("input" if n.startswith("input ") else n for n in parts))
+    wrong = [n for n in tensors if judge(probe, [n], generator).verdict == "wrong"]
+    parts = tuple(dict.fromkeys("input" if n.startswith("input ") else n for n in wrong))
     surrogate = _surrogate(probe, weighed, tensors, judged) if module is None else ""
-    return LayerCheck(call.path, _kind(call), module is None, judged, parts, surrogate, _where(call))
+    hint = None
+    if module is None and not surrogate and verdict is None:
+        hint = hint_of(
+            probe, wrong, _arguments(call), weighed.compute, weighed.weights, judged.step, generator
+        )
+    return LayerCheck(
+        call.path,
+        _kind(call),
+        module is None,
+        judged,
+        parts,
+        surrogate,
+        _where(call),
+        called=call.where,
+        hint=hint,
+    )
 
 
 def _judge(probe: Probe, names: Iterable[str], generator: torch.Generator) -> Judgement:
@@ -124,12 +152,13 @@ class _Weighed:
         self._call = call
         self._rewind = rewind
         self._seed = seed
-        self._weights: list[Tensor] = []
+        self.weights: list[Tensor] = []
         self.size: float | None = None
         """‖u⊙f(x)‖₂ at the first run: what the sum's rounding is measured by. None: no output."""
         self.outputs: list[Tensor] = []
 
-    def __call__(self) -> Tensor:
+    def compute(self) -> list[Tensor]:
+        """The outputs that carry a gradient, for the inputs as they are now."""
         call = self._call
         self._rewind()
         call.random.restore()
@@ -137,20 +166,24 @@ class _Weighed:
         args, kwargs = copy.deepcopy(call.arguments, memo)
         with torch.enable_grad():
             target = call.target
-            came = target(*args, **kwargs) if isinstance(target, nn.Module) else target.apply(*args, **kwargs)
-            outputs = [out for out in tensors_in(came) if out.requires_grad and out.is_floating_point()]
-            if not self._weights:
+            came = target.apply(*args, **kwargs) if isinstance(target, type) else target(*args, **kwargs)
+            return [out for out in tensors_in(came) if out.requires_grad and out.is_floating_point()]
+
+    def __call__(self) -> Tensor:
+        outputs = self.compute()
+        with torch.enable_grad():
+            if not self.weights:
                 generator = torch.Generator().manual_seed(self._seed + 1)
-                self._weights = [
+                self.weights = [
                     torch.empty(out.shape, dtype=torch.float64).normal_(generator=generator).to(out.device)
                     for out in outputs
                 ]
                 self.outputs = [out.detach().to(torch.float64, copy=True) for out in outputs]
                 if outputs:
-                    pairs = zip(self._weights, self.outputs, strict=True)
+                    pairs = zip(self.weights, self.outputs, strict=True)
                     self.size = float(sum((u * y).square().sum() for u, y in pairs)) ** 0.5
             total = torch.zeros((), dtype=torch.float64)
-            for u, out in zip(self._weights, outputs, strict=False):
+            for u, out in zip(self.weights, outputs, strict=False):
                 total = total + (u * out.to(torch.float64)).sum()
             return total
 
@@ -169,12 +202,33 @@ def _surrogate(
     return "steps" if judged.numeric == 0 and judged.analytic != 0 else ""
 
 
+def _arguments(call: Call) -> list[str]:
+    """What the forward calls its inputs."""
+    if not isinstance(call.target, type):
+        schema = (
+            call.target.default._schema if isinstance(call.target, OpOverloadPacket) else call.target._schema
+        )
+        named = [argument.name for argument in schema.arguments]
+        return names_of_inputs(named, call.arguments[0], call.inputs)
+    takes_context = not torch.autograd.function._is_setup_context_defined(call.target.setup_context)
+    try:
+        parameters = list(inspect.signature(call.target.forward).parameters.values())
+    except (TypeError, ValueError):
+        parameters = []
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return names_of_inputs(named[1 if takes_context else 0 :], call.arguments[0], call.inputs)
+
+
 def _kind(call: Call) -> str:
-    return type(call.target).__name__ if isinstance(call.target, nn.Module) else call.target.__name__
+    if isinstance(call.target, nn.Module):
+        return type(call.target).__name__
+    return call.target.__name__ if isinstance(call.target, type) else operator_name(call.target)
 
 
 def _where(call: Call) -> Where | None:
-    """The definition of the backward of a Function, or of the forward of a module that is not torch's."""
+    """The definition of the backward, or of the forward of a module that is not torch's."""
+    if call.backward is not None:
+        return definition(call.backward, call.path) or call.where
     module = isinstance(call.target, nn.Module)
     kind: Any = type(call.target) if module else call.target
     if module and kind.__module__.startswith("torch."):

@@ -104,7 +104,7 @@ def localise(probe: Probe, name: str, step: float, least: float, seed: int) -> N
     tensor = probe.tensors[name]
     shape = tuple(tensor.shape)
     generator = torch.Generator().manual_seed(seed)
-    factor, transposed = _pattern(probe, name, step, generator)
+    factor, transposed = pattern(probe, name, step, generator)
     hunt = _Hunt(probe, name, step, least, generator)
     rows: tuple[Range, ...] = ()
     columns: tuple[Range, ...] = ()
@@ -140,7 +140,7 @@ def check_entry(probe: Probe, name: str, index: tuple[int, ...]) -> EntryCheck:
     return EntryCheck(tuple(index), analytic, numeric, allowed)
 
 
-def _pattern(probe: Probe, name: str, step: float, generator: torch.Generator) -> tuple[float | None, bool]:
+def pattern(probe: Probe, name: str, step: float, generator: torch.Generator) -> tuple[float | None, bool]:
     """A constant factor, or a transposition, that explains the error along three directions."""
     grad = probe.gradients[name]
     if grad is None or not bool(grad.any()):

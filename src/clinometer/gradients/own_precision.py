@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from clinometer.gradients.capture import Call, custom_functions
+from clinometer.gradients.capture import Call, custom_functions, custom_operators
+from clinometer.gradients.checkpointing import opened_checkpoints
 from clinometer.gradients.closure import Closure, evaluate
 from clinometer.gradients.differences import Judgement
 from clinometer.gradients.double import LIFT, Doubled, in_double
+from clinometer.gradients.frequencies import Undivided
 from clinometer.gradients.layers import LayerCheck, check_call
 from clinometer.gradients.probe import Probe, backward
 from clinometer.gradients.untouched import Before
+from clinometer.gradients.where import Where
 
 ROUGH = 0.05
 """Share of ‖g⊙v‖ that differences at low precision may be off before anyone is accused."""
@@ -33,6 +37,10 @@ class OwnGradients:
     """Of low-precision tensors, and only if the closure draws no random numbers: in float64 others come."""
     functions: list[type]
     """Custom autograd Functions in the graph."""
+    operators: dict[str, Any]
+    """Custom operators in the graph, by qualified name, and their backward."""
+    divided: dict[int, Where | None]
+    """id of each tensor whose gradient is divided by frequencies, and where; here it is not."""
     loss: float
     size: float = 0.0
     """Norm of all of them together."""
@@ -43,14 +51,24 @@ class OwnGradients:
         low = {name: tensor for name, tensor in tensors.items() if tensor.dtype in LIFT}
         before.rewind()
         state = torch.get_rng_state()
-        loss = evaluate(closure)
-        functions = custom_functions(loss)
+        inside: list[type] = []
+        operators: dict[str, Any] = {}
+
+        def seen(out: Tensor) -> None:
+            inside.extend(custom_functions(out))
+            operators.update(custom_operators(out))
+
+        divided = Undivided()
+        with opened_checkpoints(seen), divided:
+            loss = evaluate(closure)
+        seen(loss)
+        functions = list(dict.fromkeys(inside))
         if not low or not torch.equal(state, torch.get_rng_state()):
-            return cls(dtypes, {}, functions, float(loss.detach()))
+            return cls(dtypes, {}, functions, operators, divided.where, float(loss.detach()))
         found = backward(loss, low, lambda: evaluate(closure))
         kept = {name: grad for name, grad in found.items() if grad is not None}
         size = sum(float(torch.linalg.vector_norm(grad)) ** 2 for grad in kept.values()) ** 0.5
-        return cls(dtypes, kept, functions, float(loss.detach()), size)
+        return cls(dtypes, kept, functions, operators, divided.where, float(loss.detach()), size)
 
     def distance(self, name: str, exact: Tensor | None) -> float | None:
         """‖g − g₆₄‖ / ‖g₆₄‖; forgets the gradient it compared."""

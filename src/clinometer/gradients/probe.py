@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 
 from clinometer.gradients.constants import Held
-from clinometer.gradients.differences import EPS, ROUNDING, Along, Judgement, direction, judge, reals
+from clinometer.gradients.differences import EPS, ROUNDING, STEP, Along, Judgement, direction, judge, reals
 from clinometer.gradients.double import Doubled
+from clinometer.gradients.forward_mode import ForwardMode, by_forward_mode
+from clinometer.gradients.graph import Graph
 from clinometer.messages import InputError
 
 Mask = Callable[[Tensor], Tensor]
@@ -42,20 +44,30 @@ class Probe:
         self._copies: dict[str, Tensor] = {}
         self.tensors = dict(tensors)
         self.held = Held()
+        self.unreached: frozenset[str] = frozenset()
+        """Tensors that are not in the scalar's graph: cut off from it, or not used."""
         self.here = 0.0
         self.magnitude = 0.0
         self.gradients: dict[str, Tensor | None] = {}
 
     def begin(self, magnitude: float | None = None, look: Callable[[Tensor], None] | None = None) -> None:
-        """Compute the scalar and its gradient; raises NotRepeatable if a second run differs."""
+        """Compute the scalar and its gradient."""
         with self._mode, self.held.record():
             loss = self._run()
         self.here = float(loss.detach())
         self.magnitude = abs(self.here) if magnitude is None else max(abs(self.here), magnitude)
         if look is not None:
             look(loss)
+        found = Graph(loss).leaves if loss.grad_fn is not None else {id(loss): None}
         self.gradients = self._backward(loss)
-        del loss
+        # A reentrant checkpoint's parameters are in no graph before its backward, and have a gradient after.
+        self.unreached = frozenset(
+            name for name, t in self.tensors.items() if id(t) not in found and self.gradients[name] is None
+        )
+        del found
+
+    def repeat(self) -> None:
+        """Compute the scalar again, its constants given; raises NotRepeatable if it is another."""
         if not self._agrees(self.value()):
             self.held.active = False
             first = self.value()
@@ -64,8 +76,13 @@ class Probe:
 
     def value(self) -> float:
         """The scalar where the tensors are now."""
-        with self._mode, self.held.replay():
+        with self._replaying():
             return float(self._run().detach())
+
+    def depends_on(self, name: str, generator: torch.Generator) -> bool:
+        """Whether the scalar, nothing held constant, is another when one tensor is moved by a small step."""
+        with self._moved({name: self.direction(name, generator)}, STEP), self._mode:
+            return not self._agrees(float(self._run().detach()))
 
     def _agrees(self, value: float) -> bool:
         return abs(value - self.here) <= ROUNDING * EPS * self.magnitude
@@ -93,6 +110,11 @@ class Probe:
 
         return at
 
+    def moved(self, steps: Mapping[str, Tensor], t: float, run: Callable[[], Any]) -> Any:
+        """What `run` returns at θ + t·v, in the surroundings of `value`."""
+        with self._moved(steps, t), self._replaying():
+            return run()
+
     def judge(self, steps: Mapping[str, Tensor]) -> Judgement:
         """The gradient against the differences along one direction."""
         analytic, scale = self.slope_by_gradient(steps)
@@ -102,7 +124,7 @@ class Probe:
         return direction(self.tensors[name], generator)
 
     def judge_everything(self, seed: int) -> Judgement:
-        """One direction through all tensors; drawn anew at each step, for it need not be kept."""
+        """One direction through all tensors in the graph, drawn anew at each step: it need not be kept."""
         analytic = square = 0.0
         for name, v in self._drawn(seed):
             a, s = self.slope_by_gradient({name: v})
@@ -119,9 +141,28 @@ class Probe:
 
         return judge(at, analytic, square**0.5, self.magnitude, self.here)
 
+    def forward_mode(self, seed: int) -> ForwardMode:
+        """The direction of `judge_everything` once more, by dual numbers."""
+        drawn = dict(self._drawn(seed))
+        return by_forward_mode(
+            self._run,
+            self._replaying,
+            self.tensors,
+            drawn,
+            self.slope_by_gradient(drawn),
+            self.magnitude,
+        )
+
+    @contextmanager
+    def _replaying(self) -> Iterator[None]:
+        with self._mode, self.held.replay():
+            yield
+
     def _drawn(self, seed: int) -> Iterator[tuple[str, Tensor]]:
         generator = torch.Generator().manual_seed(seed)
         for name, tensor in self.tensors.items():
+            if name in self.unreached:
+                continue
             # From θ as it was: the direction must not depend on how far it has been followed already.
             yield name, direction(self._base(name), generator).to(tensor.device)
 
@@ -160,7 +201,7 @@ def backward(
     The engine is called directly: `torch.autograd.grad` would run with torch function modes switched off,
     and a custom backward should run in double precision too.
     """
-    if loss.grad_fn is None:
+    if not loss.requires_grad:
         return dict.fromkeys(tensors)
     try:
         found = _engine_run_backward(
@@ -177,8 +218,12 @@ def backward(
             raise InputError("check.graph_used_up") from error
         if "heckpoint" not in str(error):
             raise
-        # Reentrant checkpointing works only with gradients that are accumulated.
-        torch.autograd.backward(again())
+        # Reentrant checkpointing works only with gradients that are accumulated. It computes the block once
+        # more in here, and must do so in double precision too.
+        loss = again()
+        _engine_run_backward(
+            (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
+        )
         found = [tensor.grad for tensor in tensors.values()]
         for tensor in tensors.values():
             tensor.grad = None

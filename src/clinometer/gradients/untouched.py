@@ -58,6 +58,7 @@ class Before:
         self._tensors: list[KeptTensor] = []
         self._by_id: dict[int, KeptTensor] = {}
         self._containers: list[KeptContainer] = []
+        self._empty: list[KeptContainer] = []
         self._scripted: list[tuple[nn.Module, bool]] = []
         self._bits: dict[tuple[Any, ...], KeptBits] = {}
         self._values: set[int] = {id(tensor) for tensor in subject.tensors.values()}
@@ -126,12 +127,24 @@ class Before:
 
     def forget(self) -> None:
         """Let the copies go; nothing can be put back any more."""
-        for held in (self._tensors, self._by_id, self._containers, self._scripted, self._bits, self._seen):
+        for held in (
+            self._tensors,
+            self._by_id,
+            self._containers,
+            self._empty,
+            self._scripted,
+            self._bits,
+            self._seen,
+        ):
             held.clear()
 
     def _restore_containers(self) -> None:
-        for container in self._containers:
-            container.restore()
+        # Most are the empty hook tables of modules; between any two runs they are asked all at once.
+        if any(kept.container for kept in self._empty):
+            for kept in self._empty:
+                kept.restore()
+        for kept in self._containers:
+            kept.restore()
         for module, training in self._scripted:
             if module.training != training:
                 module.training = training
@@ -155,7 +168,7 @@ class Before:
             elif type(value) in CONTAINERS:
                 self._seen[id(value)] = value
                 kept = KeptContainer(value)
-                self._containers.append(kept)
+                (self._containers if kept.items else self._empty).append(kept)
                 queue.extend(kept.items)
 
     def _keep_tensor(self, tensor: Tensor) -> list[Tensor]:

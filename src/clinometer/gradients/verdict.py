@@ -18,13 +18,15 @@ from clinometer.gradients.document import (
     sentence,
 )
 from clinometer.gradients.finding import FAULT, Finding
+from clinometer.gradients.forward_mode import ForwardMode
+from clinometer.gradients.hints import Hint
 from clinometer.gradients.layers import LayerCheck
 from clinometer.gradients.localise import EntryCheck, Narrowed, Range
 from clinometer.gradients.report import Result
 from clinometer.gradients.where import Where
 from clinometer.gradients.wording import format_count, format_number
 
-Status = Literal["passed", "wrong", "surrogate", "kink", "unclear", "unchecked"]
+Status = Literal["passed", "wrong", "surrogate", "kink", "unclear", "no-gradient", "unchecked"]
 _SHOWN = 3
 
 
@@ -111,6 +113,7 @@ class GradientCheck(Result):
         aliases: Mapping[str, str],
         size: int,
         everything: Judgement | None,
+        forward_mode: ForwardMode | None = None,
         loss: float,
         evaluations: int,
         seconds: float,
@@ -125,6 +128,8 @@ class GradientCheck(Result):
         self.size = size
         self.everything = everything
         """One direction through all tensors at once."""
+        self.forward_mode = forward_mode
+        """The same direction by forward-mode differentiation; None if it was not asked for."""
         self.loss = loss
         self.evaluations = evaluations
         self.seconds = seconds
@@ -140,8 +145,9 @@ class GradientCheck(Result):
 
     @property
     def passed(self) -> bool:
-        """Healthy, and every tensor was checked against numbers and agreed."""
-        return self.healthy and all(tensor.passed for tensor in self._tensors.values())
+        """Healthy, and every tensor that asks for a gradient has one, which agreed with the numbers."""
+        passed = sum(tensor.passed for tensor in self._tensors.values())
+        return self.healthy and passed > 0 and passed + self.frozen == len(self._tensors)
 
     @property
     def wrong_layers(self) -> tuple[LayerCheck, ...]:
@@ -160,6 +166,7 @@ class GradientCheck(Result):
             "healthy": self.healthy,
             "loss": self.loss,
             "everything": self.everything,
+            "forward_mode": self.forward_mode,
             "parameters": self.size,
             "evaluations": self.evaluations,
             "seconds": self.seconds,
@@ -179,21 +186,14 @@ class GradientCheck(Result):
         passed = sum(tensor.passed for tensor in self._tensors.values())
         if self.passed and not self.findings:
             worst = max((_share(t) for t in self._tensors.values()), default=0.0)
-            lines.append(
-                Line(
-                    (
-                        ok("✓ "),
-                        *sentence(
-                            "check.passed",
-                            language,
-                            count=format_count(passed),
-                            share=format_number(worst, language=language, place=""),
-                        ),
-                    ),
-                    hang=2,
-                )
-            )
-        elif passed:
+            values = {
+                "count": format_count(passed),
+                "share": format_number(worst, language=language, place=""),
+            }
+            key = "check.passed_but_frozen" if self.frozen else "check.passed"
+            values |= {"frozen": format_count(self.frozen)} if self.frozen else {}
+            lines.append(Line((ok("✓ "), *sentence(key, language, **values)), hang=2))
+        elif passed or self.frozen == len(self._tensors):
             total, frozen = format_count(len(self._tensors)), format_count(self.frozen)
             key = "check.passed_of_frozen" if self.frozen else "check.passed_of"
             values = {"count": format_count(passed), "total": total}
@@ -231,7 +231,26 @@ class GradientCheck(Result):
         lines: Document = [Table(rows, indent=4)] if rows else []
         for tensor in wrong[:_SHOWN]:
             lines += [Line(spans, indent=4, hang=2) for spans in narrowed_spans(tensor, language)]
+        if finding.values.get("parts"):
+            function = "layer" not in finding.key
+            layer = finding.values["kind" if function else "layer"]
+            lines.append(Line(sentence("check.parts", language, layer=name(str(layer))), indent=4, hang=2))
+        if (hint := finding.values.get("hint")) is not None:
+            lines.append(Line(hint_spans(hint, finding.where, language), indent=4, hang=2))
         return lines
+
+
+def hint_spans(hint: Hint, where: Where | None, language: str | None) -> tuple[Any, ...]:
+    """What the backward of a Function was measured to be, and where it is written."""
+    place = "" if where is None else f"{where.label}, {where.function}"
+    values = {"place": name(place), "argument": name(hint.argument)}
+    values |= {
+        "factor": number(format_factor(hint.factor)),
+        "dim": str(hint.dim),
+        "size": format_count(hint.size),
+    }
+    values |= {"total": number(_signed(hint.total, language))}
+    return sentence(f"check.hint.{hint.kind}", language, **values)
 
 
 def narrowed_spans(tensor: TensorCheck, language: str | None) -> list[tuple[Any, ...]]:

@@ -100,9 +100,7 @@ def _from_run(path: Path, notices: Notices, short: bool) -> Target:
     if short:  # the check runs in float64, some hundred times
         token_ids, targets = (t[:CHECKED_SEQUENCES, :CHECKED_TOKENS] for t in (token_ids, targets))
     model = trained.model.train()
-    return Target(
-        params=model, closure=lambda: model.loss(token_ids, targets), run=(path, trained.step)
-    )
+    return Target(params=model, closure=lambda: model.loss(token_ids, targets), run=(path, trained.step))
 
 
 def _from_file(path: Path, function: str) -> Target:
