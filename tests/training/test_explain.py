@@ -209,6 +209,25 @@ def test_a_signal_stops_it_and_leaves_nothing(run, tmp_path, number, code):
     assert not (run / "replays").exists()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_a_kill_while_writing_leaves_no_half_step(call, run, tmp_path):
+    killed = tmp_path / "killed.py"
+    killed.write_text(
+        "import os, signal, sys\n"
+        "from clinometer.training import replay_folder\n"
+        "replay_folder.sync_folder = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "from clinometer import cli\n"
+        f"sys.argv = ['clinometer', 'explain', {str(run)!r}, '--step', '20']\n"
+        "cli._restart_with_settings = lambda: None\n"
+        "cli.main()\n"
+    )
+    assert subprocess.run([sys.executable, str(killed)], check=False).returncode == -signal.SIGKILL
+    assert [p.name.startswith(".step-00000020.") for p in (run / "replays").iterdir()] == [True]
+    assert replayed_steps(run) == []
+    assert call("explain", run, "--step", 20)[0] == 0
+    assert replayed_steps(run) == [20]
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_compiled_run_replays_bit_for_bit(clinometer, corpus, tmp_path, precision):
