@@ -128,7 +128,7 @@ class Watch:
         """Write down every step of one weight in full. Raises InputError for an unknown name or index."""
         self._session.pins.add(self._session.roster, name, tuple(index))
 
-    def event(self, kind: str, **data: Any) -> None:
+    def event(self, kind: str, /, **data: Any) -> None:
         """Something that happened: "validation", "checkpoint", "note", …"""
         self._call("event", kind, jsonable(data))
 
