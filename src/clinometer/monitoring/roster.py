@@ -115,7 +115,7 @@ class Roster:
         return [t for w in self.watched if (t := w.ref()) is not None]
 
     def groups(self) -> dict[int, int]:
-        """Which parameter group holds a tensor, by the tensor's id; groups are counted over all optimizers."""
+        """Which parameter group holds a tensor, by its id; groups are counted over all optimizers."""
         found: dict[int, int] = {}
         number = 0
         for optimizer in self.living():

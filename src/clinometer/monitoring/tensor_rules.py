@@ -128,8 +128,8 @@ class UpdateRatio:
 
     Too large: for 20 steps at least half of the matrices are ten times as large as at the beginning and still
     change by more than a hundredth of their size a step, and the loss is not below nine tenths of its
-    beginning. A high ratio alone is usual while small weights grow (lr 6e-3 on weights of 0.03 begins at 0.2),
-    and falls by itself as the steps pile up, so it is no sign.
+    beginning. A high ratio alone is usual while small weights grow (lr 6e-3 on weights of 0.03 begins at
+    0.2), and falls by itself as the steps pile up, so it is no sign.
     Too small: for 200 steps at a constant rate, the highest so far, half of the matrices change by less than
     a millionth of their size, though the gradient is no smaller than a tenth of what it was at first (so the
     run has not simply converged).

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from clinometer.gradients.report import Result, jsonable
-from clinometer.gradients.step import _innermost
+from clinometer.gradients.step import innermost
 from clinometer.messages import LANGUAGES, InputError, say
 from clinometer.monitoring import seams
 from clinometer.monitoring.outlet import Outlet, Sink
@@ -36,7 +36,7 @@ _living: set[Watch] = set()
 
 
 def watch(model: Any, optimizer: Any, to: Sink | Sequence[Sink], every: int = 1, **config: Any) -> Watch:
-    """Watch every tensor of `model` (a module, or a mapping of names to tensors) at every step of `optimizer`.
+    """Watch each tensor of `model` (a module, or a mapping of names to tensors) at each step of `optimizer`.
 
     `optimizer`: one, or several that share the model; a wrapper (accelerate's) is looked through. A step of
     several is a round in which none steps twice. `to`: where the numbers go. `every`: measure each that many
@@ -77,7 +77,7 @@ class Watch:
         given = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
         if not given:
             raise InputError("watch.no_optimizer")
-        optimizers = [_innermost(one) for one in given]
+        optimizers = [innermost(one) for one in given]
         self.closed = False
         self._outlet = Outlet(to)
         self._session = Session(model, optimizers, self._outlet, every)
