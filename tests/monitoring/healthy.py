@@ -220,7 +220,6 @@ def hugging_face(name):
     def run(sink):
         import transformers as hf
 
-        ids = lambda: torch.randint(90, (4, 12))
         small = {"vocab_size": 97, "use_cache": False} if name != "bert" else {"vocab_size": 97}
         match name:
             case "gpt2":
@@ -252,7 +251,7 @@ def hugging_face(name):
         optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
         with watch(net, optimizer, to=sink):
             for _ in range(100):
-                x = ids()
+                x = torch.randint(90, (4, 12))
                 net(input_ids=x, labels=x).loss.backward()
                 nn.utils.clip_grad_norm_(net.parameters(), 1.0)
                 optimizer.step()

@@ -1,10 +1,9 @@
 """Each fault of the catalogue, planted, is found within a stated number of steps, and nothing else is."""
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-
-import pytest
 
 from clinometer.messages import LANGUAGES
 from clinometer.monitoring.alerts import render
@@ -183,7 +182,7 @@ PLANTED = {
     unscaled_amp: ("unscaled-amp", 3),
     zero_lr: ("zero-lr", 20),
 }
-BESIDES = {"exploding": {"loss-spike", "non-finite"}}
+BESIDES = {"exploding": {"loss-spike", "non-finite", "update-ratio"}, "vanishing": {"never-moves"}}
 """What a fault brings with it."""
 
 

@@ -158,10 +158,22 @@ def with_backward_hooks(model, optimizer):
         handle.remove()
 
 
-SGD = lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)
-ADAMW = lambda p: torch.optim.AdamW(p, lr=1e-2)
-FUSED = lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True)
-LBFGS = lambda p: torch.optim.LBFGS(p, lr=0.5, max_iter=4)
+def SGD(params):
+    return torch.optim.SGD(params, lr=0.1, momentum=0.9)
+
+
+def ADAMW(params):
+    return torch.optim.AdamW(params, lr=1e-2)
+
+
+def FUSED(params):
+    return torch.optim.AdamW(params, lr=1e-2, fused=True)
+
+
+def LBFGS(params):
+    return torch.optim.LBFGS(params, lr=0.5, max_iter=4)
+
+
 RUNS = {
     "sgd": (plain, SGD),
     "adamw": (plain, ADAMW),
@@ -189,7 +201,7 @@ def run(name, watched):
     sink = Kept()
     torch.manual_seed(11)
     with watch(model, optimizer, to=sink) if watched else contextlib.nullcontext():
-        losses = [float(loss) for loss in loop(model, optimizer)]
+        losses = [float(loss.detach()) for loss in loop(model, optimizer)]
     return losses, copy.deepcopy(model.state_dict()), torch.get_rng_state(), sink
 
 

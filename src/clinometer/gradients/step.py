@@ -51,7 +51,7 @@ def explain_step(
     Raises InputError for something that is no optimizer. Exceptions of the block pass through, and the
     hooks are gone in any case.
     """
-    watch = _Watch(Subject.of(params), _innermost(optimizer), loss, clipped_from)
+    watch = _Watch(Subject.of(params), innermost(optimizer), loss, clipped_from)
     anatomy = StepAnatomy(watch.subject, type(watch.optimizer).__name__, watch.note_gradients)
     with ExitStack() as stack:
         watch.begin(stack)
@@ -245,7 +245,7 @@ def _with(moved: Moved, formula: str | None) -> Moved:
     )
 
 
-def _innermost(optimizer: Any) -> Any:
+def innermost(optimizer: Any) -> Any:
     """The optimizer inside a wrapper (accelerate's, a scheduler-like one), by its attribute `optimizer`."""
     inner = optimizer
     while isinstance(getattr(inner, "optimizer", None), Optimizer):

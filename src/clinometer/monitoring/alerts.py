@@ -1,15 +1,14 @@
 """Alerts: one for each cause, opened when it has lasted, grown with each tensor that joins, closed when calm.
 
 A rule looks at each step and says which tensors show its cause now. An alert opens when some have shown it
-for `opens` steps in a row, and closes after `closes` steps without any: a healthy run must stay silent, so one
-strange step is no alert unless the rule says that one is enough.
+for `opens` steps in a row, and closes after `closes` steps without any: a healthy run must stay silent, so
+one strange step is no alert unless the rule says that one is enough.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
-
 
 from clinometer.messages import say, sentences
 from clinometer.monitoring.facts import Facts

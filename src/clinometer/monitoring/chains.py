@@ -1,8 +1,9 @@
 """Was zero_grad() called? The gradients of one optimizer, followed from its step to its next.
 
-A few of them are enough. If each is the same tensor in the same version when a backward begins as it was after
-the step (or the backward) before, nobody cleared it, and the backward adds to it. Looked at over the whole way
-from step to step: another model's backward may pass over old gradients that are cleared later (a GAN).
+A few of them are enough. If each is the same tensor in the same version when a backward begins as it was
+after the step (or the backward) before, nobody cleared it, and the backward adds to it. Looked at over the
+whole way from step to step: another model's backward may pass over old gradients that are cleared later, as
+in a GAN.
 """
 
 from __future__ import annotations

@@ -34,6 +34,8 @@ class Facts:
     """(T,) bool: requires_grad."""
     moved_elsewhere: np.ndarray
     """(T,) bool: somebody else than a watched optimizer wrote to it once."""
+    first_norm: np.ndarray
+    """(T,) float: ‖θ‖ before its first step."""
     lr: np.ndarray
     """(T,) float, NaN where no optimizer holds it."""
     rates: list[float]
@@ -83,6 +85,7 @@ def facts_of(row: Row, roster: Roster, described: list[dict[str, Any]]) -> Facts
         owned=owned,
         learns=np.array([t is not None and t.requires_grad for t in tensors], bool),
         moved_elsewhere=np.array([one.moved_elsewhere for one in watched], bool),
+        first_norm=np.array([one.first_norm for one in watched]),
         lr=lr,
         rates=rates,
         taken=row.taken,

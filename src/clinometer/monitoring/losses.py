@@ -66,7 +66,7 @@ class Losses:
         self._held, self._before = [], []
 
     def take(self) -> Any:
-        """The loss, a number or a tensor on the device, or None if it was not heard in full; then from new."""
+        """The loss, a number or a tensor on the device, or None if it was not heard in full; then anew."""
         values, whole = self._values, self._whole
         self._values, self._whole, self.parts, self.clean = [], True, 0, False
         return sum(values) if values and whole else None

@@ -74,7 +74,7 @@ class Row:
     def read_gradients(
         self, watched: Iterable[Watched], optimizers: Iterable[Optimizer], scratch: Scratch
     ) -> list[int]:
-        """Measure each gradient once, beside the first moment that its optimizer holds; which were measured."""
+        """Measure each gradient once, beside the first moment its optimizer holds; returns which."""
         found: list[int] = []
         states = [optimizer.state for optimizer in optimizers]
         elsewhere: dict[torch.device, list[tuple[int, Tensor, Tensor | None]]] = {}

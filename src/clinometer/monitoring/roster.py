@@ -24,6 +24,7 @@ class Watched:
     __slots__ = (
         "before",
         "dtype",
+        "first_norm",
         "index",
         "look",
         "moved_elsewhere",
@@ -47,7 +48,8 @@ class Watched:
         """Version and address of the tensor at the last look; other ones mean that somebody wrote to it."""
         self.moved_elsewhere = False
         """Somebody wrote to it between two steps."""
-        self.weight_norm = float("nan")
+        self.weight_norm = self.first_norm = float("nan")
+        """After the last step; and before the first."""
 
 
 def state_of(tensor: Tensor) -> tuple[int, int]:
@@ -113,7 +115,7 @@ class Roster:
         return [t for w in self.watched if (t := w.ref()) is not None]
 
     def groups(self) -> dict[int, int]:
-        """Which parameter group holds a tensor, by the tensor's id; groups are counted over all optimizers."""
+        """Which parameter group holds a tensor, by its id; groups are counted over all optimizers."""
         found: dict[int, int] = {}
         number = 0
         for optimizer in self.living():
@@ -154,8 +156,13 @@ def give_memory(watched: Iterable[Watched]) -> None:
         for one, values in members:
             one.before = room[start : start + values.numel()].copy_(values)
             start += values.numel()
+            one.first_norm = float(torch.linalg.vector_norm(values, dtype=_sum_in(dtype)))
             tensor = one.ref()
             one.look = None if tensor is None else state_of(tensor)
+
+
+def _sum_in(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _weak(model: Any) -> Callable[[], Any]:

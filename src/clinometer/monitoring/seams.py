@@ -82,8 +82,6 @@ def _replace(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
     def passing(*args: Any, **kwargs: Any) -> Any:
         return wrapper(original, *args, **kwargs)
 
-    if name == "backward":
-        passing = torch.compiler.disable(passing, recursive=False)
     setattr(owner, name, passing)
 
     def back() -> None:

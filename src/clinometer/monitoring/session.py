@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from clinometer.gradients.step import _innermost
+from clinometer.gradients.step import innermost
 from clinometer.monitoring.alerts import Alerts
 from clinometer.monitoring.asking import diagnose_now
 from clinometer.monitoring.chains import Chains
@@ -318,13 +318,13 @@ class Session:
             self._scaler, self._scaling = weakref.ref(scaler), True
 
     def unscaled(self, optimizer: Any) -> None:
-        self._unscaled.add(id(_innermost(optimizer)))
+        self._unscaled.add(id(innermost(optimizer)))
 
     def scaler_steps(self, scaler: Any, optimizer: Any) -> None:
-        self._began.discard(id(_innermost(optimizer)))
+        self._began.discard(id(innermost(optimizer)))
 
     def scaler_stepped(self, scaler: Any, optimizer: Any) -> None:
-        inner = _innermost(optimizer)
+        inner = innermost(optimizer)
         if id(inner) not in self._began and any(inner is o for o in self.roster.living()):
             self._read(self._row_for(inner), inner)  # it found inf or NaN, and did not call step()
             self._stepped(inner, taken=False)

@@ -126,9 +126,10 @@ class Vanishing:
 class UpdateRatio:
     """The steps are too large or too small for the weights.
 
-    Too large: for 20 steps at least half of the matrices change by more than a tenth of their size a step,
-    they are ten times as large as at the beginning, and the loss is not below nine tenths of its beginning. A
-    high ratio alone is usual while small weights grow (lr 6e-3 on weights of 0.03), so it is no sign.
+    Too large: for 20 steps at least half of the matrices are ten times as large as at the beginning and still
+    change by more than a hundredth of their size a step, and the loss is not below nine tenths of its
+    beginning. A high ratio alone is usual while small weights grow (lr 6e-3 on weights of 0.03 begins at
+    0.2), and falls by itself as the steps pile up, so it is no sign.
     Too small: for 200 steps at a constant rate, the highest so far, half of the matrices change by less than
     a millionth of their size, though the gradient is no smaller than a tenth of what it was at first (so the
     run has not simply converged).
@@ -136,10 +137,9 @@ class UpdateRatio:
     """
 
     cause, opens, closes = "update-ratio", 1, 50
-    _LARGE, _SMALL = 0.1, 1e-6
+    _LARGE, _SMALL = 0.01, 1e-6
 
     def __init__(self) -> None:
-        self._first: dict[int, float] = {}
         self._losses: list[float] = []
         self._norms: list[float] = []
         self._highest = 0.0
@@ -147,10 +147,6 @@ class UpdateRatio:
 
     def look(self, facts: Facts) -> Trouble | None:
         weight, update = facts.of("weight_norm"), facts.of("update_norm")
-        for index, (size, step) in enumerate(zip(weight, update, strict=True)):
-            if index not in self._first and math.isfinite(size):
-                # Before the first step it was this large, give or take that step.
-                self._first[index] = size if size > 2 * step else 0.0
         loss, norm = facts.scalar("loss"), facts.scalar("total_norm")
         if len(self._norms) < 20 and math.isfinite(norm):
             self._norms.append(norm)
@@ -158,7 +154,7 @@ class UpdateRatio:
             self._losses.append(loss)
         constant = bool(facts.rates) and max(facts.rates) == self._highest
         self._highest = max([self._highest, *(rate for rate in facts.rates if rate == rate)])
-        first = np.array([self._first.get(i, 0.0) for i in range(len(weight))])
+        first = facts.first_norm
         able = facts.owned & facts.learns & facts.matrix & (first > 0) & np.isfinite(weight)
         able &= (facts.of("grad_norm") > 0) & (facts.lr != 0)
         if not facts.taken or able.sum() == 0:
@@ -166,7 +162,7 @@ class UpdateRatio:
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = np.where(able, update / weight, np.nan)
         half = np.median(ratio[able])
-        worse = math.isfinite(loss) and bool(self._losses) and loss > 0.9 * max(self._losses)
+        worse = math.isfinite(loss) and bool(self._losses) and loss > 0.9 * min(self._losses)
         grown = able & (ratio > self._LARGE) & (weight > 10 * first)
         self._large = self._large + 1 if worse and grown.sum() * 2 >= able.sum() else 0
         steep = bool(self._norms) and norm > 0.1 * float(np.median(self._norms))

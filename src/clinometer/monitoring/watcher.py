@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from clinometer.gradients.report import Result, jsonable
-from clinometer.gradients.step import _innermost
+from clinometer.gradients.step import innermost
 from clinometer.messages import InputError, say
 from clinometer.monitoring import seams
 from clinometer.monitoring.asking import report_data
@@ -45,7 +45,7 @@ def watch(
     name: str | None = None,
     config: dict[str, Any] | None = None,
 ) -> Watch:
-    """Watch every tensor of `model` (a module, or a mapping of names to tensors) at every step of `optimizer`.
+    """Watch each tensor of `model` (a module, or a mapping of names to tensors) at each step of `optimizer`.
 
     `optimizer`: one, or several that share the model; a wrapper (accelerate's) is looked through. A step of
     several is a round in which none steps twice. `to`: where the numbers go. `every`: measure each that many
@@ -86,7 +86,7 @@ class Watch:
         given = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
         if not given:
             raise InputError("watch.no_optimizer")
-        optimizers = [_innermost(one) for one in given]
+        optimizers = [innermost(one) for one in given]
         self.closed = False
         self._outlet = Outlet(to)
         self._session = Session(model, optimizers, self._outlet, every)
@@ -137,7 +137,7 @@ class Watch:
         """Write down every step of one weight in full. Raises InputError for an unknown name or index."""
         self._session.pins.add(self._session.roster, name, tuple(index))
 
-    def event(self, kind: str, **data: Any) -> None:
+    def event(self, kind: str, /, **data: Any) -> None:
         """Something that happened: "validation", "checkpoint", "note", …"""
         self._call("event", kind, jsonable(data))
 

@@ -1,0 +1,177 @@
+"""What watching costs: `python -m benchmarks.watching [--rounds 15] [--shape large|small] [--wandb] [--tensorboard]`.
+
+Copies of one model train side by side on the same batches, taking turns step by step (A B C A B C …), so that
+what else the machine does hits all of them; the table gives medians, and the median of the rounds' ratios to
+the run that nobody watches. A round in sixteen writes histograms; the table shows the mean over rounds, too,
+because a median would hide them. The sink throws everything away: writing is measured by the recorder's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.optimizer import machine
+from clinometer.lm.config import TransformerConfig
+from clinometer.lm.model import TransformerLM
+from clinometer.monitoring.watcher import watch
+from clinometer.optim.adamw import AdamW
+from clinometer.optim.clipping import clip_grad_norm_
+
+SHAPES: dict[str, tuple[dict[str, int], int]] = {
+    "large": (
+        {
+            "d_model": 512,
+            "num_layers": 4,
+            "num_heads": 16,
+            "d_ff": 1344,
+            "context_length": 256,
+            "vocab_size": 10_000,
+        },
+        16,
+    ),
+    "small": (
+        {
+            "d_model": 128,
+            "num_layers": 4,
+            "num_heads": 4,
+            "d_ff": 344,
+            "context_length": 64,
+            "vocab_size": 256,
+        },
+        12,
+    ),
+}
+
+
+class Nowhere:
+    """A sink that keeps nothing."""
+
+    def begin(self, run: dict[str, Any]) -> None: ...
+    def tensors(self, tensors: list[dict[str, Any]]) -> None: ...
+    def step(self, step: int, time: float, scalars: dict[str, float], statistics: Any) -> None: ...
+    def histograms(self, step: int, counts: Any) -> None: ...
+    def alert(self, alert: dict[str, Any]) -> None: ...
+    def weights(self, step: int, rows: list[dict[str, Any]]) -> None: ...
+    def event(self, step: int, time: float, kind: str, data: dict[str, Any]) -> None: ...
+    def close(self, state: str) -> None: ...
+
+
+class Runner:
+    """One copy of the model, and what happens after each of its steps."""
+
+    def __init__(self, model: nn.Module, after: Callable[[int], None] = lambda step: None) -> None:
+        self.model = model
+        self.optimizer = AdamW(model.parameters(), lr=1e-4)
+        self.after = after
+        self.count = 0
+
+    def step(self, token_ids: torch.Tensor, targets: torch.Tensor) -> float:
+        start = time.perf_counter()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = self.model.loss(token_ids, targets)  # pyright: ignore[reportCallIssue]
+        loss.backward()
+        clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.count += 1
+        self.after(self.count)
+        return time.perf_counter() - start
+
+
+def with_wandb(model: nn.Module, folder: str) -> tuple[Any, Callable[[int], None]]:
+    import wandb
+
+    run = wandb.init(mode="offline", dir=folder, project="watching", settings=wandb.Settings(console="off"))
+    run.watch(model, log="all", log_freq=1)
+    return run.finish, lambda step: run.log({"step": step})
+
+
+def with_tensorboard(model: nn.Module, folder: str) -> tuple[Any, Callable[[int], None]]:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(folder)
+    grads: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(
+            lambda p, name=name: grads.__setitem__(name, p.grad.detach().clone())
+        )
+
+    def write(step: int) -> None:
+        for name, parameter in model.named_parameters():
+            writer.add_histogram(name, parameter, step)
+            writer.add_histogram(f"{name}.grad", grads[name], step)
+
+    return writer.close, write
+
+
+def measure(shape: str, rounds: int, peers: list[str]) -> None:
+    sizes, batch = SHAPES[shape]
+    torch.manual_seed(0)
+    model = TransformerLM(TransformerConfig(**sizes))
+    count = sum(p.numel() for p in model.parameters())
+    runners = {
+        "nobody watches": Runner(copy.deepcopy(model)),
+        "clinometer.watch": Runner(copy.deepcopy(model)),
+    }
+    ends: list[Callable[[], None]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for peer, attach in (
+            ("wandb.watch(log='all')", with_wandb),
+            ("TensorBoard histograms", with_tensorboard),
+        ):
+            if peer.split(".")[0].split()[0].lower() in peers:
+                runner = Runner(copy.deepcopy(model))
+                end, runner.after = attach(runner.model, folder)
+                runners[peer] = runner
+                ends.append(end)
+        watched = runners["clinometer.watch"]
+        watching = watch(watched.model, watched.optimizer, to=Nowhere())
+        ends.append(watching.close)
+        seconds: dict[str, list[float]] = {name: [] for name in runners}
+        for turn in range(rounds + 2):
+            token_ids = torch.randint(sizes["vocab_size"], (batch, sizes["context_length"]))
+            order = list(runners) if turn % 2 == 0 else list(runners)[::-1]
+            for name in order:
+                taken = runners[name].step(token_ids, token_ids.roll(-1, 1))
+                if turn >= 2:  # the first two fill caches, optimizer state and the watch's memory
+                    seconds[name].append(taken)
+        for end in ends:
+            end()
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
+    print(f"{shape}: {count / 1e6:.1f} M weights, batch {batch} x {sizes['context_length']}; load {load:.1f}")
+    base = seconds["nobody watches"]
+    print(f"{'':<26}{'median ms':>11}{'ratio, median':>15}{'ratio, mean':>13}")
+    for name, times in seconds.items():
+        ratio = statistics.median(a / b for a, b in zip(times, base, strict=True))
+        mean = sum(times) / sum(base)
+        print(f"{name:<26}{statistics.median(times) * 1e3:>11.1f}{ratio:>15.3f}{mean:>13.3f}")
+    print(flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=32)
+    parser.add_argument("--shape", choices=[*SHAPES, "both"], default="both")
+    parser.add_argument("--wandb", action="store_true")
+    parser.add_argument("--tensorboard", action="store_true")
+    arguments = parser.parse_args()
+    peers = [name for name in ("wandb", "tensorboard") if getattr(arguments, name)]
+    print(f"{machine()}\n")
+    for shape in SHAPES if arguments.shape == "both" else [arguments.shape]:
+        measure(shape, arguments.rounds, peers)
+
+
+if __name__ == "__main__":
+    main()
