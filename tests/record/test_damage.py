@@ -19,7 +19,7 @@ ASKED = (
     lambda run: run.scalars(run.scalar_names()),
     lambda run: run.scalars(run.scalar_names(), points=3),
     lambda run: run.series([0], "grad_norm"),
-    lambda run: run.series([1, 3], "update_ratio", points=2),
+    lambda run: run.series([0, 1], "update_ratio", points=2),
     lambda run: run.grid("grad_rms", columns=2),
     lambda run: run.grid("cosine"),
     lambda run: run.row(7),

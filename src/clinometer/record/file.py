@@ -17,7 +17,6 @@ from clinometer.record import schema
 from clinometer.record.cutting import cut_after
 from clinometer.record.filesystem import is_network
 from clinometer.record.opening import damaged, open_for_writing
-from clinometer.record.plain import to_json
 
 _CHECKPOINT_PAGES = 4000
 """16 MB of WAL, about 1,500 steps of 300 tensors, between two syncs of the disk."""
@@ -49,7 +48,9 @@ class WriterFile:
                 self._take(open_for_writing(self.path))
                 cut_after(self.connection, continue_from)
             else:
-                self._take(schema.create(self.path), new_id=uuid.uuid4().hex[:12])
+                self.path.unlink(missing_ok=True)  # of 0 bytes, if it is there at all
+                schema.create(self.path, uuid.uuid4().hex[:12])
+                self._take(open_for_writing(self.path))
         except (sqlite3.Error, OSError) as error:
             self.close()
             raise InputError("record.not_writable", path=self.path, reason=_reason(error)) from None
@@ -116,7 +117,7 @@ class WriterFile:
         for suffix in ("-wal", "-shm", "-journal", ""):
             self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
 
-    def _take(self, connection: sqlite3.Connection, new_id: str | None = None) -> None:
+    def _take(self, connection: sqlite3.Connection) -> None:
         self.connection = connection
         if is_network(self.folder):
             connection.execute("PRAGMA journal_mode = TRUNCATE")
@@ -125,8 +126,6 @@ class WriterFile:
             connection.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
             connection.execute("PRAGMA journal_size_limit = 67108864")
         connection.execute("PRAGMA synchronous = NORMAL")
-        if new_id is not None:
-            connection.execute("INSERT INTO meta VALUES ('id', ?)", (to_json(new_id),))
         (stored,) = connection.execute("SELECT value FROM meta WHERE key = 'id'").fetchone()
         self.id = stored.strip('"')
         found = os.stat(self.path)

@@ -6,6 +6,7 @@ the version before into it, and to VIEWS what lets a reader see the version befo
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from pathlib import Path
 
@@ -27,7 +28,7 @@ STATISTICS = (
     "cosine",
     "moment_norm",
 )
-"""The columns of a step's float32 row a tensor. Each file repeats them (meta.statistics), and readers follow it."""
+"""The columns of a step's float32 row a tensor. Each file repeats them as meta.statistics."""
 
 LEVELS = (16, 256, 4096)
 """Steps in one roll-up, level by level; each is 16 of the one before."""
@@ -103,16 +104,25 @@ VIEWS: dict[int, str] = {}
 """Temporary views that show a file of version n as version n + 1; made by a reader, which never writes."""
 
 
-def create(path: Path) -> sqlite3.Connection:
-    """An empty run file at `path`, where there must be none."""
-    connection = connect(path)
-    connection.execute(f"PRAGMA page_size = {PAGE_SIZE}")
-    connection.execute("BEGIN IMMEDIATE")
-    _run(connection, TABLES)
-    connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-    connection.execute(f"PRAGMA user_version = {VERSION}")
-    connection.execute("COMMIT")
-    return connection
+def create(path: Path, identity: str) -> None:
+    """Put an empty run file at `path`, where there is none: made beside it first, so nobody sees half of it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial.unlink(missing_ok=True)
+    try:
+        connection = connect(partial)
+        try:
+            connection.execute(f"PRAGMA page_size = {PAGE_SIZE}")
+            connection.execute("BEGIN IMMEDIATE")
+            _run(connection, TABLES)
+            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            connection.execute(f"PRAGMA user_version = {VERSION}")
+            connection.execute("INSERT INTO meta VALUES ('id', ?)", (f'"{identity}"',))
+            connection.execute("COMMIT")
+        finally:
+            connection.close()
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def connect(path: Path, *, mode: str = "rwc", wait: float = 5.0) -> sqlite3.Connection:
