@@ -22,7 +22,9 @@ from clinometer.record.reader import RunFile
 from clinometer.record.recorder import Recorder
 from tests.record.synthetic import KINDS, synthetic, tensor_list
 
-SCALARS = dict.fromkeys("loss lr total_norm clip max_norm tokens seconds memory taken noise_scale".split(), 0.5)
+SCALARS = dict.fromkeys(
+    "loss lr total_norm clip max_norm tokens seconds memory taken noise_scale".split(), 0.5
+)
 
 
 def bare(path: Path, statement: str) -> sqlite3.Connection:
@@ -40,7 +42,9 @@ def writing(steps: int) -> None:
         recorder = Recorder(Path(folder) / "run")
         recorder.begin({"name": "benchmark"})
         recorder.tensors(tensors)
-        one = bare(Path(folder) / "one", "CREATE TABLE steps (step INTEGER PRIMARY KEY, time, scalars, statistics)")
+        one = bare(
+            Path(folder) / "one", "CREATE TABLE steps (step INTEGER PRIMARY KEY, time, scalars, statistics)"
+        )
         many = bare(Path(folder) / "many", "CREATE TABLE cells (step, tensor, a, b, c, d, e, f, g, h)")
 
         def row_a_tensor(step: int) -> None:

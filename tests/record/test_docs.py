@@ -34,4 +34,3 @@ def test_the_code_runs_and_every_table_and_column_is_described(tmp_path, languag
     assert f"{schema.ABSENT:X}" in text
     assert f"{schema.APPLICATION_ID:X}" in text
     assert re.search(rf"(version|版本) {schema.VERSION}\b", text.replace("\n", " "))
-

@@ -39,7 +39,13 @@ def test_steps_are_one_row_each_with_a_column_for_each_scalar(run, tmp_path):
     assert export(run, tmp_path / "a.csv") == 3
     assert read_csv(tmp_path / "a.csv") == [
         {"step": "1", "time": "2001-09-09T01:46:40+00:00", "loss": "0.1", "lr": "0.0003", "step.logged": ""},
-        {"step": "2", "time": "2001-09-09T01:46:40.500000+00:00", "loss": "nan", "lr": "", "step.logged": "7.0"},
+        {
+            "step": "2",
+            "time": "2001-09-09T01:46:40.500000+00:00",
+            "loss": "nan",
+            "lr": "",
+            "step.logged": "7.0",
+        },
         {"step": "3", "time": "2001-09-09T01:46:41+00:00", "loss": "", "lr": "inf", "step.logged": ""},
     ]
 

@@ -59,7 +59,9 @@ def kill_while_reading(folder, rounds, seed):
     try:
         for _ in range(rounds):
             writer = subprocess.Popen(
-                [sys.executable, "-c", WRITER, str(folder), str(done)], stdout=subprocess.PIPE, cwd=os.getcwd()
+                [sys.executable, "-c", WRITER, str(folder), str(done)],
+                stdout=subprocess.PIPE,
+                cwd=os.getcwd(),
             )
             assert writer.stdout is not None
             told = int(writer.stdout.readline())

@@ -21,7 +21,10 @@ def steps(recorder, first, last, tensors=3):
 
 
 def gaps(folder):
-    return [(e["data"]["first"], e["data"]["last"], e["data"]["steps"]) for e in RunFile.open(folder).events("gap")]
+    return [
+        (e["data"]["first"], e["data"]["last"], e["data"]["steps"])
+        for e in RunFile.open(folder).events("gap")
+    ]
 
 
 @contextlib.contextmanager
@@ -183,5 +186,3 @@ def test_on_a_network_file_system_there_is_no_shared_memory(tmp_path, monkeypatc
     assert recorder._file.execute("PRAGMA journal_mode").fetchone() == ("truncate",)
     recorder.close()
     assert len(rows_of(tmp_path)["steps"]) == 40
-
-

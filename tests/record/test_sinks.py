@@ -74,7 +74,9 @@ class Tracking:
 
 def test_a_tracker_gets_everything_of_a_step_in_one_call():
     run = Tracking()
-    feed(Tracker(run, every=4, histogram=lambda counts, edges: (counts.tolist(), edges.tolist()), prefix="c/"))
+    feed(
+        Tracker(run, every=4, histogram=lambda counts, edges: (counts.tolist(), edges.tolist()), prefix="c/")
+    )
     assert list(run.rows) == [1, 2, 3, 4, 5]
     assert run.rows[2] == {
         "c/loss": 2.0,

@@ -61,15 +61,21 @@ def next_version(monkeypatch):
     version = schema.VERSION
     monkeypatch.setattr(schema, "VERSION", version + 1)
     monkeypatch.setitem(
-        schema.UPGRADES, version, "ALTER TABLE scalar_names ADD COLUMN unit TEXT; UPDATE scalar_names SET unit = 'nat'"
+        schema.UPGRADES,
+        version,
+        "ALTER TABLE scalar_names ADD COLUMN unit TEXT; UPDATE scalar_names SET unit = 'nat'",
     )
     monkeypatch.setitem(
-        schema.VIEWS, version, "CREATE TEMP VIEW scalar_names AS SELECT *, 'nat' AS unit FROM main.scalar_names"
+        schema.VIEWS,
+        version,
+        "CREATE TEMP VIEW scalar_names AS SELECT *, 'nat' AS unit FROM main.scalar_names",
     )
     return version
 
 
-def test_a_reader_sees_an_older_file_as_one_of_its_own_version_and_leaves_it_as_it_is(version_1, next_version):
+def test_a_reader_sees_an_older_file_as_one_of_its_own_version_and_leaves_it_as_it_is(
+    version_1, next_version
+):
     before = (version_1 / "run.sqlite").read_bytes()
     run = RunFile.open(version_1)
     assert run._connection.execute("SELECT DISTINCT unit FROM scalar_names").fetchall() == [("nat",)]
@@ -101,7 +107,11 @@ def test_a_newer_file_is_refused_with_the_remedy(tmp_path):
     connection = sqlite3.connect(tmp_path / "run.sqlite")
     connection.execute(f"PRAGMA user_version = {schema.VERSION + 1}")
     connection.close()
-    for attempt in (lambda: RunFile.open(tmp_path), lambda: Recorder(tmp_path, 3), lambda: Recorder(tmp_path)):
+    for attempt in (
+        lambda: RunFile.open(tmp_path),
+        lambda: Recorder(tmp_path, 3),
+        lambda: Recorder(tmp_path),
+    ):
         with pytest.raises(InputError, match=rf"version {schema.VERSION + 1}.*pip install -U clinometer"):
             attempt()
 

@@ -21,6 +21,13 @@ from clinometer.record.opening import damaged, open_for_writing
 _CHECKPOINT_PAGES = 4000
 """16 MB of WAL, about 1,500 steps of 300 tensors, between two syncs of the disk."""
 
+LONGEST_LOG = 64 << 20
+"""Bytes of WAL after which the writer waits for the readers of the moment, so that it can begin it again: where
+reads overlap without a pause, none of SQLite's own checkpoints ever finds the moment to."""
+LOOK_EVERY = 64
+_LONGEST_WAIT = 200
+"""Milliseconds for those readers; an answer takes less than 50."""
+
 
 class WriterFile:
     """One writer's hold on RUN/run.sqlite."""
@@ -31,6 +38,7 @@ class WriterFile:
         self.id = ""
         self.connection: sqlite3.Connection
         self._inode: tuple[int, int] | None = None
+        self._looks = 0
         self._lock = FileLock(str(folder / schema.LOCK_NAME), thread_local=False)
 
     def open(self, continue_from: int | None) -> None:
@@ -82,6 +90,17 @@ class WriterFile:
         if (found.st_dev, found.st_ino) != self._inode:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path))
 
+    def keep_log_short(self) -> None:
+        """Now and then: begin the WAL again if it has grown long."""
+        self._looks += 1
+        if self._looks % LOOK_EVERY:
+            return
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(f"{self.path}-wal").st_size > LONGEST_LOG:
+                self.connection.execute(f"PRAGMA busy_timeout = {_LONGEST_WAIT}")
+                self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+                self.connection.execute("PRAGMA busy_timeout = 5000")
+
     def roll_back(self) -> None:
         with contextlib.suppress(sqlite3.Error):
             if self.connection.in_transaction:
@@ -124,7 +143,7 @@ class WriterFile:
         else:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
-            connection.execute("PRAGMA journal_size_limit = 67108864")
+            connection.execute(f"PRAGMA journal_size_limit = {LONGEST_LOG}")
         connection.execute("PRAGMA synchronous = NORMAL")
         (stored,) = connection.execute("SELECT value FROM meta WHERE key = 'id'").fetchone()
         self.id = stored.strip('"')

@@ -113,6 +113,7 @@ class Recorder:
                 self._file.execute("COMMIT")
             self._rollups.add(step, time, numbers, rows)
             self._last = step
+            self._file.keep_log_short()
 
     def histograms(self, step: int, counts: np.ndarray) -> None:
         """Record (T, 3, 64) counts; once there are 1024 steps of them the older ones are thinned."""
