@@ -1,9 +1,9 @@
 """What a recorded step costs, and what a page's questions cost: `python -m benchmarks.recording [--full]`.
 
-Writing: steps of 300 tensors × 8 statistics and 10 scalars, each committed, in turns with two peers on the same
-numbers: a bare SQLite insert of the same row without roll-ups, and a row a tensor (the plain layout). Reading: a
-synthetic run (10,000 steps; 100,000 with --full), each call on a fresh connection and again. Wall times, and the
-process's own CPU time, which a busy machine disturbs less.
+Writing: steps of 300 tensors × 8 statistics and 10 scalars, each committed, in turns with two peers on the
+same numbers: a bare SQLite insert of the same row without roll-ups, and a row a tensor (the plain layout).
+Reading: a synthetic run (10,000 steps; 100,000 with --full), each call on a fresh connection and again. Wall
+times, and the process's own CPU time, which a busy machine disturbs less.
 """
 
 from __future__ import annotations
@@ -16,15 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from tests.record.synthetic import KINDS, synthetic, tensor_list
 
 from benchmarks.optimizer import machine
 from clinometer.record.reader import RunFile
 from clinometer.record.recorder import Recorder
-from tests.record.synthetic import KINDS, synthetic, tensor_list
 
-SCALARS = dict.fromkeys(
-    "loss lr total_norm clip max_norm tokens seconds memory taken noise_scale".split(), 0.5
-)
+NAMES = ("loss", "lr", "total_norm", "clip", "max_norm", "tokens", "seconds", "memory", "taken", "grad_scale")
+SCALARS = dict.fromkeys(NAMES, 0.5)
 
 
 def bare(path: Path, statement: str) -> sqlite3.Connection:

@@ -34,20 +34,20 @@ ASKED = (
 
 def ask_everything(folder):
     """How many questions were answered; each of the others must have been refused in words."""
-    answered = 0
+    answered, refused = 0, []
     try:
         run = RunFile.open(folder)
     except InputError as error:
-        assert str(error)
-        return 0
+        said = str(error)
+        return 0 if said else -1
     for question in ASKED:
         try:
             question(run)
             answered += 1
         except InputError as error:
-            assert str(error)
-            assert error.render("zh")
+            refused.append(str(error) and error.render("zh"))
     run.close()
+    assert all(refused)
     return answered
 
 

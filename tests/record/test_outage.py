@@ -6,6 +6,7 @@ import sqlite3
 import subprocess
 import sys
 import warnings
+from itertools import pairwise
 
 import pytest
 
@@ -109,11 +110,10 @@ recorder.close()
 def test_a_file_that_vanishes_is_missed_and_taken_up_again_when_it_is_back(tmp_path, how):
     recorder = begun(tmp_path / "run")
     steps(recorder, 1, 10)
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    if how == "replaced":
+        begun(tmp_path / "run").close()
     with pytest.warns(RuntimeWarning, match="No such file") as caught:
-        (tmp_path / "run").rename(tmp_path / "elsewhere")
-        if how == "replaced":
-            other = begun(tmp_path / "run")
-            other.close()
         steps(recorder, 11, 40)
     assert len(caught) == 1
     if how == "replaced":
@@ -133,7 +133,7 @@ def test_a_recording_that_never_recovers_ends_without_an_exception(tmp_path):
     (tmp_path / "run").rename(tmp_path / "gone")
     with pytest.warns(RuntimeWarning):
         steps(recorder, 4, 100)
-        recorder.close("done")
+    recorder.close("done")
     assert not (tmp_path / "run").exists()
     run = RunFile.open(tmp_path / "gone")
     assert (run.info()["last_step"], run.info()["state"]) == (3, "live")
@@ -147,7 +147,7 @@ def test_the_wait_between_tries_doubles_up_to_1024_steps():
             tries.append(step + 1)
             pause.failed_again(step)
     assert tries[:4] == [16, 48, 112, 240]
-    assert {b - a for a, b in zip(tries[6:], tries[7:], strict=False)} == {1024}
+    assert {b - a for a, b in pairwise(tries[6:])} == {1024}
     assert pause.gap()["steps"] == 6000
 
 

@@ -1,8 +1,8 @@
 """Answers stay small whatever the length of the run; the time they take is measured by `make soak`."""
 
 import pytest
-
 from benchmarks.recording import questions, reading
+
 from clinometer.record.reader import RunFile
 from tests.record.synthetic import synthetic
 

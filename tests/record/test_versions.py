@@ -15,8 +15,8 @@ from tests.record.running import begun, recorded, rows_of, statistics
 from tests.record.test_damage import ASKED
 
 DATA = Path(__file__).parent / "data"
-"""version-1.sqlite.gz: `python -m tests.record.synthetic FOLDER --steps 300 --layers 0`, written by version 1 and
-never again: what it holds must stay readable whatever VERSION comes to."""
+"""version-1.sqlite.gz: `python -m tests.record.synthetic FOLDER --steps 300 --layers 0`, written by version 1
+and never again: what it holds must stay readable whatever VERSION comes to."""
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """A run as a table for pandas, polars or a spreadsheet: CSV, or Parquet with the extra `parquet`.
 
 `steps`: one row a step, a column a scalar. `tensors`: one row a step and tensor, a column a statistic (tidy:
-filter or pivot it). `alerts`, `events`, `weights`: one row each, what is nested as JSON. `time` is a date in UTC.
+filter or pivot it). `alerts`, `events`, `weights`: one row each, what is nested as JSON. `time` is in UTC.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ _CHECKPOINT_PAGES = 4000
 """16 MB of WAL, about 1,500 steps of 300 tensors, between two syncs of the disk."""
 
 LONGEST_LOG = 64 << 20
-"""Bytes of WAL after which the writer waits for the readers of the moment, so that it can begin it again: where
-reads overlap without a pause, none of SQLite's own checkpoints ever finds the moment to."""
+"""Bytes of WAL after which the writer waits for the readers of the moment, so that it can begin it again:
+where reads overlap without a pause, none of SQLite's own checkpoints ever finds the moment to."""
 LOOK_EVERY = 64
 _LONGEST_WAIT = 200
 """Milliseconds for those readers; an answer takes less than 50."""

@@ -1,4 +1,4 @@
-"""The writer of a run file: each step is committed before the call returns, and nothing here stops a training."""
+"""The writer of a run file: each step is committed before the call returns; a training is never stopped."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from clinometer.record.rollups import ABSENT_NUMBER, Rollups
 from clinometer.record.schema import LAST_STEP, STATISTICS, WEIGHT_FIELDS
 
 MOST_SCALARS = 1000
-"""Names of scalars in one run; a program that invents a name a step would otherwise fill every row with them."""
+"""Names of scalars in one run; a program that invents a name a step would otherwise fill every row."""
 
 
 class Recorder:
     """Writes RUN/run.sqlite; fits the Sink protocol of `clinometer.monitoring.watcher`.
 
-    A step costs one insert. A disk that is full, a file that is gone or cannot be written pauses the recording
-    with one warning; it is tried again after 16 steps, then 32, and so on, and what is missing is an event of
-    kind "gap". In a forked child (a DataLoader's worker) every call does nothing.
+    A step costs one insert. A disk that is full, a file that is gone or cannot be written pauses the
+    recording with one warning; it is tried again after 16 steps, then 32, and so on, and what is missing
+    is an event of kind "gap". In a forked child (a DataLoader's worker) every call does nothing.
     """
 
     def __init__(self, folder: str | os.PathLike[str], continue_from: int | None = None) -> None:
@@ -230,7 +230,7 @@ class Recorder:
             self._outage.keep(statement, values)
 
     def _take_up_again(self, outage: Outage) -> None:
-        """Write what was kept, and the gap, in one transaction with the write that is tried: all or nothing."""
+        """Write what was kept, and the gap, in one transaction with the write that is tried."""
         self._file.reopen()
         self._restore()
         self._file.begin()
