@@ -31,6 +31,7 @@ bench: .venv/.installed-dev
 	$(BIN)/python -m benchmarks.generation
 	$(BIN)/python -m benchmarks.diagnosis
 	$(BIN)/python -m benchmarks.check
+	$(BIN)/python -m benchmarks.recording
 	$(if $(TEXT),$(BIN)/python -m benchmarks.tokenizer --text $(TEXT))
 	$(if $(and $(NANOGPT),$(TEXT)),$(BIN)/python -m benchmarks.training --nanogpt $(NANOGPT) --text $(TEXT))
 

@@ -70,8 +70,12 @@ def rows_of(folder: Path) -> dict[str, list[tuple]]:
     """Every row of every table, times of the clock and the process left out."""
     connection = sqlite3.connect(folder / "run.sqlite")
     try:
-        tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
-        found = {table: connection.execute(f"SELECT * FROM {table} ORDER BY 1, 2").fetchall() for table in tables}
+        tables = [
+            name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+        ]
+        found = {
+            table: connection.execute(f"SELECT * FROM {table} ORDER BY 1, 2").fetchall() for table in tables
+        }
     finally:
         connection.close()
     found["meta"] = [row for row in found["meta"] if row[0] not in ("id", "since", "process", "state")]

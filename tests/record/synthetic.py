@@ -1,4 +1,4 @@
-"""Run files of any size that look like a language model's, made fast: for tests of the reader and of the page.
+"""Run files of any size that look like a language model's, made fast: for tests of reader and page.
 
 synthetic(folder, steps=100_000, layers=42)      # about 300 tensors
 python -m tests.record.synthetic FOLDER --steps 100000 --layers 42
@@ -54,7 +54,7 @@ def tensor_list(layers: int) -> list[dict]:
 
 
 def statistics_of(steps: np.ndarray, tensors: int, rng: np.random.Generator, total: int) -> np.ndarray:
-    """(n, T, 8): norms that fall like 1/√step, one tensor that dies, one frozen, one step that is not finite."""
+    """(n, T, 8): norms fall like 1/√step, one tensor dies, one is frozen, one step is not finite."""
     n = len(steps)
     depth = np.linspace(0.5, 2.0, tensors, dtype=np.float32)
     decay = (1.0 / np.sqrt(1.0 + steps / 50.0)).astype(np.float32)[:, None]

@@ -63,7 +63,14 @@ def test_cut_and_resumed_equals_uninterrupted_row_by_row(tmp_path_factory, cuts,
 
 def test_alerts_of_the_first_part_stay_and_end_at_the_cut(tmp_path):
     recorder = begun(tmp_path)
-    alert = {"cause": "dead", "severity": "warning", "tensors": ["t"], "values": {}, "key": "k", "remedy": "r"}
+    alert = {
+        "cause": "dead",
+        "severity": "warning",
+        "tensors": ["t"],
+        "values": {},
+        "key": "k",
+        "remedy": "r",
+    }
     for step in range(1, 31):
         recorder.step(step, step, {}, statistics(step, 3))
     recorder.alert({**alert, "id": 0, "step": 3, "until": 5})

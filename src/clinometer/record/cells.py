@@ -33,6 +33,8 @@ class Pieces:
     low: np.ndarray
     high: np.ndarray
     counts: np.ndarray | None = None
+    ends: bool = True
+    """False: only the means were asked for; `low` and `high` are them."""
 
     def combined(self, stride: int) -> Pieces:
         """One piece for each cell that has any."""
@@ -43,8 +45,8 @@ class Pieces:
         if len(begins) == len(cell):
             return self
         rows, mean, counts = self._means(begins)
-        if self.low is self.mean:
-            return Pieces(self.start[begins], rows, mean, mean, mean, counts)
+        if not self.ends:
+            return Pieces(self.start[begins], rows, mean, mean, mean, counts, ends=False)
         low, high = _reduce(np.fmin, self.low, begins), _reduce(np.fmax, self.high, begins)
         return Pieces(self.start[begins], rows, mean, low, high, counts)
 
@@ -135,7 +137,7 @@ def statistics(
         table = table.reshape(len(rows), cut.width, size)
         for parts, statistic in zip(found, wanted, strict=True):
             values = np.ascontiguousarray(table[:, cut.columns, statistic])
-            parts.append(Pieces(start, np.ones(len(rows), np.int64), values, values, values))
+            parts.append(Pieces(start, np.ones(len(rows), np.int64), values, values, values, ends=ends))
     return [_joined(parts, len(ids), "<f4") for parts in found]
 
 
@@ -178,7 +180,7 @@ def _windows(
     start = np.array([row[0] for row in rows], dtype=np.int64) - rollup_key(statistic, 0, 0)
     mean = table(rows)
     low, high = (table(read(part, "key")) for part in (1, 2)) if ends else (mean, mean)
-    pieces = Pieces(start, np.array([row[1] for row in rows], dtype=np.int64), mean, low, high)
+    pieces = Pieces(start, np.array([row[1] for row in rows], dtype=np.int64), mean, low, high, ends=ends)
     if any(row[2] is not None for row in rows):
         pieces.counts = pieces.weights()
         for i, row in enumerate(rows):
@@ -249,7 +251,7 @@ def _joined(parts: list[Pieces], width: int, dtype: str) -> Pieces:
     counts = None
     if any(part.counts is not None for part in parts):
         counts = np.concatenate([part.weights() for part in parts])
-    if all(part.low is part.mean for part in parts):
-        return Pieces(start, rows, mean, mean, mean, counts)
+    if not parts[0].ends:
+        return Pieces(start, rows, mean, mean, mean, counts, ends=False)
     low, high = (np.concatenate([getattr(part, name) for part in parts]) for name in ("low", "high"))
     return Pieces(start, rows, mean, low, high, counts)

@@ -13,7 +13,14 @@ from clinometer.messages import InputError
 from clinometer.record import cells, histograms
 from clinometer.record.derived import DERIVED, STORED_FOR, derive
 from clinometer.record.rollups import ABSENT_NUMBER
-from clinometer.record.schema import ABSENT, HISTOGRAM_KINDS, LAST_STEP, LOW_EXPONENT, STATISTICS, WEIGHT_FIELDS
+from clinometer.record.schema import (
+    ABSENT,
+    HISTOGRAM_KINDS,
+    LAST_STEP,
+    LOW_EXPONENT,
+    STATISTICS,
+    WEIGHT_FIELDS,
+)
 
 
 class Range:

@@ -22,15 +22,14 @@ STORED_FOR: dict[str, tuple[str, ...]] = {**{name: (name,) for name in STATISTIC
 def derive(statistic: str, parts: list[Pieces], numel: np.ndarray) -> Pieces:
     """The derived statistic of each piece. A division by zero gives inf; 0/0 gives NaN, nothing there."""
     top = parts[0]
-    means_only = top.low is top.mean
     with np.errstate(invalid="ignore", divide="ignore"):
         if statistic == "update_ratio":
             bottom = parts[1]
             mean = top.mean / bottom.mean
-            low, high = (mean, mean) if means_only else (top.low / bottom.high, top.high / bottom.low)
+            low, high = (mean, mean) if not top.ends else (top.low / bottom.high, top.high / bottom.low)
         else:
             root = np.sqrt(numel.astype(np.float32))
             mean = top.mean / root
-            low, high = (mean, mean) if means_only else (top.low / root, top.high / root)
+            low, high = (mean, mean) if not top.ends else (top.low / root, top.high / root)
     counts = None if top.counts is None else np.where(np.isnan(mean), 0, top.counts)
-    return Pieces(top.start, top.rows, mean, low, high, counts)
+    return Pieces(top.start, top.rows, mean, low, high, counts, ends=top.ends)

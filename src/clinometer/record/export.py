@@ -1,7 +1,7 @@
 """A run as a table for pandas, polars or a spreadsheet: CSV, or Parquet with the extra `parquet`.
 
-`steps`: one row a step, a column a scalar. `tensors`: one row a step and tensor, a column a statistic (tidy: filter
-or pivot it). `alerts`, `events`, `weights`: one row each, what is nested as JSON. `time` is a date in UTC.
+`steps`: one row a step, a column a scalar. `tensors`: one row a step and tensor, a column a statistic (tidy:
+filter or pivot it). `alerts`, `events`, `weights`: one row each, what is nested as JSON. `time` is in UTC.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def export(
 
 
 def _batches(run: RunFile, table: str, first: int | None, last: int | None) -> Iterator[Columns]:
-    """Parts of a table, each read for itself, so that a live run is not held up. The first may have no rows."""
+    """Parts of a table, each read for itself: a live run is not held up. The first may have no rows."""
     if table in ("steps", "tensors"):
         names = run.scalar_names()
         tensors = [tensor["name"] for tensor in run.tensors()]

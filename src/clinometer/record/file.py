@@ -17,10 +17,16 @@ from clinometer.record import schema
 from clinometer.record.cutting import cut_after
 from clinometer.record.filesystem import is_network
 from clinometer.record.opening import damaged, open_for_writing
-from clinometer.record.plain import to_json
 
 _CHECKPOINT_PAGES = 4000
 """16 MB of WAL, about 1,500 steps of 300 tensors, between two syncs of the disk."""
+
+LONGEST_LOG = 64 << 20
+"""Bytes of WAL after which the writer waits for the readers of the moment, so that it can begin it again:
+where reads overlap without a pause, none of SQLite's own checkpoints ever finds the moment to."""
+LOOK_EVERY = 64
+_LONGEST_WAIT = 200
+"""Milliseconds for those readers; an answer takes less than 50."""
 
 
 class WriterFile:
@@ -32,6 +38,7 @@ class WriterFile:
         self.id = ""
         self.connection: sqlite3.Connection
         self._inode: tuple[int, int] | None = None
+        self._looks = 0
         self._lock = FileLock(str(folder / schema.LOCK_NAME), thread_local=False)
 
     def open(self, continue_from: int | None) -> None:
@@ -49,7 +56,9 @@ class WriterFile:
                 self._take(open_for_writing(self.path))
                 cut_after(self.connection, continue_from)
             else:
-                self._take(schema.create(self.path), new_id=uuid.uuid4().hex[:12])
+                self.path.unlink(missing_ok=True)  # of 0 bytes, if it is there at all
+                schema.create(self.path, uuid.uuid4().hex[:12])
+                self._take(open_for_writing(self.path))
         except (sqlite3.Error, OSError) as error:
             self.close()
             raise InputError("record.not_writable", path=self.path, reason=_reason(error)) from None
@@ -80,6 +89,17 @@ class WriterFile:
         found = os.stat(self.path)
         if (found.st_dev, found.st_ino) != self._inode:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path))
+
+    def keep_log_short(self) -> None:
+        """Now and then: begin the WAL again if it has grown long."""
+        self._looks += 1
+        if self._looks % LOOK_EVERY:
+            return
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(f"{self.path}-wal").st_size > LONGEST_LOG:
+                self.connection.execute(f"PRAGMA busy_timeout = {_LONGEST_WAIT}")
+                self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+                self.connection.execute("PRAGMA busy_timeout = 5000")
 
     def roll_back(self) -> None:
         with contextlib.suppress(sqlite3.Error):
@@ -116,17 +136,15 @@ class WriterFile:
         for suffix in ("-wal", "-shm", "-journal", ""):
             self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
 
-    def _take(self, connection: sqlite3.Connection, new_id: str | None = None) -> None:
+    def _take(self, connection: sqlite3.Connection) -> None:
         self.connection = connection
         if is_network(self.folder):
             connection.execute("PRAGMA journal_mode = TRUNCATE")
         else:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
-            connection.execute("PRAGMA journal_size_limit = 67108864")
+            connection.execute(f"PRAGMA journal_size_limit = {LONGEST_LOG}")
         connection.execute("PRAGMA synchronous = NORMAL")
-        if new_id is not None:
-            connection.execute("INSERT INTO meta VALUES ('id', ?)", (to_json(new_id),))
         (stored,) = connection.execute("SELECT value FROM meta WHERE key = 'id'").fetchone()
         self.id = stored.strip('"')
         found = os.stat(self.path)

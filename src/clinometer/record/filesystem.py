@@ -6,13 +6,16 @@ import re
 from pathlib import Path
 
 _SHARED = frozenset(
-    "9p acfs afs autofs beegfs ceph cifs coda cvfs davfs drvfs fhgfs fuse glusterfs gpfs lustre ncpfs nfs nfs4 "
-    "ocfs2 orangefs panfs prl_fs pvfs2 smb3 smbfs vboxsf virtiofs vmhgfs wekafs".split()
+    (
+        *("9p", "acfs", "afs", "autofs", "beegfs", "ceph", "cifs", "coda", "cvfs", "davfs", "drvfs", "fhgfs"),
+        *("fuse", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4", "ocfs2", "orangefs", "panfs"),
+        *("prl_fs", "pvfs2", "smb3", "smbfs", "vboxsf", "virtiofs", "vmhgfs", "wekafs"),
+    )
 )
 
 
 def is_network(folder: Path, mounts: Path = Path("/proc/self/mounts")) -> bool:
-    """True for NFS, SMB, FUSE and their like. Where the system tells nothing of its mounts: only for UNC paths."""
+    """True for NFS, SMB, FUSE and their like; where the system tells no mounts, only for UNC paths."""
     path = folder.absolute()
     try:
         path = path.resolve()

@@ -1,7 +1,7 @@
 """Histograms in few bytes: most of a tensor's 64 buckets are empty, so a bit says which are not.
 
-A blob is `<IB` (tensors, bytes a count: 4 or 8) and, compressed with zlib, T·3·64 bits and the counts of those
-that are set.
+A blob is `<IB` (tensors, bytes a count: 4 or 8) and, compressed with zlib, T·3·64 bits and the counts of
+those that are set.
 At most MOST steps of histograms are kept: the newest NEWEST all, of the older ones each 2^k-th.
 """
 

@@ -14,7 +14,7 @@ _MOST_BYTES = 1 << 30
 
 
 def open_for_reading(path: Path) -> sqlite3.Connection:
-    """A connection that cannot write. Raises `InputError` if this is no run file, or a newer or a damaged one."""
+    """A connection that cannot write. Raises `InputError`: no run file, a newer one, a damaged one."""
     _must_be_a_file(path)
     try:
         connection = schema.connect(path, mode="ro")

@@ -141,8 +141,9 @@ class RunFile:
                 "kind": kind,
                 "position": position,
             }
-            for number, name, shape, dtype, numel, group, layer, kind, position, _ in self._connection.execute(
-                "SELECT * FROM tensors ORDER BY id"
+            for number, name, shape, dtype, numel, group, layer, kind, position in self._connection.execute(
+                "SELECT id, name, shape, dtype, numel, param_group, layer, kind, position"
+                " FROM tensors ORDER BY id"
             ).fetchall()
         ]
 
@@ -156,8 +157,8 @@ class RunFile:
     ) -> dict[str, Any]:
         """Curves of scalars, and of "time" (unix seconds of a cell's first step), over a range of steps.
 
-        {"step": int64 (n,), "stride": int, name: {"mean", "min", "max"}: float64 (n,)}; stride 1 means one row
-        of the run each, and then the three are the same. A step without a value is NaN; a mean is NaN too
+        {"step": int64 (n,), "stride": int, name: {"mean", "min", "max"}: float64 (n,)}; stride 1 means one
+        row of the run each, and then the three are the same. A step without a value is NaN; a mean is NaN too
         where a logged value was. Raises `InputError` for a name that was never logged.
         """
         return curves.scalars(self._connection, names, first, last, points)
@@ -171,7 +172,7 @@ class RunFile:
         last: int | None = None,
         points: int = 1000,
     ) -> dict[str, Any]:
-        """One statistic of some tensors: "step" (n,), "stride", and "mean", "min", "max": float32 (len(ids), n).
+        """One statistic of some tensors: "step" (n,), "stride"; "mean", "min", "max": float32 (len(ids), n).
 
         Besides the stored statistics: grad_rms, weight_rms, update_rms, moment_rms and update_ratio. Over
         several steps the last is the ratio of the means, and its ends are bounds. NaN: no gradient.
@@ -187,7 +188,7 @@ class RunFile:
         columns: int = 1280,
         ids: Sequence[int] | None = None,
     ) -> dict[str, Any]:
-        """A map: "step" (C,) the first step of each column, "stride", and "values" float32 (T, C), cell means.
+        """A map: "step" (C,), each column's first step; "stride"; "values" float32 (T, C), the cells' means.
 
         The columns are evenly spaced; NaN where no step was recorded or the tensor had no gradient.
         """
@@ -212,7 +213,7 @@ class RunFile:
     def rows(self, first: int | None = None, last: int | None = None, limit: int = 1000) -> dict[str, Any]:
         """The first `limit` steps of a range as they are, for exports: read on from the last step + 1.
 
-        {"step" (n,), "time" (n,), "scalars": {name: (n,)}, "logged": {name: (n,) bool}, "statistics": (n, T, 8)}
+        {"step", "time" (n,), "scalars": {name: (n,)}, "logged": {name: (n,) bool}, "statistics": (n, T, 8)}
         """
         return curves.rows(self._connection, 0 if first is None else bounded(first), bounded(last), limit)
 
@@ -238,7 +239,8 @@ class RunFile:
     ) -> list[dict[str, Any]]:
         """Alerts that touch a range of steps, the oldest first, as the watch reported them."""
         rows = self._connection.execute(
-            "SELECT data, until FROM alerts WHERE step <= ? AND (until IS NULL OR until >= ?) ORDER BY id LIMIT ?",
+            "SELECT data, until FROM alerts WHERE step <= ? AND (until IS NULL OR until >= ?)"
+            " ORDER BY id LIMIT ?",
             (bounded(last), 0 if first is None else bounded(first), limit),
         )
         return [{**json.loads(data), "until": until} for data, until in rows.fetchall()]

@@ -1,4 +1,4 @@
-"""The writer of a run file: each step is committed before the call returns, and nothing here stops a training."""
+"""The writer of a run file: each step is committed before the call returns; a training is never stopped."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from clinometer.record.rollups import ABSENT_NUMBER, Rollups
 from clinometer.record.schema import LAST_STEP, STATISTICS, WEIGHT_FIELDS
 
 MOST_SCALARS = 1000
-"""Names of scalars in one run; a program that invents a name a step would otherwise fill every row with them."""
+"""Names of scalars in one run; a program that invents a name a step would otherwise fill every row."""
 
 
 class Recorder:
     """Writes RUN/run.sqlite; fits the Sink protocol of `clinometer.monitoring.watcher`.
 
-    A step costs one insert. A disk that is full, a file that is gone or cannot be written pauses the recording
-    with one warning; it is tried again after 16 steps, then 32, and so on, and what is missing is an event of
-    kind "gap". In a forked child (a DataLoader's worker) every call does nothing.
+    A step costs one insert. A disk that is full, a file that is gone or cannot be written pauses the
+    recording with one warning; it is tried again after 16 steps, then 32, and so on, and what is missing
+    is an event of kind "gap". In a forked child (a DataLoader's worker) every call does nothing.
     """
 
     def __init__(self, folder: str | os.PathLike[str], continue_from: int | None = None) -> None:
@@ -113,6 +113,7 @@ class Recorder:
                 self._file.execute("COMMIT")
             self._rollups.add(step, time, numbers, rows)
             self._last = step
+            self._file.keep_log_short()
 
     def histograms(self, step: int, counts: np.ndarray) -> None:
         """Record (T, 3, 64) counts; once there are 1024 steps of them the older ones are thinned."""
@@ -176,7 +177,7 @@ class Recorder:
 
     @contextmanager
     def _writing(self, step: int | None = None) -> Iterator[bool]:
-        """Whether to write now. What goes wrong with the file inside the block starts an outage.
+        """Whether to write now. What goes wrong with the file before or in the block starts an outage.
 
         Memory is taken from the file again after any exception: half of a step may have been done.
         """
@@ -184,24 +185,45 @@ class Recorder:
             yield False
             return
         with self._guard:
-            if self._outage is not None and not self._end_outage(step):
+            if not self._is_ready(step):
                 yield False
                 return
             try:
-                self._file.must_be_there()
-                if self._stale:
-                    self._restore()
                 self._stale = True
                 yield True
+                if self._file.connection.in_transaction:
+                    self._file.execute("COMMIT")
                 self._stale = False
+                self._outage = None
             except (sqlite3.Error, OSError) as error:
-                self._file.roll_back()
-                self._outage = Outage(self._file.path, error)
-                self._outage.missed(step)
-                self._outage.announce(self._warned)
+                self._pause(step, error)
             except BaseException:
                 self._file.roll_back()
                 raise
+
+    def _is_ready(self, step: int | None) -> bool:
+        """Whether the file takes a write; in an outage, whether it is time to try it again and it does."""
+        if self._outage is not None and not self._outage.is_due(step):
+            return False
+        try:
+            if self._outage is not None:
+                self._take_up_again(self._outage)
+            self._file.must_be_there()
+            if self._stale:
+                self._restore()
+        except (sqlite3.Error, OSError, InputError) as error:
+            self._pause(step, error)
+            return False
+        return True
+
+    def _pause(self, step: int | None, error: Exception) -> None:
+        self._file.roll_back()
+        if self._outage is not None:
+            self._outage.failed_again(step)
+            return
+        self._outage = Outage(self._file.path, error)
+        self._outage.missed(step)
+        self._outage.announce(self._warned)
 
     def _insert(self, statement: str, values: tuple[Any, ...]) -> None:
         with self._writing() as allowed:
@@ -210,33 +232,21 @@ class Recorder:
         if self._outage is not None:
             self._outage.keep(statement, values)
 
-    def _end_outage(self, step: int | None) -> bool:
-        """Try again if it is time to; what was kept meanwhile is written, and the gap with it."""
-        outage = self._outage
-        assert outage is not None
-        if not outage.is_due(step):
-            return False
-        try:
-            self._file.reopen()
-            self._restore()
-            self._file.begin()
-            if self._run is not None:
-                self._write_run()
-            self._write_tensors()
-            for statement, values in outage.kept:
-                self._file.execute(statement, values)
-            if outage.steps:
-                self._file.execute(
-                    "INSERT INTO events (step, time, kind, data) VALUES (?, ?, 'gap', ?)",
-                    (outage.first, clock.time(), to_json(outage.gap())),
-                )
-            self._file.execute("COMMIT")
-        except (sqlite3.Error, OSError, InputError):
-            self._file.roll_back()
-            outage.failed_again(step)
-            return False
-        self._outage = None
-        return True
+    def _take_up_again(self, outage: Outage) -> None:
+        """Write what was kept, and the gap, in one transaction with the write that is tried."""
+        self._file.reopen()
+        self._restore()
+        self._file.begin()
+        if self._run is not None:
+            self._write_run()
+        self._write_tensors()
+        for statement, values in outage.kept:
+            self._file.execute(statement, values)
+        if outage.steps:
+            self._file.execute(
+                "INSERT INTO events (step, time, kind, data) VALUES (?, ?, 'gap', ?)",
+                (outage.first, clock.time(), to_json(outage.gap())),
+            )
 
     def _restore(self) -> None:
         """Take everything this object remembers from the file."""

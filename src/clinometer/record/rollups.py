@@ -1,8 +1,8 @@
 """Means, minima and maxima over 16, 256 and 4096 steps, so that long runs open as fast as short ones.
 
-A window holds the steps from k·L to (k+1)·L − 1. It is written once the first step after it arrives, and a level
-is made from what the level below has stored, never from what only memory knew: a run that was cut and resumed
-has therefore the same bytes as one that never stopped.
+A window holds the steps from k·L to (k+1)·L − 1. It is written once the first step after it arrives, and a
+level is made from what the level below has stored, never from what only memory knew: a run that was cut and
+resumed has therefore the same bytes as one that never stopped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ABSENT_NUMBER = np.array([ABSENT], dtype="<u8").view("<f8")[0]
 
 @dataclass
 class Cells:
-    """Aggregates of some steps: `mean`, `low`, `high` of the same shape; `counts` says how many values each has."""
+    """Aggregates of some steps, four arrays of one shape; `counts` says how many values each cell has."""
 
     mean: np.ndarray
     low: np.ndarray
@@ -39,7 +39,7 @@ class Window:
 
 
 def cells_of(values: np.ndarray, present: np.ndarray, dtype: str) -> Cells:
-    """Aggregate the first axis of `values` where `present`; no value at all gives NaN. Infinities and NaN count."""
+    """Aggregate the first axis of `values` where `present`: infinities and NaN too; no value gives NaN."""
     if present.all():  # as in most windows, and a third of the time
         mean = values.mean(axis=0, dtype=np.float64)
         low, high = values.min(axis=0), values.max(axis=0)

@@ -1,11 +1,12 @@
 """The tables of a run file, their version, and what makes files of other versions readable.
 
-The format is documented in docs/en/run-file.md; whoever changes it raises VERSION, adds to UPGRADES what turns
-the version before into it, and to VIEWS what lets a reader see the version before as if it were it.
+The format is documented in docs/en/run-file.md; whoever changes it raises VERSION, adds to UPGRADES what
+turns the version before into it, and to VIEWS what lets a reader see the version before as if it were it.
 """
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from pathlib import Path
 
@@ -27,7 +28,7 @@ STATISTICS = (
     "cosine",
     "moment_norm",
 )
-"""The columns of a step's float32 row a tensor. Each file repeats them (meta.statistics), and readers follow it."""
+"""The columns of a step's float32 row a tensor. Each file repeats them as meta.statistics."""
 
 LEVELS = (16, 256, 4096)
 """Steps in one roll-up, level by level; each is 16 of the one before."""
@@ -67,7 +68,8 @@ LOW_EXPONENT = -48
 TABLES = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE tensors (
-    id INTEGER PRIMARY KEY, name TEXT NOT NULL, shape TEXT NOT NULL, dtype TEXT NOT NULL, numel INTEGER NOT NULL,
+    id INTEGER PRIMARY KEY, name TEXT NOT NULL, shape TEXT NOT NULL, dtype TEXT NOT NULL,
+    numel INTEGER NOT NULL,
     param_group INTEGER, layer INTEGER, kind TEXT, position INTEGER NOT NULL, since INTEGER NOT NULL);
 CREATE TABLE scalar_names (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, since INTEGER NOT NULL);
 CREATE TABLE steps (
@@ -78,14 +80,16 @@ CREATE TABLE alerts (
     id INTEGER PRIMARY KEY, step INTEGER NOT NULL, until INTEGER, logged INTEGER NOT NULL,
     cause TEXT NOT NULL, severity TEXT NOT NULL, data TEXT NOT NULL);
 CREATE TABLE events (
-    id INTEGER PRIMARY KEY, step INTEGER NOT NULL, time REAL NOT NULL, kind TEXT NOT NULL, data TEXT NOT NULL);
+    id INTEGER PRIMARY KEY, step INTEGER NOT NULL, time REAL NOT NULL, kind TEXT NOT NULL,
+    data TEXT NOT NULL);
 CREATE INDEX events_by_kind ON events (kind, step);
 CREATE INDEX events_by_step ON events (step);
 CREATE TABLE pins (
     id INTEGER PRIMARY KEY, tensor INTEGER NOT NULL, position TEXT NOT NULL, since INTEGER NOT NULL,
     UNIQUE (tensor, position));
 CREATE TABLE weights (
-    pin INTEGER NOT NULL, step INTEGER NOT NULL, numbers BLOB NOT NULL, PRIMARY KEY (pin, step)) WITHOUT ROWID;
+    pin INTEGER NOT NULL, step INTEGER NOT NULL, numbers BLOB NOT NULL,
+    PRIMARY KEY (pin, step)) WITHOUT ROWID;
 """ + "".join(
     f"""
 CREATE TABLE rollup_{level} (
@@ -103,20 +107,29 @@ VIEWS: dict[int, str] = {}
 """Temporary views that show a file of version n as version n + 1; made by a reader, which never writes."""
 
 
-def create(path: Path) -> sqlite3.Connection:
-    """An empty run file at `path`, where there must be none."""
-    connection = connect(path)
-    connection.execute(f"PRAGMA page_size = {PAGE_SIZE}")
-    connection.execute("BEGIN IMMEDIATE")
-    _run(connection, TABLES)
-    connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-    connection.execute(f"PRAGMA user_version = {VERSION}")
-    connection.execute("COMMIT")
-    return connection
+def create(path: Path, identity: str) -> None:
+    """Put an empty run file at `path`, where there is none; made beside it first, so nobody sees half."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial.unlink(missing_ok=True)
+    try:
+        connection = connect(partial)
+        try:
+            connection.execute(f"PRAGMA page_size = {PAGE_SIZE}")
+            connection.execute("BEGIN IMMEDIATE")
+            _run(connection, TABLES)
+            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            connection.execute(f"PRAGMA user_version = {VERSION}")
+            connection.execute("INSERT INTO meta VALUES ('id', ?)", (f'"{identity}"',))
+            connection.execute("COMMIT")
+        finally:
+            connection.close()
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def connect(path: Path, *, mode: str = "rwc", wait: float = 5.0) -> sqlite3.Connection:
-    """A connection that commits each statement by itself unless told BEGIN; text is text, whatever its bytes."""
+    """A connection that commits each statement unless told BEGIN; text is text, whatever its bytes."""
     uri = f"{path.absolute().as_uri()}?mode={mode}"
     connection = sqlite3.connect(uri, uri=True, timeout=wait, isolation_level=None, check_same_thread=False)
     connection.text_factory = lambda raw: raw.decode("utf-8", "replace")

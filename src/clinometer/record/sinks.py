@@ -1,4 +1,4 @@
-"""Other places for the same numbers: TensorBoard's event files, and whatever logs as Weights & Biases does."""
+"""Other places for the same numbers: TensorBoard's event files, and what logs as Weights & Biases does."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class _Numbers:
 
 
 class TensorBoard(_Numbers):
-    """Writes TensorBoard's event files; needs `pip install clinometer[tensorboard]`, not TensorFlow, not torch."""
+    """Writes TensorBoard's event files; needs `pip install clinometer[tensorboard]`, but no TensorFlow."""
 
     def __init__(self, folder: str | os.PathLike[str], every: int = 16) -> None:
         """Scalars at every step; the statistics of each tensor every `every` steps; histograms as they come.
@@ -142,7 +142,7 @@ class TensorBoard(_Numbers):
 
 
 class Logs(Protocol):
-    """Anything that logs as Weights & Biases does: the modules wandb, trackio and swanlab, or a run of theirs."""
+    """What logs as Weights & Biases does: the modules wandb, trackio and swanlab, or a run of theirs."""
 
     def log(self, data: dict[str, Any], *, step: int) -> Any: ...
 

@@ -9,7 +9,7 @@ from typing import Any
 from clinometer.record.process import is_alive
 
 QUIET = 300.0
-"""Seconds without a step after which a run on another machine counts as dead, unless its steps are that slow."""
+"""Seconds without a step after which a run on another machine counts as dead, unless it is that slow."""
 
 
 def state_of(meta: dict[str, Any], times: Sequence[float], now: float) -> tuple[str, float | None]:
