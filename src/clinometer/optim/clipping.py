@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from clinometer.clip_observers import observers
 from clinometer.messages import InputError
 from clinometer.optim.fusing import refuse_unusual
 
@@ -53,6 +54,8 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> T
     grads = _distinct_gradients(parameters)
     total = _norms(grads).total
     if grads and max_norm != math.inf:
+        for observe in observers:
+            observe(grads, total, max_norm)
         _scale_(grads, total, max_norm)
     return total
 

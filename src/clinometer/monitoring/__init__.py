@@ -1,0 +1,1 @@
+"""The instrument, always on: every gradient of every step, for almost nothing."""

@@ -1,0 +1,157 @@
+"""Where a watch listens in torch: backward, clipping, the loss scaler.
+
+While at least one listener lives, a few functions of torch are wrapped in ones that pass everything through
+and tell the listeners; with the last one they are put back. A listener must not raise: whatever it does wrong
+is its own affair (Watch guards each of its methods), and what the wrapped function raises passes through.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.amp import grad_scaler
+from torch.nn.utils import clip_grad
+
+from clinometer import clip_observers
+
+
+class Listener(Protocol):
+    """What a watch hears; parameters and gradients are as they are before the call that is announced."""
+
+    def backward_begins(self, losses: Sequence[Tensor], given: Any) -> None: ...
+    def backward_failed(self) -> None: ...
+    def backward_ended(self, losses: Sequence[Tensor], given: Any) -> None: ...
+    def clipping(self, grads: Iterable[Tensor], total_norm: Any, max_norm: float) -> None: ...
+    def clipping_values(self, grads: Iterable[Tensor], largest: float) -> None: ...
+    def loss_scaled(self, scaler: Any) -> None: ...
+    def unscaled(self, optimizer: Any) -> None: ...
+    def scaler_steps(self, scaler: Any, optimizer: Any) -> None: ...
+    def scaler_stepped(self, scaler: Any, optimizer: Any) -> None: ...
+
+
+_lock = threading.RLock()
+_listeners: tuple[Listener, ...] = ()
+_put_back: list[Callable[[], None]] = []
+
+
+def listen(listener: Listener) -> None:
+    """Begin to tell `listener`."""
+    global _listeners
+    with _lock:
+        if not _listeners:
+            _wrap_all()
+        _listeners = (*_listeners, listener)
+
+
+def leave(listener: Listener) -> None:
+    """Tell `listener` no more; torch is as it was when nobody is left."""
+    global _listeners
+    with _lock:
+        before = len(_listeners)
+        _listeners = tuple(other for other in _listeners if other is not listener)
+        if before and not _listeners:
+            while _put_back:
+                _put_back.pop()()
+
+
+def _wrap_all() -> None:
+    _replace(torch.autograd, "backward", _backward)
+    _replace(clip_grad, "_clip_grads_with_norm_", _clip_with_norm)
+    _replace(torch.nn.utils, "clip_grads_with_norm_", _clip_with_norm)
+    for place in (clip_grad, torch.nn.utils):
+        _replace(place, "clip_grad_value_", _clip_value)
+    scaler = grad_scaler.GradScaler
+    _replace(scaler, "scale", _scale)
+    _replace(scaler, "unscale_", _unscale)
+    _replace(scaler, "step", _scaler_step)
+    clip_observers.observers.append(_ours_clips)
+    _put_back.append(lambda: clip_observers.observers.remove(_ours_clips))
+
+
+def _replace(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+    original = vars(owner).get(name)
+    if original is None:  # a torch that names it otherwise: what it would have told is not known
+        return
+
+    @functools.wraps(original)
+    def passing(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
+
+    if name == "backward":
+        passing = torch.compiler.disable(passing, recursive=False)
+    setattr(owner, name, passing)
+
+    def back() -> None:
+        # Somebody who wrapped it after us keeps theirs; ours then passes through and tells nobody.
+        if vars(owner).get(name) is passing:
+            setattr(owner, name, original)
+
+    _put_back.append(back)
+
+
+def _backward(original: Any, tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> Any:
+    losses = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
+    for listener in _listeners:
+        listener.backward_begins(losses, grad_tensors)
+    if not isinstance(tensors, Tensor):
+        tensors = losses  # it may have been a generator
+    try:
+        result = original(tensors, grad_tensors, *args, **kwargs)
+    except BaseException:
+        for listener in _listeners:
+            listener.backward_failed()
+        raise
+    for listener in _listeners:
+        listener.backward_ended(losses, grad_tensors)
+    return result
+
+
+def _clip_with_norm(
+    original: Any, parameters: Any, max_norm: Any, total_norm: Any, *args: Any, **kwargs: Any
+) -> Any:
+    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    grads = [p.grad for p in parameters if p.grad is not None]
+    for listener in _listeners:
+        listener.clipping(grads, total_norm, float(max_norm))
+    return original(parameters, max_norm, total_norm, *args, **kwargs)
+
+
+def _clip_value(original: Any, parameters: Any, clip_value: Any, *args: Any, **kwargs: Any) -> Any:
+    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    grads = [p.grad for p in parameters if p.grad is not None]
+    for listener in _listeners:
+        listener.clipping_values(grads, float(clip_value))
+    return original(parameters, clip_value, *args, **kwargs)
+
+
+def _ours_clips(grads: list[Any], total_norm: Any, max_norm: float) -> None:
+    for listener in _listeners:
+        listener.clipping(grads, total_norm, max_norm)
+
+
+def _scale(original: Any, scaler: Any, outputs: Any) -> Any:
+    result = original(scaler, outputs)
+    for listener in _listeners:
+        listener.loss_scaled(scaler)
+    return result
+
+
+def _unscale(original: Any, scaler: Any, optimizer: Any) -> Any:
+    result = original(scaler, optimizer)
+    for listener in _listeners:
+        listener.unscaled(optimizer)
+    return result
+
+
+def _scaler_step(original: Any, scaler: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+    for listener in _listeners:
+        listener.scaler_steps(scaler, optimizer)
+    result = original(scaler, optimizer, *args, **kwargs)
+    for listener in _listeners:
+        listener.scaler_stepped(scaler, optimizer)
+    return result

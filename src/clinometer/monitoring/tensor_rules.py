@@ -1,0 +1,182 @@
+"""Rules about tensors. The numbers are chosen so that a healthy run stays silent; each says why it is so."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from clinometer.monitoring.facts import Facts
+from clinometer.monitoring.trouble import Trouble
+
+
+def _indices(mask: np.ndarray) -> tuple[int, ...]:
+    return tuple(int(i) for i in np.flatnonzero(mask))
+
+
+class NonFinite:
+    """A NaN or Inf in a gradient: one is enough. Where a loss scaler is at work it looks for its scale by
+    overflowing, so there only a row of overflows counts: 20 of them take the usual 2¹⁶ below 1."""
+
+    cause, opens, closes = "non-finite", 1, 10
+    _PATIENCE = 20
+
+    def __init__(self) -> None:
+        self._row = 0
+
+    def look(self, facts: Facts) -> Trouble | None:
+        bad = facts.of("grad_nonfinite") > 0
+        if not bad.any():
+            self._row = 0
+            return None
+        self._row += 1
+        if facts.scaler and not facts.taken and self._row < self._PATIENCE:
+            return None
+        count = int(np.nansum(facts.of("grad_nonfinite")))
+        return Trouble("fault", _indices(bad), {"entries": count})
+
+
+class Dead:
+    """Every entry of a gradient exactly zero, for 50 steps, while other tensors have one.
+
+    A zero step or two is usual: what stands above a zero-initialised weight (LoRA's A, a gated branch) has no
+    gradient until that weight has moved.
+    """
+
+    cause, opens, closes = "dead", 50, 10
+
+    def look(self, facts: Facts) -> Trouble | None:
+        dead = (facts.of("grad_zeros") == 1) & (facts.numel > 0) & facts.learns
+        alive = facts.of("grad_norm") > 0
+        if not dead.any() or not alive.any():
+            return None
+        return Trouble("warning", _indices(dead))
+
+
+class NeverMoves:
+    """A gradient, a learning rate, a step taken, and not one number changed, for 20 steps.
+
+    Only tensors whose gradient is no rounding noise beside the others' (1/1000 of the median): a key bias has
+    a gradient of zero in exact arithmetic, and nobody expects it to move.
+    """
+
+    cause, opens, closes = "never-moves", 20, 3
+
+    def look(self, facts: Facts) -> Trouble | None:
+        rms = facts.grad_rms
+        able = facts.owned & facts.learns & (facts.lr != 0) & np.isfinite(rms) & (rms > 0)
+        if not facts.taken or not able.any():
+            return None
+        able &= rms > 1e-3 * np.median(rms[able])
+        still = able & (facts.of("update_norm") == 0)
+        if not still.any():
+            return None
+        severity = "fault" if still.sum() > able.sum() / 2 else "warning"
+        return Trouble(severity, _indices(still))
+
+
+class MovedWhileFrozen:
+    """requires_grad is False, and the optimizer's step moved it: an old gradient is still in .grad. Three
+    steps, because one may lie between the freezing and our looking."""
+
+    cause, opens, closes = "moved-while-frozen", 3, 3
+
+    def look(self, facts: Facts) -> Trouble | None:
+        moved = facts.owned & ~facts.learns & (facts.of("update_norm") > 0)
+        return Trouble("fault", _indices(moved)) if moved.any() else None
+
+
+class NotInOptimizer:
+    """It gets a gradient at each of 20 steps, no watched optimizer holds it, and nobody else moved it."""
+
+    cause, opens, closes = "not-in-optimizer", 20, 3
+
+    def look(self, facts: Facts) -> Trouble | None:
+        left = ~facts.owned & facts.learns & ~facts.moved_elsewhere & (facts.of("grad_norm") > 0)
+        return Trouble("fault", _indices(left)) if left.any() else None
+
+
+class Vanishing:
+    """Among matrices of one kind in four or more layers, the first layer's gradient is below 1/10,000 of the
+    last one's, and the second's below 1/1,000, for 30 steps. Healthy deep networks keep within 1/100."""
+
+    cause, opens, closes = "vanishing", 30, 30
+    _FIRST, _SECOND = 1e-4, 1e-3
+
+    def look(self, facts: Facts) -> Trouble | None:
+        rms = facts.grad_rms
+        kinds: dict[str, list[int]] = {}
+        for index in np.flatnonzero(facts.matrix & (rms > 0) & np.isfinite(rms) & ~np.isnan(facts.layer)):
+            kinds.setdefault(facts.kind[index], []).append(int(index))
+        found: list[int] = []
+        worst = 1.0
+        for members in kinds.values():
+            members.sort(key=lambda i: facts.layer[i])
+            if len(members) < 4:
+                continue
+            first, second, last = rms[members[0]], rms[members[1]], rms[members[-1]]
+            if first < self._FIRST * last and second < self._SECOND * last:
+                found += [i for i in members if rms[i] < self._SECOND * last]
+                worst = min(worst, first / last)
+        if not found:
+            return None
+        return Trouble("warning", tuple(sorted(found)), {"ratio": f"{worst:.0e}"})
+
+
+class UpdateRatio:
+    """The steps are too large or too small for the weights.
+
+    Too large: for 20 steps at least half of the matrices change by more than a tenth of their size a step,
+    they are ten times as large as at the beginning, and the loss is not below nine tenths of its beginning. A
+    high ratio alone is usual while small weights grow (lr 6e-3 on weights of 0.03), so it is no sign.
+    Too small: for 200 steps at a constant rate, the highest so far, half of the matrices change by less than
+    a millionth of their size, though the gradient is no smaller than a tenth of what it was at first (so the
+    run has not simply converged).
+    Weights that began at zero have no ratio.
+    """
+
+    cause, opens, closes = "update-ratio", 1, 50
+    _LARGE, _SMALL = 0.1, 1e-6
+
+    def __init__(self) -> None:
+        self._first: dict[int, float] = {}
+        self._losses: list[float] = []
+        self._norms: list[float] = []
+        self._highest = 0.0
+        self._large = self._small = 0
+
+    def look(self, facts: Facts) -> Trouble | None:
+        weight, update = facts.of("weight_norm"), facts.of("update_norm")
+        for index, (size, step) in enumerate(zip(weight, update, strict=True)):
+            if index not in self._first and math.isfinite(size):
+                # Before the first step it was this large, give or take that step.
+                self._first[index] = size if size > 2 * step else 0.0
+        loss, norm = facts.scalar("loss"), facts.scalar("total_norm")
+        if len(self._norms) < 20 and math.isfinite(norm):
+            self._norms.append(norm)
+        if len(self._losses) < 3 and math.isfinite(loss):
+            self._losses.append(loss)
+        constant = bool(facts.rates) and max(facts.rates) == self._highest
+        self._highest = max([self._highest, *(rate for rate in facts.rates if rate == rate)])
+        first = np.array([self._first.get(i, 0.0) for i in range(len(weight))])
+        able = facts.owned & facts.learns & facts.matrix & (first > 0) & np.isfinite(weight)
+        able &= (facts.of("grad_norm") > 0) & (facts.lr != 0)
+        if not facts.taken or able.sum() == 0:
+            return None
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = np.where(able, update / weight, np.nan)
+        half = np.median(ratio[able])
+        worse = math.isfinite(loss) and bool(self._losses) and loss > 0.9 * max(self._losses)
+        grown = able & (ratio > self._LARGE) & (weight > 10 * first)
+        self._large = self._large + 1 if worse and grown.sum() * 2 >= able.sum() else 0
+        steep = bool(self._norms) and norm > 0.1 * float(np.median(self._norms))
+        self._small = self._small + 1 if half < self._SMALL and constant and steep else 0
+        if self._large >= 20:
+            return Trouble("warning", _indices(grown), {"ratio": f"{half:.1e}"}, "large")
+        if self._small >= 200:
+            small = able & (ratio < self._SMALL)
+            return Trouble("warning", _indices(small), {"ratio": f"{half:.1e}"}, "small")
+        return None
+
+
+TENSOR_RULES = (NonFinite, Dead, NeverMoves, MovedWhileFrozen, NotInOptimizer, Vanishing, UpdateRatio)
