@@ -13,7 +13,7 @@ from clinometer.messages import InputError
 from clinometer.record import cells, histograms
 from clinometer.record.derived import DERIVED, STORED_FOR, derive
 from clinometer.record.rollups import ABSENT_NUMBER
-from clinometer.record.schema import ABSENT, HISTOGRAM_KINDS, LOW_EXPONENT, STATISTICS, WEIGHT_FIELDS
+from clinometer.record.schema import ABSENT, HISTOGRAM_KINDS, LAST_STEP, LOW_EXPONENT, STATISTICS, WEIGHT_FIELDS
 
 
 class Range:
@@ -25,8 +25,8 @@ class Range:
         self.every = every_of(connection)
         self.first, self.last = 0, -1
         if lowest is not None:
-            self.first = lowest if first is None else max(lowest, int(first))
-            self.last = highest if last is None else min(highest, int(last))
+            self.first = lowest if first is None else max(lowest, bounded(first))
+            self.last = highest if last is None else min(highest, bounded(last))
 
     def cells(self, stride: int) -> tuple[int, int]:
         """First and last step of the cells that the range touches."""
@@ -34,6 +34,11 @@ class Range:
 
     def first_steps(self, start: np.ndarray, stride: int) -> np.ndarray:
         return np.maximum(start // stride * stride, self.first) if stride > 1 else start
+
+
+def bounded(step: int | None) -> int:
+    """A step as a query takes it; None is the last that there can be."""
+    return LAST_STEP if step is None else max(-1, min(int(step), LAST_STEP))
 
 
 def every_of(connection: sqlite3.Connection) -> int:
@@ -131,7 +136,7 @@ def histogram(
     _must_be_known(connection, [tensor])
     rows = connection.execute(
         "SELECT step FROM histograms WHERE step BETWEEN ? AND ? ORDER BY step",
-        (0 if first is None else int(first), 1 << 60 if last is None else int(last)),
+        (0 if first is None else bounded(first), bounded(last)),
     ).fetchall()
     steps = [step for (step,) in rows]
     if len(steps) > count:

@@ -150,7 +150,7 @@ def _shown(value: Any) -> Any:
     """float32 as short as tells it from its neighbours, dates in ISO 8601."""
     if isinstance(value, datetime):
         return value.isoformat()
-    if isinstance(value, np.float32):
+    if isinstance(value, np.floating):
         return "nan" if math.isnan(value) else str(value)
     return value
 

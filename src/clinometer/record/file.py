@@ -70,8 +70,13 @@ class WriterFile:
     def execute(self, statement: str, values: tuple[Any, ...] = ()) -> sqlite3.Cursor:
         return self.connection.execute(statement, values)
 
+    def begin(self) -> None:
+        """Start a transaction, unless one has begun."""
+        if not self.connection.in_transaction:
+            self.connection.execute("BEGIN IMMEDIATE")
+
     def must_be_there(self) -> None:
-        """Raise OSError if the path no longer leads to the open file: SQLite would go on writing to nowhere."""
+        """Raise OSError if the path leads elsewhere now: SQLite would go on writing to nowhere."""
         found = os.stat(self.path)
         if (found.st_dev, found.st_ino) != self._inode:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path))
@@ -95,7 +100,7 @@ class WriterFile:
             self._lock.release()
 
     def _make_room(self) -> None:
-        """Remove the file of a start that died before its first step. Raises `InputError` if there are steps."""
+        """Remove the file of a start that died before its first step; `InputError` if there are steps."""
         if not self.path.exists():
             return
         if self.path.stat().st_size:

@@ -18,9 +18,10 @@ import numpy as np
 
 from clinometer.messages import InputError
 from clinometer.record import curves, state
+from clinometer.record.curves import bounded
 from clinometer.record.find import find_runs as find_runs
 from clinometer.record.opening import damaged, open_for_reading
-from clinometer.record.schema import ABSENT, FILE_NAME, LAST_STEP, STATISTICS
+from clinometer.record.schema import ABSENT, FILE_NAME, STATISTICS
 
 _LONGEST_READ = 20.0
 """Seconds after which a query is given up: only a damaged or a hostile file takes so long."""
@@ -196,7 +197,7 @@ class RunFile:
     def row(self, step: int) -> dict[str, Any] | None:
         """Everything of one step, or None: "step", "time", "scalars", "statistics" (T, 8) float32."""
         found = self._connection.execute(
-            "SELECT time, scalars, statistics FROM steps WHERE step = ?", (_bounded(step),)
+            "SELECT time, scalars, statistics FROM steps WHERE step = ?", (bounded(step),)
         ).fetchone()
         if found is None:
             return None
@@ -213,7 +214,7 @@ class RunFile:
 
         {"step" (n,), "time" (n,), "scalars": {name: (n,)}, "logged": {name: (n,) bool}, "statistics": (n, T, 8)}
         """
-        return curves.rows(self._connection, 0 if first is None else _bounded(first), _bounded(last), limit)
+        return curves.rows(self._connection, 0 if first is None else bounded(first), bounded(last), limit)
 
     @_reading
     def histograms(
@@ -238,7 +239,7 @@ class RunFile:
         """Alerts that touch a range of steps, the oldest first, as the watch reported them."""
         rows = self._connection.execute(
             "SELECT data, until FROM alerts WHERE step <= ? AND (until IS NULL OR until >= ?) ORDER BY id LIMIT ?",
-            (_bounded(last), 0 if first is None else _bounded(first), limit),
+            (bounded(last), 0 if first is None else bounded(first), limit),
         )
         return [{**json.loads(data), "until": until} for data, until in rows.fetchall()]
 
@@ -257,7 +258,7 @@ class RunFile:
         rows = self._connection.execute(
             f"SELECT id, step, time, kind, data FROM events WHERE {where}step BETWEEN ? AND ?"
             f" ORDER BY step {order}, id {order} LIMIT ?",
-            (*values, 0 if first is None else _bounded(first), _bounded(last), limit),
+            (*values, 0 if first is None else bounded(first), bounded(last), limit),
         )
         names = ("id", "step", "time", "kind")
         return [dict(zip(names, row, strict=False)) | {"data": json.loads(row[4])} for row in rows.fetchall()]
@@ -317,10 +318,6 @@ class RunFile:
         if (found.st_dev, found.st_ino) != self._inode:
             self._connection.close()
             self._open()
-
-
-def _bounded(step: int | None) -> int:
-    return LAST_STEP if step is None else max(-1, min(int(step), LAST_STEP))
 
 
 def _dict(value: Any) -> dict[str, Any]:

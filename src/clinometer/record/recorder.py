@@ -105,7 +105,7 @@ class Recorder:
             numbers = self._numbers(step, scalars)
             closed = self._rollups.close_before(step)
             if closed:
-                self._file.execute("BEGIN IMMEDIATE")
+                self._file.begin()
                 for window in closed:
                     windows.insert(self._file.connection, window)
             self._file.execute("INSERT INTO steps VALUES (?, ?, ?, ?)", (step, float(time), numbers, rows))
@@ -120,7 +120,7 @@ class Recorder:
             if not allowed:
                 return
             ordinal = self._histograms
-            self._file.execute("BEGIN IMMEDIATE")
+            self._file.begin()
             self._file.execute(
                 "INSERT OR REPLACE INTO histograms VALUES (?, ?, ?)",
                 (int(step), ordinal, histograms.encode(counts)),
@@ -148,7 +148,7 @@ class Recorder:
         with self._writing() as allowed:
             if not allowed:
                 return
-            self._file.execute("BEGIN IMMEDIATE")
+            self._file.begin()
             for row in rows:
                 self._weight(int(step), row)
             self._file.execute("COMMIT")
@@ -216,7 +216,7 @@ class Recorder:
         try:
             self._file.reopen()
             self._restore()
-            self._file.execute("BEGIN IMMEDIATE")
+            self._file.begin()
             if self._run is not None:
                 self._write_run()
             self._write_tensors()
@@ -282,8 +282,7 @@ class Recorder:
         if len(self._scalars) >= MOST_SCALARS:
             self._warn_once("record.many_scalars", most=MOST_SCALARS, name=name)
             return None
-        if not self._file.connection.in_transaction:
-            self._file.execute("BEGIN IMMEDIATE")
+        self._file.begin()
         place = len(self._scalars)
         self._file.execute("INSERT INTO scalar_names VALUES (?, ?, ?)", (place, name, step))
         self._scalars[name] = place

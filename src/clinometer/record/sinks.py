@@ -77,7 +77,8 @@ class TensorBoard(_Numbers):
             from tensorboard.summary.writer.event_file_writer import EventFileWriter
         except ImportError:
             raise InputError("record.extra", package="tensorboard", extra="tensorboard") from None
-        self._event: Any = event_pb2.Event
+        events: Any = event_pb2  # made by protoc, whose classes a type checker does not see
+        self._event = events.Event
         self._protos: Any = summary_pb2
         try:
             self._writer = EventFileWriter(str(Path(folder)))
