@@ -60,7 +60,9 @@ class Live:
             raw = {n: p.grad.clone() for n, p in session.model.named_parameters()}
             before = {n: p.detach().clone() for n, p in session.model.named_parameters()}
             self.steps.append({"grad": raw, "before": before, "state": self._state(session)})
-            return clip(parameters, max_norm)
+            norm = clip(parameters, max_norm)
+            self.steps[-1]["norm"] = float(norm)
+            return norm
 
         def stepped(row):
             after = {n: p.detach().clone() for n, p in session.model.named_parameters()}
@@ -87,6 +89,11 @@ class Live:
             for key, value in state.items()
             if torch.is_tensor(value)
         }
+
+
+def moments(state, name, index, when):
+    keys = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+    return {f"{k}_{when}": float(state[f"{name}.{k}"][index]) for k in keys if f"{name}.{k}" in state}
 
 
 @pytest.mark.parametrize(
@@ -123,23 +130,16 @@ def test_replays_have_the_bits_that_were_seen_live(corpus, tmp_path, monkeypatch
             info["loss"], rel=1e-2 if precision != "float32" else 1e-5
         )
         for name, index in WATCHED.items():
-            row = replayed_weight(tmp_path / "run", step, name, index)
-            assert row["before"] == float(seen["before"][name][index])
-            assert row["after"] == float(seen["after"][name][index])
-            assert row["grad"] == float(seen["grad"][name][index])
-            assert row["lr"] == seen["lr"]
-            for key in ("exp_avg", "exp_avg_sq"):
-                stored = "momentum_buffer" if f"{name}.momentum_buffer" in seen["state_after"] else key
-                for when, state in (("before", seen["state"]), ("after", seen["state_after"])):
-                    value = row[f"{key}_{when}"]
-                    if key == "exp_avg_sq" and stored == "momentum_buffer":
-                        stored = "none"
-                    if f"{name}.{stored}" in state:
-                        assert value == float(state[f"{name}.{stored}"][index]), (step, name, key, when)
-                    elif f"{name}.{stored}" in seen["state_after"]:
-                        assert value == 0.0
-                    else:
-                        assert value != value
+            assert replayed_weight(tmp_path / "run", step, name, index) == {
+                "tensor": info["names"].index(name),
+                "index": list(index),
+                **{key: float(seen[key][name][index]) for key in ("before", "after", "grad")},
+                **moments(seen["state"], name, index, "before"),
+                **moments(seen["state_after"], name, index, "after"),
+                "clip": min(1.0, optim.max_norm / (seen["norm"] + 1e-6)),
+                "lr": seen["lr"],
+                "weight_decay": 0.0 if name == "ln_final.weight" else 0.1,
+            }
     assert everything(tmp_path / "run") == files
 
 
@@ -198,6 +198,23 @@ def test_loss_and_embedding_gradient_by_token_are_those_of_the_whole_batch(corpu
         b, s = (int(i) for i in (ids == token).nonzero()[0])
         assert batch["grad_norm"][b][s] == pytest.approx(float(rows[token]), rel=1e-4)
         assert batch["pieces"][b][s] == session.tokenizer.decode([token])
+
+
+def test_a_large_vocabulary_is_attributed_though_training_never_holds_its_logits(
+    corpus, tmp_path, monkeypatch
+):
+    from clinometer.lm import model
+
+    monkeypatch.setattr(model, "CHUNKED_LOSS_VOCABULARY", 200)
+    monkeypatch.setattr(replay, "CHUNKED_LOSS_VOCABULARY", 200)
+    run = trained(small_config(corpus, steps=3), tmp_path / "run")
+    path = replay_step(run, 2, unheard)
+    assert Replay.at(path).step_info["exact"]
+    for name, index in (("lm_head.weight", (101, 3)), *WATCHED.items()):
+        explained = explain_weight(path, name, index)
+        assert explained.attribution.complete
+        assert not explained.attribution.unseen
+        assert explained.attribution.gradient == pytest.approx(explained.anatomy.gradient, rel=1e-3, abs=1e-8)
 
 
 def test_a_run_that_was_resumed_with_more_steps_replays_from_before_and_after(corpus, tmp_path):
@@ -411,14 +428,19 @@ def test_a_run_that_cannot_be_written_keeps_its_replays_in_the_cache(config, tmp
     assert replayed_steps(run) == []  # another run in the same place
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
 def test_a_read_only_run_folder_is_replayed(config, tmp_path):
     run = trained(config, tmp_path / "run")
-    run.chmod(0o555)
+    folders = [run, *(p for p in run.rglob("*") if p.is_dir())]
+    for folder in folders:
+        folder.chmod(0o555)
     try:
+        if os.access(run, os.W_OK):
+            pytest.skip("this user may write anywhere")
         assert (tmp_path / "cache") in replay_step(run, 20, unheard).parents
+        assert replayed_weight(run, 20, "ln_final.weight", (0,))["lr"] > 0
     finally:
-        run.chmod(0o755)
+        for folder in folders:
+            folder.chmod(0o755)
 
 
 @pytest.mark.parametrize("at", ["replay", "write"])

@@ -244,6 +244,7 @@ class _Machine:
         self._last, self._stage = 0.0, ""
 
     def progress(self, stage: str, done: int, total: int) -> None:
+        stage = "restore" if stage == "encode" else stage  # a program is told of three stages
         now = time.monotonic()
         if stage == self._stage and done < total and now - self._last < _MACHINE_SECONDS:
             return

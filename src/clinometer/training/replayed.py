@@ -6,7 +6,6 @@ leave the bits it left then.
 
 from __future__ import annotations
 
-import math
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -77,29 +76,26 @@ def explain_weight(path: Path, name: str, index: Index) -> Explained:
 def replayed_weight(folder: Path, step: int, name: str, index: Index) -> dict[str, Any]:
     """The row a live run records of a pinned weight (`Sink.weights`), from the replay of that step.
 
-    NaN stands for what the optimizer does not keep. Raises `InputError` if that step was not replayed, for a
-    name or index there is none of, and KeyError for a step that was not taken.
+    As in a live row, the moments that the optimizer does not keep (`exp_avg` of SGD, all of them before its
+    first step) are left out, and `momentum_buffer` has its own name. Raises `InputError` if the step was not
+    replayed or not taken, and for a name or index there is none of.
     """
     replay = Replay.open(folder, step)
-    if replay is None:
+    if replay is None or not replay.step_info["taken"]:
         raise InputError("explain.not_replayed", path=folder, step=step)
     with _Retaken.open(replay.path) as again:
         name, index = again.place(name, index)
-        before = again.state_of(name, index)
-        row = {
+        row: dict[str, Any] = {
             "tensor": replay.names.index(name),
             "index": list(index),
-            "before": float(again.tensors[f"{name}.before"][index]),
-            "after": float(again.tensors[f"{name}.after"][index]),
-            "grad": float(again.tensors[f"{name}.grad"][index]),
+            **{key: float(again.tensors[f"{name}.{key}"][index]) for key in ("before", "after", "grad")},
             "clip": float(replay.step_info["clip"]),
+            **again.moments(name, index, "before"),
         }
         again.take(name)
-        after = again.state_of(name, index)
         group = again.group_of(name)
-    for key in ("exp_avg", "exp_avg_sq"):
-        row |= {f"{key}_before": before[key], f"{key}_after": after[key]}
-    return row | {"lr": float(group["lr"]), "weight_decay": float(group["weight_decay"])}
+        row |= again.moments(name, index, "after")
+    return row | {"lr": float(group["lr"]), "weight_decay": float(group.get("weight_decay", 0.0))}
 
 
 def find_place(shapes: Mapping[str, tuple[int, ...]], name: str, index: Index) -> tuple[str, Index]:
@@ -195,18 +191,14 @@ class _Retaken:
         ]
         return parts[0] if len(parts) == 1 else joined(parts, Text(token_ids, pieces.__getitem__))
 
-    def state_of(self, name: str, index: Index) -> dict[str, float]:
-        """The optimizer's moments of one weight as they are now."""
+    def moments(self, name: str, index: Index, when: str) -> dict[str, float]:
+        """What the optimizer keeps of one weight now."""
         parameter = self.parameters[name]
-        state = self._owner(parameter).state.get(parameter, {})
-        kept = self.info["state"].get(name, ())
-        found = {}
-        for key, keys in (("exp_avg", ("exp_avg", "momentum_buffer")), ("exp_avg_sq", ("exp_avg_sq",))):
-            there = next((k for k in keys if k in kept), None)
-            value: Tensor | None = state.get(there) if there else None
-            # Before the optimizer's first step what it will keep is zero.
-            found[key] = float(value[index]) if value is not None else 0.0 if there else math.nan
-        return found
+        return {
+            f"{key}_{when}": float(value[index])
+            for key, value in self._owner(parameter).state.get(parameter, {}).items()
+            if isinstance(value, Tensor) and value.shape == parameter.shape
+        }
 
     def group_of(self, name: str) -> dict[str, Any]:
         parameter = self.parameters[name]
