@@ -19,6 +19,7 @@ from clinometer.view.figures.gradient_map import read_map
 from clinometer.view.figures.loss import smooth_out
 from clinometer.view.figures.order import in_order
 from clinometer.view.figures.style import four, percent, times
+from clinometer.view.figures.words import alert_sentences
 from tests.view.conftest import EVIL, NAME, record
 
 
@@ -327,6 +328,16 @@ def test_the_maps_scale_rises_evenly_in_lightness():
     steps = np.diff([luminance(colour) ** (1 / 3) for _, colour in colours.scale("light")])
     assert (steps > 0).all()
     assert steps.max() < 3 * steps.min()
+
+
+def test_an_alert_is_said_with_its_values_and_a_strange_one_by_its_name(monkeypatch):
+    words = {"alert.x.what": "Step {step}: {count} tensors, {ratio}: {names}", "view.token": "secret {step}"}
+    monkeypatch.setattr("clinometer.view.figures.words.sentences", lambda language: words)
+    alert = {"cause": "x", "step": 1200, "tensors": list("abcde"), "values": {"ratio": 1.23456e-7}}
+    said = alert_sentences({**alert, "key": "alert.x.what", "remedy": "alert.x.remedy"}, "en")
+    assert said == ("Step 1,200: 5 tensors, 1.235e-07: a, b, c and 2 more", "")
+    assert alert_sentences({**alert, "key": "alert.x.what", "values": {}}, "en") == ("x", "")
+    assert alert_sentences({**alert, "key": "view.token", "remedy": 3}, "en") == ("x", "")
 
 
 PUT_TOGETHER = ("healthy_", "power_", "source_")

@@ -90,10 +90,11 @@ def test_a_file_torn_while_it_is_open_is_a_sentence_not_a_failure(tmp_path):
         content = bytearray((folder / "run.sqlite").read_bytes())
         content[4096:] = b"\xff" * (len(content) - 4096)
         (folder / "run.sqlite").write_bytes(content)
-        for path in ("", "/figure/loss", "/map", "/strip"):
+        for path in ("", "/figure/loss", "/map", "/strip", "/events", "/figure/ridge?tensor=w"):
             answer = client.get(f"/api/runs/{identity}{path}")
-            assert answer.status_code in (404, 422), answer.text
-            assert answer.json()["error"]["text"]
+            # 200 where SQLite still holds the pages that were good.
+            assert answer.status_code in (200, 404, 422), answer.text
+            assert answer.status_code == 200 or answer.json()["error"]["text"]
         assert client.get("/api/runs").status_code == 200
 
 

@@ -18,6 +18,7 @@ from clinometer.record.reader import RunFile
 from clinometer.record.recorder import Recorder
 from clinometer.view.errors import ApiError
 from clinometer.view.live import LISTENERS, Live
+from clinometer.view.safety import hosts_for
 from clinometer.view.server import _listen, serve
 from tests.view.conftest import record
 
@@ -189,3 +190,14 @@ def test_an_address_that_cannot_be_served_is_refused(tmp_path, host, port, token
         serve(tmp_path, host, port, token=token, open_browser=False)
     assert refused.value.key == key
     assert refused.value.render("zh")
+
+
+def test_a_server_for_other_machines_tells_both_its_addresses_with_the_token(tmp_path, monkeypatch):
+    monkeypatch.setattr("clinometer.view.server._Server.run", lambda self, sockets: None)
+    told = []
+    serve(tmp_path, "0.0.0.0", 0, token="a b&c", open_browser=False, announce=told.append, path="/?run=1")
+    assert len(told) == 2
+    assert told[0].startswith("http://127.0.0.1:")
+    assert told[1].startswith(f"http://{socket.gethostname().lower()}:")
+    assert all(address.endswith("/?run=1&token=a%20b%26c") for address in told)
+    assert hosts_for("0.0.0.0") >= {socket.gethostname().lower(), "*ip"}

@@ -105,15 +105,14 @@ def run_session(session: Session, display: RunDisplay) -> int:
     )
     before, began = session.step, time.perf_counter()
     record = open_record(session, display)
-    outcome: Outcome | None = None
     try:
         outcome = train(session, display, record)
-    except KeyboardInterrupt:
-        outcome = Outcome.INTERRUPTED
+    except BaseException as error:
+        record.close(Outcome.INTERRUPTED if isinstance(error, KeyboardInterrupt) else None)
         raise
     finally:
         display.end()
-        record.close(outcome)
+    record.close(outcome)
     seconds = time.perf_counter() - began
     _say_outcome(session, display, outcome, seconds, (session.step - before) * tokens_per_step / seconds)
     return outcome.value

@@ -16,7 +16,7 @@ from clinometer.view.errors import ApiError
 from clinometer.view.figures.order import in_order
 from clinometer.view.figures.strip import last_values, strip
 from clinometer.view.figures.words import alert_sentences
-from clinometer.view.library import Library
+from clinometer.view.library import MAX_RUNS, Library
 
 MAX_ALERTS = 1_000
 MAX_EVENTS = 1_000
@@ -161,13 +161,19 @@ def in_language(value: Any, language: str) -> str:
 
 
 def _summary(library: Library, run: RunFile) -> dict[str, Any]:
+    """A run's line in the list; read again when its version changes."""
+    version = run.version()
+    known = library.summaries.get(run.id)
+    if known is not None and known[0] == version:
+        return {**known[1], "replayable": run.info()["replayable"]}
     info = run.info()
-    told = {
-        key: value
-        for key, value in info.items()
-        if key not in ("config", "environment", "statistics", "folder")
-    }
-    return {**told, "folder": library.name(run.folder), **last_values(run)}
+    at_length = ("config", "environment", "statistics")
+    told = {key: value for key, value in info.items() if key not in at_length}
+    told |= {"folder": library.name(run.folder), **last_values(run)}
+    library.summaries[run.id] = (version, told)
+    while len(library.summaries) > 2 * MAX_RUNS:
+        library.summaries.pop(next(iter(library.summaries)))
+    return told
 
 
 def _alerts(run: RunFile, language: str, first: int | None, last: int | None) -> list[dict[str, Any]]:

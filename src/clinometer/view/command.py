@@ -39,8 +39,8 @@ def view_command(
         alone.close()
 
     def announce(address: str) -> None:
-        for line in (say("view.open_at", address=address), say("view.stop_with")):
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        line = f"{say('view.open_at', address=address)}  {say('view.stop_with')}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     serve(
         path,

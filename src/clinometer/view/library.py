@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from clinometer.messages import InputError
 from clinometer.record.reader import RunFile, find_runs
@@ -40,6 +41,8 @@ class Library:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.summaries: dict[str, tuple[Any, dict[str, Any]]] = {}
+        """By id: a version, and what was told of the run at that version."""
         self._folders: dict[str, Path] = {}
         self._broken: list[Broken] = []
         self._ids: dict[Inode, str] = {}

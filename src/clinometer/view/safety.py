@@ -58,7 +58,8 @@ def hosts_for(host: str, allowed: Iterable[str] = ()) -> frozenset[str]:
     names = {*LOOPBACK, *(name.lower() for name in allowed)}
     if host in ("0.0.0.0", "::", ""):
         # An address typed as numbers cannot be rebound, and this machine's own names are known to it.
-        names |= {"*ip", socket.gethostname().lower(), socket.getfqdn().lower()}
+        own = socket.gethostname().lower()
+        names |= {"*ip", own, f"{own}.local"}
     else:
         names.add(f"[{host.lower()}]" if ":" in host else host.lower())
     return frozenset(names)

@@ -11,6 +11,7 @@ import webbrowser
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from urllib.parse import quote
 
 import uvicorn
 from starlette.applications import Starlette
@@ -131,7 +132,7 @@ def serve(
     announce: Callable[[str], None] = print,
     path: str = "/",
 ) -> None:
-    """Serve until Ctrl-C. `port` None takes 8713 or the next free one; `announce` gets the address.
+    """Serve until Ctrl-C. `port` None takes 8713 or the next free one; `announce` gets each address.
 
     Raises `InputError` for a port in use, for an address of another machine, and for a public address
     without a token.
@@ -141,10 +142,9 @@ def serve(
     listener = _listen(host, port)
     port = listener.getsockname()[1]
     app = make_app(root, token=token, allowed_hosts=allowed_hosts, host=host, language=language)
-    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    address = f"http://{shown}:{port}{path}"
     if token is not None:
-        address += f"{'&' if '?' in path else '?'}token={token}"
+        path += f"{'&' if '?' in path else '?'}token={quote(token, safe='')}"
+    addresses = [f"http://{name}:{port}{path}" for name in _names(host)]
     server = _Server(
         uvicorn.Config(
             app,
@@ -159,13 +159,21 @@ def serve(
         ),
         app.state.live,
     )
-    announce(address)
+    for address in addresses:
+        announce(address)
     if open_browser:
-        threading.Timer(0.3, webbrowser.open, (address,)).start()
+        threading.Timer(0.3, webbrowser.open, (addresses[0],)).start()
     try:
         server.run(sockets=[listener])
     finally:
         listener.close()
+
+
+def _names(host: str) -> list[str]:
+    """What to call a server bound to `host`: from this machine, and, bound to all addresses, from others."""
+    if host in ("0.0.0.0", "::", ""):
+        return ["[::1]" if host == "::" else "127.0.0.1", socket.gethostname().lower()]
+    return [f"[{host}]" if ":" in host else host]
 
 
 def _listen(host: str, port: int | None) -> socket.socket:

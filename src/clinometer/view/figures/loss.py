@@ -56,6 +56,7 @@ def loss(
                 say.say("loss.validation"),
                 say["validation"],
                 mode="lines+markers",
+                cliponaxis=False,
                 marker={"color": say["validation"], "size": 6},
             )
         )

@@ -149,6 +149,11 @@ def times(ratio: float) -> str:
     return f"{ratio:.2g}" if ratio < 10 else f"{ratio:,.0f}" if ratio < 1e5 else f"{ratio:.0e}"
 
 
+def power_of_two(exponent: int) -> str:
+    """2⁻¹²."""
+    return "2" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
 def percent(share: float) -> str:
     """A share in per cent, two digits."""
     size = abs(share) * 100

@@ -9,9 +9,21 @@ import numpy as np
 
 from clinometer.record.reader import RunFile
 from clinometer.view.figures import colours
+from clinometer.view.figures.colours import see_through
 from clinometer.view.figures.fineness import points_for
 from clinometer.view.figures.scalars import alert_ticks, over_steps, positive, ticks_axis
-from clinometer.view.figures.style import Figure, Style, band, four, line, packed, percent, style, times
+from clinometer.view.figures.style import (
+    Figure,
+    Style,
+    band,
+    four,
+    line,
+    packed,
+    percent,
+    power_of_two,
+    style,
+    times,
+)
 from clinometer.view.figures.words import is_log, statistic_axis, statistic_label, statistic_unit
 
 BUCKETS = 64
@@ -263,7 +275,8 @@ def _underflow_names(say: Style, low: int, high: int, *, horizontal: bool) -> li
             else {"yref": "paper", "y": 1, "yanchor": "top", "x": exponent - 0.5, "xanchor": "right"}
         )
         font = {"size": 10, "color": say["warning"]}
-        notes.append({"text": say.say(f"underflow.{name}"), "showarrow": False, "font": font, **place})
+        label = {"text": say.say(f"underflow.{name}"), "showarrow": False, "font": font}
+        notes.append({**label, "bgcolor": see_through(say["paper"], 0.85), **place})
     foot = {"xref": "paper", "yref": "paper", "x": 0, "y": 0, "xanchor": "left", "yanchor": "bottom"}
     text = ("↓ " if horizontal else "← ") + say.say("underflow.bfloat16")
     return [*notes, {"text": text, "showarrow": False, "font": {"size": 10, "color": say["soft"]}, **foot}]
@@ -278,7 +291,7 @@ def _histogram_caption(say: Style, kind: str, counts: np.ndarray, step: int) -> 
     parts: list[str | None] = [say.say(f"ridge.healthy_{kind}")]
     if nonzero.sum():
         middle = int(np.searchsorted(np.cumsum(nonzero), nonzero.sum() / 2))
-        parts.append(say.say("ridge.middle", step=f"{step:,}", exponent=int(exponents[middle])))
+        parts.append(say.say("ridge.middle", step=f"{step:,}", power=power_of_two(int(exponents[middle]))))
     if zero > 0:
         parts.append(say.say("ridge.zeros", share=percent(zero)))
     if kind == "grad":

@@ -32,16 +32,14 @@ def is_log(name: str) -> bool:
 
 def alert_sentences(alert: dict[str, Any], language: str) -> tuple[str, str]:
     """What an alert says and its remedy; a cause this version has no words for is shown by its name."""
+    names = alert["tensors"]
+    own = {"names": _names(names, language), "count": f"{len(names):,}", "step": f"{alert['step']:,}"}
     values = {
         name: four(value) if isinstance(value, float) else value
-        for name, value in {**alert.get("values", {}), "step": alert["step"]}.items()
+        for name, value in alert.get("values", {}).items()
     }
-    names = alert["tensors"]
-    values.setdefault("names", _names(names, language))
-    values.setdefault("count", len(names))
-    values.setdefault("name", names[0] if names else "")
-    text = _filled(alert.get("key"), language, values) or str(alert["cause"])
-    return text, _filled(alert.get("remedy"), language, values) or ""
+    text = _filled(alert.get("key"), language, {**values, **own}) or str(alert["cause"])
+    return text, _filled(alert.get("remedy"), language, {**values, **own}) or ""
 
 
 def _names(names: list[str], language: str, keep: int = 3) -> str:
@@ -51,13 +49,13 @@ def _names(names: list[str], language: str, keep: int = 3) -> str:
 
 
 def _filled(key: Any, language: str, values: dict[str, Any]) -> str | None:
-    template = _known(key, language) if isinstance(key, str) else None
-    if template is None:
+    if not isinstance(key, str) or not key.startswith("alert."):
         return None
+    template = _known(key, language)
     try:
-        return template.format(**values)
+        return None if template is None else template.format(**values)
     except (KeyError, IndexError, ValueError, AttributeError, TypeError):
-        return template  # written by another version, with other values: the bare words are better than none
+        return None  # recorded by another version, whose sentence took other values
 
 
 def _known(key: str, language: str) -> str | None:

@@ -25,6 +25,9 @@ export class AlertStrip {
   }
 
   show(alerts) {
+    const now = JSON.stringify([alerts.map((alert) => [alert.id, alert.step, alert.until]), this.axis.range]);
+    if (now === this.shown) return;   // a tick about to be clicked stays
+    this.shown = now;
     this.alerts = alerts;
     this.draw();
   }
@@ -93,7 +96,9 @@ export class AlertList {
   }
 
   show(alerts, known) {
-    Object.assign(this, { alerts, known });
+    const now = JSON.stringify([alerts.map((alert) => [alert.id, alert.step, alert.until, alert.tensors.length, alert.text]), this.most]);
+    if (now === this.shown) return;
+    Object.assign(this, { alerts, known, shown: now });
     const order = [...alerts].sort((a, b) => b.step - a.step);
     const rows = order.slice(0, this.most).map((alert) => this.row(alert));
     replace(this.element, h("h2", {}, say("page.alerts")),

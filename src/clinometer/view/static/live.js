@@ -10,9 +10,10 @@ let busy = false;
 let again = false;
 let pause = 1000;
 
-export function follow(run, call) {
+// `seen`: the version of the run that is on screen already; of anything else the first word is news.
+export function follow(run, call, seen = undefined) {
   refresh = call;
-  versions = new Map();
+  versions = new Map(run && seen !== undefined ? [[run, seen]] : []);
   if (following === run && source) return;
   following = run;
   open();
@@ -32,7 +33,7 @@ function open() {
     const news = JSON.parse(event.data);
     const before = versions.get(news.run);
     versions.set(news.run, news.version);
-    if (before !== undefined && before !== news.version) schedule();
+    if (before !== news.version) schedule();
   };
 }
 

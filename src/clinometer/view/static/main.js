@@ -72,11 +72,11 @@ async function enter(state, mine) {
     if (mine !== turn) return;
     drawHeader(state, known, openHelp);
     const page = await make({ main, state, info: known, signal: halt.signal, frame: () => clearTimeout(frame),
-      told: (info) => { known = info; } });
+      told: (info) => { known = info; }, again: () => enter(here(), ++turn) });
     if (mine !== turn || open !== held) { page?.leave?.(); return; }
     Object.assign(open, page);
     setKeys(keys(page?.keys ?? {}));
-    if (page?.refresh) follow(state.run ?? null, page.refresh);
+    if (page?.refresh) follow(state.run ?? null, page.refresh, state.run ? known?.version : undefined);
   } catch (reason) {
     if (reason.name === "AbortError" || mine !== turn) return;
     if (!reason.key) console.error(reason);

@@ -14,10 +14,14 @@ export async function reportsPage({ main, state, info, signal, frame }) {
   const list = h("ol", { class: "report-list" });
   const body = h("article", { class: "report" });
   let reports = [];
+  let drawn = false;
   frame();
 
   async function load() {
     const answer = await get(ofRun(info.id, "reports"), {}, signal);
+    const before = reports.map((report) => report.id).join();
+    if (drawn && before === answer.reports.filter((report) => report.kind === kind).map((report) => report.id).join()) return;
+    drawn = true;
     reports = answer.reports.filter((report) => report.kind === kind);
     draw();
   }

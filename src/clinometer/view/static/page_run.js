@@ -15,7 +15,7 @@ import { Tree } from "./tree.js";
 import { address, altered, go } from "./url.js";
 import { clock, say } from "./words.js";
 
-export async function runPage({ main, state, info, signal, frame, told }) {
+export async function runPage({ main, state, info, signal, frame, told, again }) {
   const api = (what) => ofRun(info.id, what);
   const known = new Set(info.tensors.map((tensor) => tensor.name));
   const axis = new TimeAxis({
@@ -24,6 +24,7 @@ export async function runPage({ main, state, info, signal, frame, told }) {
   });
   const range = () => ({ from: state.from, to: state.to });
   const whole = () => [info.first_step ?? 0, Math.max(info.last_step ?? 0, (info.first_step ?? 0) + 1)];
+  const empty = () => info.last_step === null || info.last_step === undefined;
   const statistic = () => state.stat ?? "grad_norm";
   axis.show(whole(), state.from, state.to);
 
@@ -49,7 +50,6 @@ export async function runPage({ main, state, info, signal, frame, told }) {
     } });
 
   function head() {
-    replace(choice, statisticChoice(info, statistic()));
     replace(heading, h("h1", {}, info.name), stateMark(info),
       h("span", { class: "quiet" }, [
         info.state === "live" ? null : clock(info.updated),
@@ -58,6 +58,10 @@ export async function runPage({ main, state, info, signal, frame, told }) {
         (info.optimizers ?? []).join(", "),
       ].filter(Boolean).join(" \u00b7 ")));
     replace(end, died(info));
+    if (choice.dataset.stat !== statistic()) {   // an open list must not close because news came
+      choice.dataset.stat = statistic();
+      replace(choice, statisticChoice(info, statistic()));
+    }
     replace(zoomed, axis.zoomed ? [say("page.zoomed", { first: count(axis.first), last: count(axis.last), of: count(info.last_step ?? 0) }), " ",
       h("button", { type: "button", onclick: () => axis.onZoom(null, null) }, say("page.whole_run")), " ", h("kbd", {}, "0")] : null);
     alertStrip.show(info.alerts);
@@ -79,7 +83,7 @@ export async function runPage({ main, state, info, signal, frame, told }) {
   }
 
   frame();
-  if (info.state === "empty") {
+  if (empty()) {
     replace(main, h("div", { class: "page-run" }, heading, end, notice(say("page.empty_run"), [say("page.empty_run_help")])));
   } else {
     replace(main, h("div", { class: "page-run" }, heading, end, strip, zoomed,
@@ -90,7 +94,7 @@ export async function runPage({ main, state, info, signal, frame, told }) {
     tree.lay();
   }
   head();
-  if (info.state !== "empty") {
+  if (!empty()) {
     drawStrip(strip, ["loss", "norm", "speed", "alerts"].map((name) => ({ name, label: "\u00a0", text: "\u00a0" })));
     await load();
   }
@@ -112,9 +116,9 @@ export async function runPage({ main, state, info, signal, frame, told }) {
       const before = info;
       info = await get(ofRun(info.id), {}, signal);
       told(info);
-      if (before.state === "empty" || before.tensors.length !== info.tensors.length) {
-        go(altered({}), { quietly: true });
-        dispatchEvent(new PopStateEvent("popstate"));
+      if (empty()) return head();
+      if (before.last_step === null || before.tensors.length !== info.tensors.length) {
+        await again();
         return;
       }
       axis.show(whole(), state.from, state.to);

@@ -12,6 +12,7 @@ import { ago, clock, say } from "./words.js";
 export async function runsPage({ main, state, signal }) {
   let answer = await get("/api/runs", {}, signal);
   const picked = new Set((state.runs ?? "").split(",").filter(Boolean));
+  const rows = new Map();
   let chosen = -1;
 
   const box = h("input", { type: "search", placeholder: say("page.filter_runs"), "aria-label": say("page.filter_runs"), "data-filter": "",
@@ -28,12 +29,14 @@ export async function runsPage({ main, state, signal }) {
   const frame = h("div", { class: "page-runs" }, bar, table, broken);
 
   function draw() {
-    const shown = matcher(state.filter === undefined && !box.value ? "" : box.value);
+    const shown = matcher(box.value);
     const runs = answer.runs.filter((run) => shown(`${run.name} ${run.folder} ${run.model} ${run.state}`));
     table.hidden = !answer.runs.length;
     bar.hidden = !answer.runs.length;
-    replace(body, runs.map(row), !runs.length && answer.runs.length
-      ? h("tr", {}, h("td", { colspan: "10", class: "quiet" }, say("page.no_match"))) : null);
+    const wanted = runs.map(row);
+    // What is under a finger that is about to click must not be taken away by news: rows stay, their cells change.
+    if (!runs.length) replace(body, h("tr", {}, h("td", { colspan: "10", class: "quiet" }, say("page.no_match"))));
+    else if (wanted.length !== body.children.length || wanted.some((one, k) => one !== body.children[k])) replace(body, wanted);
     replace(broken, answer.runs.length ? null : empty(answer.root), (answer.broken ?? []).map((run) =>
       notice(say("page.broken_run", { folder: run.folder }), [run.text], { alarm: true })));
     offer();
@@ -46,25 +49,40 @@ export async function runsPage({ main, state, signal }) {
   }
 
   function row(run) {
-    const spark = sparkline(120, 24);
+    if (!rows.has(run.id)) rows.set(run.id, newRow(run));
+    const { element, spark, cells } = rows.get(run.id);
     drawSpark(spark, run.spark ?? []);
+    const speed = run.speed ?? run.steps_per_second;
+    replace(cells.state, stateMark(run));
+    replace(cells.steps, run.state === "empty" ? "\u2013" : count(run.last_step));
+    replace(cells.loss, number(run.loss));
+    replace(cells.speed, speed === null || speed === undefined ? "\u2013"
+      : `${number(speed)} ${run.speed ? say("page.tokens_s") : say("page.steps_s")}`);
+    replace(cells.alerts, count(run.alert_count));
+    cells.alerts.classList.toggle("warning", run.alert_count > 0);
+    replace(cells.size, size(run.numel));
+    replace(cells.changed, ago(run.updated));
+    cells.changed.title = clock(run.updated);
+    element.querySelector("input").checked = picked.has(run.id);
+    return element;
+  }
+
+  function newRow(run) {
+    const spark = sparkline(120, 24);
     const pick = h("input", { type: "checkbox", checked: picked.has(run.id), "aria-label": say("page.pick_run", { name: run.name }),
       onchange: () => { if (pick.checked) picked.add(run.id); else picked.delete(run.id); offer();
         go(altered({ runs: [...picked].join(",") }), { quietly: true }); } });
-    const speed = run.speed ?? run.steps_per_second;
-    return h("tr", { "data-run": run.id },
-      h("td", { class: "pick" }, pick),
+    const cell = (key, name) => h("td", { class: "number", "data-label": say(key), "data-cell": name });
+    const cells = {
+      state: h("td", { class: "state-cell" }), steps: cell("page.steps", "steps"), loss: cell("page.loss", "loss"),
+      speed: cell("page.speed", "speed"), alerts: cell("page.alerts", "alerts"), size: cell("page.size", "size"),
+      changed: h("td", { class: "nowrap quiet changed" }),
+    };
+    const element = h("tr", { "data-run": run.id }, h("td", { class: "pick" }, pick),
       h("th", { scope: "row" }, h("a", { href: address({ run: run.id }), class: "run-name" }, run.name),
         run.folder && run.folder !== run.name && run.folder !== "." ? h("span", { class: "quiet small folder" }, run.folder) : null),
-      h("td", { class: "state-cell" }, stateMark(run)),
-      h("td", { class: "number", "data-label": say("page.steps") }, run.state === "empty" ? "\u2013" : count(run.last_step)),
-      h("td", { class: "number", "data-label": say("page.loss") }, number(run.loss)),
-      h("td", { class: "spark-cell" }, spark),
-      h("td", { class: "number", "data-label": say("page.speed") }, speed === null || speed === undefined ? "\u2013"
-        : `${number(speed)} ${run.speed ? say("page.tokens_s") : say("page.steps_s")}`),
-      h("td", { class: run.alert_count ? "number warning" : "number", "data-label": say("page.alerts") }, count(run.alert_count)),
-      h("td", { class: "number", "data-label": say("page.size") }, size(run.numel)),
-      h("td", { class: "nowrap quiet changed", title: clock(run.updated) }, ago(run.updated)));
+      cells.state, cells.steps, cells.loss, h("td", { class: "spark-cell" }, spark), cells.speed, cells.alerts, cells.size, cells.changed);
+    return { element, spark, cells };
   }
 
   function move(by) {
@@ -85,10 +103,7 @@ export async function runsPage({ main, state, signal }) {
     },
     async refresh() {
       answer = await get("/api/runs", {}, signal);
-      const focused = document.activeElement?.closest?.("tr[data-run]")?.dataset.run;
-      const on = document.activeElement?.tagName;
       draw();
-      if (focused) body.querySelector(`tr[data-run="${CSS.escape(focused)}"] ${on === "INPUT" ? "input" : "a"}`)?.focus({ preventScroll: true });
     },
     keys: {
       j: () => move(1), k: () => move(-1),
