@@ -10,13 +10,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import cyclopts
 from cyclopts import App, Group, Parameter
 from cyclopts.config import Dict
 
 from clinometer import __version__
+from clinometer.cli_help import with_help
 from clinometer.messages import InputError, say, set_language
 from clinometer.training.config import SECTIONS, RunConfig, config_from
 from clinometer.training.settings_file import read_toml
@@ -96,10 +97,10 @@ def build_app() -> App:
         ("doctor", doctor),
         ("demo", demo),
     ):
-        app.command(_with_help(command, name), name=name, help=say(f"cli.{name}.about"))
+        app.command(with_help(command, name), name=name, help=say(f"cli.{name}.about"))
     records = App(name="runs", help=say("cli.runs.about"), help_format="plaintext")
-    records.default(_with_help(runs, "runs"))
-    records.command(_with_help(runs_export, "runs_export"), name="export", help=say("cli.runs_export.about"))
+    records.default(with_help(runs, "runs"))
+    records.command(with_help(runs_export, "runs_export"), name="export", help=say("cli.runs_export.about"))
     app.command(records)
     app.register_install_completion_command(name="--install-completion")  # pyright: ignore
     return app
@@ -300,50 +301,6 @@ def _layer_configuration(app: App, commands: tuple[str, ...], arguments: Any) ->
             continue  # the command says it better
         table = read_toml(path)
         Dict(table, source=str(path), use_commands_as_keys=False)(app, commands, arguments)
-
-
-def _with_help(command: Any, name: str) -> Any:
-    """The command with its parameters' help, and the settings' help, in the current language."""
-    hints = get_type_hints(command, include_extras=True)
-    annotations: dict[str, Any] = {"return": int}
-    for parameter, hint in hints.items():
-        if parameter == "settings":
-            annotations[parameter] = Annotated[_settings_type() | None, Parameter(name="*")]
-        elif parameter != "return":
-            # A lone "-" is standard input, a prompt may begin with one, and -1 is the last entry.
-            dash = parameter in ("corpus", "prompt", "index")
-            told = Parameter(help=say(f"cli.{name}.{parameter}"), allow_leading_hyphen=dash, negative=())
-            annotations[parameter] = Annotated[hint, told]
-
-    command.__annotations__ = annotations
-    return command
-
-
-def _settings_type() -> type[RunConfig]:
-    """RunConfig whose fields carry their help and stand in a group for each section."""
-    here = {"__module__": __name__}
-    sections = []
-    for number, (section, cls) in enumerate(SECTIONS.items(), 2):
-        group = Group(say(f"cli.group.{section}"), sort_key=number)
-        hints = get_type_hints(cls)
-        fields = [
-            (
-                f.name,
-                Annotated[
-                    hints[f.name],
-                    Parameter(help=say(f"config.{section}.{f.name}"), group=group, negative=()),
-                ],
-                dataclasses.field(default=f.default),
-            )
-            for f in dataclasses.fields(cls)
-        ]
-        told = dataclasses.make_dataclass(
-            cls.__name__, fields, bases=(cls,), frozen=True, kw_only=True, namespace=here
-        )
-        sections.append((section, told, dataclasses.field(default_factory=told)))
-    return dataclasses.make_dataclass(
-        "RunConfig", sections, bases=(RunConfig,), frozen=True, kw_only=True, namespace=here
-    )
 
 
 def _explain(error: Exception) -> str:

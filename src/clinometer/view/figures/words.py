@@ -53,7 +53,7 @@ def _filled(key: Any, language: str, values: dict[str, Any]) -> str | None:
         return None
     template = _known(key, language)
     try:
-        return None if template is None else template.format(**values)
+        return None if template is None else say(key, language, **values)
     except (KeyError, IndexError, ValueError, AttributeError, TypeError):
         return None  # recorded by another version, whose sentence took other values
 
