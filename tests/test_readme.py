@@ -16,14 +16,21 @@ def blocks(readme):
 
 @pytest.mark.parametrize("readme", ["README.md", "README.zh-CN.md"])
 def test_the_python_of_the_readme_runs_and_the_planted_line_is_found(readme, tmp_path):
-    instrument, model = blocks(readme)
-    for code in (instrument, model):
+    instrument, watched, model = blocks(readme)
+    for code in (instrument, watched, model):
         path = tmp_path / "model.py"
         path.write_text(code, encoding="utf-8")
         done = subprocess.run(
-            [sys.executable, path], capture_output=True, text=True, encoding="utf-8", check=False
+            [sys.executable, path],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            check=False,
         )
         assert done.returncode == 0, done.stderr
+        if code is watched:
+            assert (tmp_path / "runs" / "model-1" / "run.sqlite").exists()
         if code is instrument:
             line = code.splitlines().index("        h = h.detach()") + 1
             shown = (ROOT / readme).read_text(encoding="utf-8")
