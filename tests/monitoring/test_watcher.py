@@ -362,6 +362,18 @@ def test_bad_input_is_refused_with_the_value():
         assert not watching.closed
 
 
+def test_a_sparse_gradient_that_is_never_cleared_does_not_end_the_watch():
+    table = nn.Embedding(20, 4, sparse=True)
+    optimizer = torch.optim.SGD(table.parameters(), lr=1e-3)
+    sink = Kept()
+    with watch(table, optimizer, to=sink) as watching:
+        for _ in range(12):
+            table(torch.tensor([1, 2])).square().sum().backward()
+            optimizer.step()
+        assert not watching.closed
+    assert sink.causes == ["accumulating"]
+
+
 def test_another_models_loss_is_not_this_ones():
     net, optimizer = net_and_optimizer()
     other = nn.Linear(2, 1)
