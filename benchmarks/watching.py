@@ -1,4 +1,4 @@
-"""What watching costs: `python -m benchmarks.watching [--rounds 15] [--shape large|small] [--wandb] [--tensorboard]`.
+"""What watching costs: `python -m benchmarks.watching [--shape large] [--wandb] [--tensorboard]`.
 
 Copies of one model train side by side on the same batches, taking turns step by step (A B C A B C …), so that
 what else the machine does hits all of them; the table gives medians, and the median of the rounds' ratios to

@@ -362,6 +362,40 @@ def test_bad_input_is_refused_with_the_value():
         assert not watching.closed
 
 
+def test_of_several_evaluations_of_a_closure_the_first_counts():
+    net = nn.Linear(6, 1)
+    optimizer = torch.optim.LBFGS(net.parameters(), lr=0.1, max_iter=5)
+    sink, first, x = Kept(), [], torch.randn(5, 6)
+    with watch(net, optimizer, to=sink):
+        for _ in range(3):
+            losses = []
+
+            def closure(losses=losses):
+                optimizer.zero_grad()
+                loss = (net(x) - 1).square().mean()
+                loss.backward()
+                losses.append((float(loss.detach()), float(net.weight.grad.norm())))
+                return loss
+
+            optimizer.step(closure)
+            assert len(losses) > 1
+            first.append(losses[0])
+    assert sink.scalar("loss") == pytest.approx([loss for loss, _ in first])
+    assert sink.of("weight", "grad_norm") == pytest.approx([norm for _, norm in first], rel=1e-5)
+
+
+def test_a_sparse_gradient_that_is_never_cleared_does_not_end_the_watch():
+    table = nn.Embedding(20, 4, sparse=True)
+    optimizer = torch.optim.SGD(table.parameters(), lr=1e-3)
+    sink = Kept()
+    with watch(table, optimizer, to=sink) as watching:
+        for _ in range(12):
+            table(torch.tensor([1, 2])).square().sum().backward()
+            optimizer.step()
+        assert not watching.closed
+    assert sink.causes == ["accumulating"]
+
+
 def test_another_models_loss_is_not_this_ones():
     net, optimizer = net_and_optimizer()
     other = nn.Linear(2, 1)

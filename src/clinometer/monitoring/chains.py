@@ -11,6 +11,7 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -70,6 +71,8 @@ def _is_zero(chain: _Chain) -> bool:
     """Cleared behind the version's back, by `.grad.data.zero_()`: then there is nothing but zeros."""
     for reference in chain.tensors:
         tensor = reference()
-        if tensor is not None and tensor.grad is not None and bool(tensor.grad.any()):
+        if tensor is None or tensor.grad is None:
+            continue
+        if tensor.grad.layout is not torch.strided or bool(tensor.grad.any()):
             return False
     return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -46,12 +46,13 @@ def describe(
     ]
 
 
-def order_of_use(losses: Iterable[Tensor], watched: Iterable[Watched]) -> dict[int, int]:
+def order_of_use(losses: Iterable[Tensor], watched: Sequence[Watched]) -> dict[int, int]:
     """Position of each tensor, by its place in the list, in the order in which the forward first used it.
 
     Nodes of the autograd graph are numbered as the forward makes them, and a tensor stands where its first
     user stands; a compiled function is one node, whose inputs come in the order of use. What the graph does
-    not reach (frozen, unused) keeps its place behind the tensor registered before it.
+    not reach (frozen, unused) keeps its place behind the tensor registered before it. Empty if
+    it reaches none.
     """
     used: dict[int, tuple[int, int]] = {}
     seen: set[Any] = set()
@@ -71,6 +72,8 @@ def order_of_use(losses: Iterable[Tensor], watched: Iterable[Watched]) -> dict[i
             else:
                 at = (number, place)
                 used[id(leaf)] = min(used.get(id(leaf), at), at)
+    if not any(id(one.ref()) in used for one in watched):
+        return {}  # another model's loss
     keys: list[tuple[tuple[int, int], int]] = []
     place = (-1, -1)
     for one in watched:

@@ -54,7 +54,7 @@ class Losses:
         if given is None and all(loss.numel() == 1 and not loss.is_complex() for loss in losses):
             for loss in losses:
                 value = loss.detach().reshape(())
-                value = float(value) if value.device.type == "cpu" else value.double().clone()
+                value = float(value) if value.device.type == "cpu" else value.clone()
                 self._values.append(value if scale is None else value / scale)
         else:
             self._whole = False

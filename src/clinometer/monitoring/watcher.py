@@ -14,6 +14,7 @@ from __future__ import annotations
 import atexit
 import functools
 import re
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -88,6 +89,7 @@ class Watch:
             raise InputError("watch.no_optimizer")
         optimizers = [innermost(one) for one in given]
         self.closed = False
+        self._lock = threading.RLock()
         self._outlet = Outlet(to)
         self._session = Session(model, optimizers, self._outlet, every)
         self._session.begin(config)
@@ -224,7 +226,8 @@ class Watch:
 
     @_guarded
     def _call(self, method: str, *values: Any) -> None:
-        with torch.no_grad(), _plain_arithmetic():
+        # Two threads may run backward at once; only what we do with it is taken in turns.
+        with self._lock, torch.no_grad(), _plain_arithmetic():
             getattr(self._session, method)(*values)
 
     @_guarded
