@@ -261,7 +261,7 @@ def test_reading_never_stops_the_writer_and_the_log_stays_short(tmp_path, monkey
     for thread in threads:
         thread.start()
     largest = 0
-    for step in range(1, 2000):
+    for step in range(1, 800):
         recorder.step(step, step, {"loss": float(step)}, statistics(1, 64))
         largest = max(largest, (tmp_path / "run.sqlite-wal").stat().st_size)
     done.set()
@@ -269,8 +269,8 @@ def test_reading_never_stops_the_writer_and_the_log_stays_short(tmp_path, monkey
         thread.join()
     recorder.close()
     assert failures == []
-    assert max(answers) > 1000  # it saw the run grow
-    assert RunFile.open(tmp_path).info()["last_step"] == 1999
+    assert max(answers) > 100  # it saw the run grow
+    assert RunFile.open(tmp_path).info()["last_step"] == 799
     assert largest < 4 << 20
 
 

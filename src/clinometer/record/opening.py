@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import stat
 from pathlib import Path
 
 from clinometer.messages import InputError
@@ -64,11 +65,18 @@ def damaged(path: Path, error: Exception) -> InputError:
 
 
 def _must_be_a_file(path: Path) -> None:
-    if not path.is_file():
+    """One look only: between two of them a run may begin."""
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
         if not path.parent.exists():
-            raise InputError("record.no_folder", path=path.parent)
-        raise InputError("record.missing" if not path.exists() else "record.not_a_run_file", path=path)
-    if path.stat().st_size == 0:
+            raise InputError("record.no_folder", path=path.parent) from None
+        raise InputError("record.missing", path=path) from None
+    except OSError as error:
+        raise InputError("record.cannot_open", path=path, reason=error.strerror) from None
+    if not stat.S_ISREG(found.st_mode):
+        raise InputError("record.not_a_run_file", path=path)
+    if found.st_size == 0:
         raise InputError("record.empty", path=path)
 
 

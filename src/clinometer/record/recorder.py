@@ -26,6 +26,8 @@ from clinometer.record.schema import LAST_STEP, STATISTICS, WEIGHT_FIELDS
 MOST_SCALARS = 1000
 """Names of scalars in one run; a program that invents a name a step would otherwise fill every row."""
 
+_ABSENT = float(ABSENT_NUMBER)
+
 
 class Recorder:
     """Writes RUN/run.sqlite; fits the Sink protocol of `clinometer.monitoring.watcher`.
@@ -263,7 +265,7 @@ class Recorder:
 
     def _numbers(self, step: int, scalars: Mapping[str, Any]) -> np.ndarray:
         """The scalars in the order of their names' ids; a new name is given the next id, with this step."""
-        values: dict[int, float] = {}
+        numbers = [_ABSENT] * len(self._scalars)
         for name, value in scalars.items():
             number = _number(value)
             if number is None:
@@ -273,10 +275,9 @@ class Recorder:
                 place = self._new_scalar(step, clean(name)[:200])
                 if place is None:
                     continue
-            values[place] = number
-        numbers = np.full(len(self._scalars), ABSENT_NUMBER, dtype="<f8")
-        numbers[list(values)] = list(values.values())
-        return numbers
+                numbers += [_ABSENT] * (len(self._scalars) - len(numbers))
+            numbers[place] = number
+        return np.array(numbers, dtype="<f8")
 
     def _weight(self, step: int, row: dict[str, Any]) -> None:
         pin = (int(row["tensor"]), to_json([int(i) for i in row["index"]]))
