@@ -77,7 +77,13 @@ def serve(root: Path):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     server = uvicorn.Server(
-        uvicorn.Config(make_app(root, language="en"), host="127.0.0.1", port=port, log_level="error", timeout_graceful_shutdown=2)
+        uvicorn.Config(
+            make_app(root, language="en"),
+            host="127.0.0.1",
+            port=port,
+            log_level="error",
+            timeout_graceful_shutdown=2,
+        )
     )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

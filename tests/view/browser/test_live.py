@@ -126,7 +126,9 @@ def test_one_run(open_page, tmp_path):
 def test_twenty_runs_are_filtered_and_compared(open_page, tmp_path):
     for number in range(20):
         config = {"optim": {"lr": 1e-3 * (1 + number)}}
-        stage.written(tmp_path / f"run-{number:02d}", 12, name=f"run-{number:02d}", seed=number, config=config)
+        stage.written(
+            tmp_path / f"run-{number:02d}", 12, name=f"run-{number:02d}", seed=number, config=config
+        )
     for server in serve(tmp_path):
         page = open_page(server).page
         expect(page.locator("tr[data-run]")).to_have_count(20)
