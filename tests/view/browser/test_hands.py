@@ -77,7 +77,8 @@ def test_focus_is_seen(open_page, server):
     for _ in range(12):
         page.keyboard.press("Tab")
         style = page.evaluate(
-            "(() => { const s = getComputedStyle(document.activeElement); return [s.outlineStyle, s.outlineWidth] })()"
+            "(() => { const s = getComputedStyle(document.activeElement);"
+            " return [s.outlineStyle, s.outlineWidth] })()"
         )
         assert style == ["solid", "2px"], page.evaluate("document.activeElement.outerHTML.slice(0, 200)")
 
