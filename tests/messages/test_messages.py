@@ -108,3 +108,14 @@ def test_every_plain_sentence_is_said_somewhere():
     keys = [key for key in sentences("en") if key.count(".") == 1 and key.split(".")[0] in rooms]
     assert len(keys) > 60
     assert [key for key in keys if f'"{key}"' not in source] == []
+
+
+def test_every_sentence_of_the_page_is_said_there_and_none_is_missing():
+    """The page's modules name their keys in full, so that a text search finds them."""
+    static = Path(clinometer.__file__).parent / "view" / "static"
+    modules = "\n".join(path.read_text(encoding="utf-8") for path in static.glob("*.js"))
+    said = set(re.findall(r'"(page\.[a-z0-9_]+)"', modules))
+    known = {key for key in sentences("en") if key.startswith("page.")}
+    assert len(known) > 150
+    assert sorted(known - said) == []
+    assert sorted(said - known) == []

@@ -123,6 +123,16 @@ def test_a_run_started_over_in_its_folder_is_another_run(tmp_path, library):
         library.open(old)
 
 
+def test_an_old_id_never_opens_the_run_that_took_its_folder(tmp_path, library, monkeypatch):
+    record(tmp_path / "r", ["w"], steps=3)
+    (old,) = library.ids()
+    monkeypatch.setattr("clinometer.view.library.RESCAN_SECONDS", 3600.0)  # the list is not read again
+    shutil.rmtree(tmp_path / "r")
+    record(tmp_path / "r", ["w"], steps=5)
+    with pytest.raises(ApiError):
+        library.open(old)
+
+
 def test_a_copied_run_is_listed_once(tmp_path, library):
     record(tmp_path / "r", ["w"], steps=3)
     shutil.copytree(tmp_path / "r", tmp_path / "copy")

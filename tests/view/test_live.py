@@ -146,7 +146,7 @@ def test_a_page_hears_of_a_new_step_and_ctrl_c_ends_the_server_although_it_liste
         assert told["version"] != first["version"]
     begin = time.monotonic()
     process.send_signal(signal.SIGINT)
-    process.wait(PATIENCE)
+    assert process.wait(PATIENCE) == 0
     assert time.monotonic() - begin < 15
     connection.close()
 

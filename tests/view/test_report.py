@@ -12,7 +12,7 @@ from clinometer.messages import InputError, set_language
 from clinometer.record.reader import RunFile
 from clinometer.record.recorder import Recorder
 from clinometer.view.command import report_command, view_command
-from clinometer.view.report import report, write_report
+from clinometer.view.report import _in_script, _safe_script, report, write_report
 from tests.view.conftest import EVIL, record
 
 
@@ -85,6 +85,14 @@ def test_names_in_it_are_text(tmp_path):
     assert "<img" not in re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
     assert json.loads(page.scripts[0])
     assert page.text.count(EVIL) >= 5
+
+
+def test_no_text_ends_the_script_that_holds_the_figures():
+    held = {EVIL: ["</ScRiPt >", "<!--<script>", "&\u2028", float("nan")]}
+    text = _in_script(held)
+    assert not set("<>&\u2028") & set(text)
+    assert json.loads(text) == {EVIL: ["</ScRiPt >", "<!--<script>", "&\u2028", None]}
+    assert "</script" not in _safe_script().lower()
 
 
 def test_a_run_without_steps_has_a_report_too(tmp_path):

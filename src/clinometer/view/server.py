@@ -9,7 +9,7 @@ import threading
 import traceback
 import webbrowser
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from urllib.parse import quote
 
@@ -164,7 +164,8 @@ def serve(
     if open_browser:
         threading.Timer(0.3, webbrowser.open, (addresses[0],)).start()
     try:
-        server.run(sockets=[listener])
+        with suppress(KeyboardInterrupt):  # how one ends it
+            server.run(sockets=[listener])
     finally:
         listener.close()
 

@@ -77,7 +77,13 @@ def serve(root: Path):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     server = uvicorn.Server(
-        uvicorn.Config(make_app(root, language="en"), host="127.0.0.1", port=port, log_level="error", timeout_graceful_shutdown=2)
+        uvicorn.Config(
+            make_app(root, language="en"),
+            host="127.0.0.1",
+            port=port,
+            log_level="error",
+            timeout_graceful_shutdown=2,
+        )
     )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -103,7 +109,7 @@ def _own_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
-    """A run really trained and replayed, a hostile one, one that died, and one of 4,000 steps × 86 tensors."""
+    """A run really trained and replayed, a hostile one, one that died, and one of 4,000 steps."""
     root = tmp_path_factory.mktemp("runs")
     stage.replayable(root / "trained")
     stage.written(root / "hostile", name=stage.HOSTILE_RUN)
@@ -136,7 +142,7 @@ class Watched:
         self.page.set_default_timeout(PATIENCE)
         self.page.add_init_script(
             "window.violations = []; addEventListener('securitypolicyviolation',"
-            " (e) => violations.push(`${e.violatedDirective} ${e.blockedURI} ${e.sourceFile}:${e.lineNumber}`))"
+            " (e) => violations.push(`${e.violatedDirective} ${e.blockedURI} ${e.sourceFile}`))"
         )
         self.page.on("console", self._console)
         self.page.on("pageerror", lambda error: self.complaints.append(f"error: {error}"))

@@ -1,4 +1,4 @@
-"""Runs for the page to show: one that was really trained and can be replayed, and others that are only recorded."""
+"""Runs for the page to show: one really trained, that can be replayed, and others only recorded."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def trained(folder: Path) -> Path:
 
     corpus = folder.parent / "corpus.txt"
     corpus.parent.mkdir(parents=True, exist_ok=True)
-    line = "the quick brown fox jumps over <b>the lazy</b> dog\n\tif gradient > 0: step(down)\n梯度指向上升的方向\n"
+    line = "the quick brown fox jumps over <b>the lazy</b> dog\n\tif gradient > 0: step(down)\n"
+    line += "梯度指向上升的方向\n"
     corpus.write_text("".join(line + str(i * i) for i in range(300)), encoding="utf-8")
     config = RunConfig(
         model=ModelConfig(context_length=48, d_model=32, num_layers=2, num_heads=2, d_ff=48),
@@ -128,7 +129,8 @@ class Written:
         loss = 2 + 4 * math.exp(-step / 40) + 0.05 * float(noise[0])
         scalars = {
             "loss": loss, "lr": 1e-3 * min(1, step / 20), "total_norm": float(np.linalg.norm(norm)),
-            "clip": 1.0, "max_norm": 1.0, "before_clipping": 1.0, "tokens": 576.0, "seconds": 0.5, "taken": 1.0,
+            "clip": 1.0, "max_norm": 1.0, "before_clipping": 1.0, "tokens": 576.0, "seconds": 0.5,
+            "taken": 1.0,
         }  # fmt: skip
         self.recorder.step(step, when, scalars, rows)
         if self.pins:
@@ -157,15 +159,16 @@ class Written:
              ("exploding", "warning", 90, 95, names[:6])]
         ):  # fmt: skip
             self.recorder.alert(
-                {"id": number, "cause": cause, "severity": severity, "step": first, "until": until, "tensors": which,
-                 "values": {"count": 3}, "key": f"alert.{cause}", "remedy": f"alert.{cause}.remedy"}
+                {"id": number, "cause": cause, "severity": severity, "step": first, "until": until,
+                 "tensors": which, "values": {"count": 3}, "key": f"alert.{cause}", "remedy": f"alert.{cause}.remedy"}
             )  # fmt: skip
 
     def reports(self) -> None:
         when = self.started + 30
         name = self.shapes[0][0]
         for kind in ("diagnosis", "check"):
-            text = f"✗ {name} has no gradient: the path is cut\n    model.py:41   h = h.detach() <script>window.hacked=1</script>"
+            text = f"✗ {name} has no gradient: the path is cut\n    model.py:41   h = h.detach() "
+            text += "<script>window.hacked=1</script>"
             self.recorder.event(
                 self.at, when, "report",
                 {"kind": kind, "title": f"{kind} <u>of the model</u>",

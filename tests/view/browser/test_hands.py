@@ -3,12 +3,14 @@
 import csv
 import io
 import re
+import shutil
 from pathlib import Path
 
+import pytest
 from playwright.sync_api import expect
 
 from tests.view.browser import stage
-from tests.view.browser.conftest import settled
+from tests.view.browser.conftest import serve, settled
 
 WEIGHT = "layers.0.attn.q_proj.weight"
 
@@ -75,7 +77,8 @@ def test_focus_is_seen(open_page, server):
     for _ in range(12):
         page.keyboard.press("Tab")
         style = page.evaluate(
-            "(() => { const s = getComputedStyle(document.activeElement); return [s.outlineStyle, s.outlineWidth] })()"
+            "(() => { const s = getComputedStyle(document.activeElement);"
+            " return [s.outlineStyle, s.outlineWidth] })()"
         )
         assert style == ["solid", "2px"], page.evaluate("document.activeElement.outerHTML.slice(0, 200)")
 
@@ -134,7 +137,9 @@ def test_the_map_tells_and_opens(open_page, server):
 
 
 def test_the_matrix_goes_down_to_single_entries(open_page, server):
-    page = open_page(server, f"run={server.ids['trained']}&page=tensor&tensor=token_embeddings.weight&step=9").page
+    page = open_page(
+        server, f"run={server.ids['trained']}&page=tensor&tensor=token_embeddings.weight&step=9"
+    ).page
     canvas = page.locator(".matrix-canvas")
     canvas.wait_for()
     box = canvas.bounding_box()
@@ -154,9 +159,17 @@ def test_the_matrix_goes_down_to_single_entries(open_page, server):
     settled(page)
 
 
-def test_a_step_is_replayed_with_progress_and_can_be_cancelled(open_page, server):
-    watched = open_page(server, f"run={server.ids['trained']}&page=batch&step=12")
-    page = watched.page
+@pytest.fixture
+def own_copy(runs, server, tmp_path):
+    """The trained run again, so that what is replayed in it is not there for other tests."""
+    shutil.copytree(runs / "trained", tmp_path / "again")
+    for one in serve(tmp_path):
+        one.ids["again"] = server.ids["trained"]
+        yield one
+
+
+def test_a_step_is_replayed_with_progress_and_can_be_cancelled(own_copy, open_page):
+    page = open_page(own_copy, f"run={own_copy.ids['again']}&page=batch&step=12").page
     page.get_by_role("button", name="Replay step 12").click()
     expect(page.locator(".replay progress")).to_be_visible()
     page.locator("[data-cancel]").click()
@@ -197,3 +210,25 @@ def test_a_phone_gets_rows_with_lines_instead_of_the_map(open_page, server):
     assert leaf.locator("canvas").bounding_box()["width"] > 90
     assert leaf.bounding_box()["height"] >= 40
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_the_most_strongly_tinted_token_can_be_read(open_page, server):
+    query = f"run={server.ids['trained']}&page=weight&tensor={WEIGHT}&step=9&index=3,5"
+    for theme in ("light", "dark"):
+        page = open_page(server, query, theme=theme).page
+        page.locator(".token").first.wait_for()
+        ratios = page.locator(".token").evaluate_all(
+            """all => {
+                const light = (text) => {
+                    const [r, g, b] = text.match(/\\d+/g).slice(0, 3).map((v) => v / 255)
+                        .map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+                    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+                };
+                return all.filter((one) => one.style.backgroundColor).map((one) => {
+                    const [a, b] = [light(getComputedStyle(one).color), light(one.style.backgroundColor)];
+                    return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+                });
+            }"""
+        )
+        assert len(ratios) > 20
+        assert min(ratios) >= 4.5, (theme, min(ratios))

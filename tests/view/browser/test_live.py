@@ -3,6 +3,7 @@
 import re
 import threading
 import time
+from itertools import pairwise
 
 import pytest
 from playwright.sync_api import expect
@@ -65,7 +66,7 @@ def test_a_live_run_moves_by_itself_at_most_once_a_second_and_not_while_hidden(l
     asked.clear()
     page.wait_for_timeout(3000)
     assert shown_step(page) > first
-    gaps = [later - sooner for sooner, later in zip(asked, asked[1:], strict=False)]
+    gaps = [later - sooner for sooner, later in pairwise(asked)]
     assert asked
     assert all(gap > 0.9 for gap in gaps), gaps
 
@@ -126,7 +127,9 @@ def test_one_run(open_page, tmp_path):
 def test_twenty_runs_are_filtered_and_compared(open_page, tmp_path):
     for number in range(20):
         config = {"optim": {"lr": 1e-3 * (1 + number)}}
-        stage.written(tmp_path / f"run-{number:02d}", 12, name=f"run-{number:02d}", seed=number, config=config)
+        stage.written(
+            tmp_path / f"run-{number:02d}", 12, name=f"run-{number:02d}", seed=number, config=config
+        )
     for server in serve(tmp_path):
         page = open_page(server).page
         expect(page.locator("tr[data-run]")).to_have_count(20)
@@ -161,7 +164,8 @@ def drawn_colours(page) -> int:
     """How many colours stand in the middle column of the map."""
     return page.locator(".map-canvas").evaluate(
         """canvas => {
-            const { data } = canvas.getContext("2d").getImageData(Math.floor(canvas.width / 2), 0, 1, canvas.height);
+            const middle = Math.floor(canvas.width / 2);
+            const { data } = canvas.getContext("2d").getImageData(middle, 0, 1, canvas.height);
             const seen = new Set();
             for (let k = 0; k < data.length; k += 4) if (data[k + 3]) seen.add(data.slice(k, k + 3).join());
             return seen.size;
@@ -177,8 +181,8 @@ def look_at_a_long_run(open_page, server, run, tensors, slowest):
     assert page.locator(".tree-leaf").count() < 120
     expect(page.locator(".alert-tick")).to_have_count(2)
     page.keyboard.press("/")
-    page.keyboard.type("layers.3 q_proj")
-    expect(page.locator(".tree-leaf")).to_have_count(sum(f"layers.{n}" in page.locator(".tree-scroll").inner_text() for n in (3, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39)))  # fmt: skip
+    page.keyboard.type(r"/layers.3\./ q_proj")
+    expect(page.locator(".tree-leaf")).to_have_count(1)
     page.keyboard.press("Escape")
     begin = time.monotonic()
     page.keyboard.press("+")
@@ -194,11 +198,13 @@ def test_a_run_of_4000_steps_and_86_tensors(open_page, server):
     look_at_a_long_run(open_page, server, server.ids["long"], 86, 20)
 
 
-@pytest.mark.soak
-def test_a_run_of_100_000_steps_and_296_tensors(open_page, tmp_path):
+@pytest.fixture
+def big(tmp_path):
     synthetic(tmp_path / "big", steps=100_000, layers=42, name="big")
-    for server in serve(tmp_path):
-        page = open_page(server).page
-        run = page.locator("tr[data-run]").get_attribute("data-run")
-        look_at_a_long_run(open_page, server, run, 296, 5)
-        page.goto("about:blank")
+    yield from serve(tmp_path)
+
+
+@pytest.mark.soak
+def test_a_run_of_100_000_steps_and_296_tensors(big, open_page):
+    run = open_page(big).page.locator("tr[data-run]").get_attribute("data-run")
+    look_at_a_long_run(open_page, big, run, 296, 5)

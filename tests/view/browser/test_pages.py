@@ -16,7 +16,9 @@ def unsaid(page, language):
     """Message keys, or places of sentences, that show where words should stand."""
     text = page.locator("body").inner_text()
     assert not re.search(r"\bpage\.[a-z_]+\b", text)
-    places = {f"{{{name}}}" for line in sentences(language).values() for name in re.findall(r"\{(\w+)\}", line)}
+    places = {
+        f"{{{name}}}" for line in sentences(language).values() for name in re.findall(r"\{(\w+)\}", line)
+    }
     assert [place for place in places if place in text] == []
 
 
@@ -25,8 +27,7 @@ def fits(page):
     assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
 
 
-@pytest.mark.parametrize(("language", "theme"), [("en", "light"), ("zh", "dark")])
-@pytest.mark.parametrize("width", [1440, 390])
+@pytest.mark.parametrize(("language", "theme", "width"), [("en", "light", 1440), ("zh", "dark", 390)])
 def test_every_page_is_a_click_away(open_page, server, language, theme, width):
     watched = open_page(server, f"lang={language}&theme={theme}", width=width)
     page = watched.page
@@ -65,7 +66,10 @@ def test_every_page_is_a_click_away(open_page, server, language, theme, width):
     page.locator(".token").first.wait_for()
     expect(page.locator(".strongest tr")).to_have_count(10)
     expect(page.locator(".anatomy pre")).to_contain_text("√v")
-    assert page.locator(".token").evaluate_all("all => all.filter((one) => one.style.backgroundColor).length") > 5
+    assert (
+        page.locator(".token").evaluate_all("all => all.filter((one) => one.style.backgroundColor).length")
+        > 5
+    )
     look("weight")
 
     page.locator(".strongest a").first.click()

@@ -101,7 +101,11 @@ export class Chart {
       layout.xaxis = { ...layout.xaxis, fixedrange: true };
       layout.margin = { l: 56, r: 16, t: 8, b: 40, ...(this.margin ?? {}) };
       layout.dragmode = false;
-      return { data: this.figure.data, layout };
+      // Plotly shrinks a bar's number to the bar's width; on a phone that leaves dots.
+      const narrow = this.plot.clientWidth < 480;
+      const data = this.figure.data.map((trace) => (narrow && trace.type === "waterfall"
+        ? { ...trace, constraintext: "none", textfont: { size: 9 } } : trace));
+      return { data, layout };
     }
     layout.margin = { l: this.left, r: RIGHT, t: 8, b: 22 };
     layout.xaxis = { ...layout.xaxis, title: { text: "" }, range: this.axis.range, autorange: false, fixedrange: true, automargin: false,

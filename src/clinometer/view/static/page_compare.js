@@ -28,7 +28,9 @@ export async function comparePage({ main, state, signal, frame }) {
   axis.show([first(), last()], state.from, state.to);
   const chart = (metric, title, height) => new Chart({ title, path: "/api/compare", name: `compare-${metric}`, height, axis, side: true,
     query: () => ({ ids: infos.map((info) => info.id).join(","), metric, from: state.from, to: state.to }) });
-  const charts = [chart("loss", say("page.loss"), 280), chart("norm", say("page.norm"), 160), chart("lr", say("page.lr"), 120), chart("speed", say("page.speed"), 120)];
+  const rows = 18 * infos.length + 40;   // each run has its line in the legend
+  const tall = (height) => Math.max(height, rows);
+  const charts = [chart("loss", say("page.loss"), tall(280)), chart("norm", say("page.norm"), tall(160)), chart("lr", say("page.lr"), tall(120)), chart("speed", say("page.speed"), tall(120))];
   replace(main, h("div", { class: "page-compare" }, h("h1", {}, say("page.compare_n_runs", { n: infos.length })),
     charts.map((one) => one.element), table(infos)));
   await Promise.all(charts.map((one) => one.load(signal)));

@@ -20,7 +20,7 @@ export async function runsPage({ main, state, signal }) {
   const compare = h("button", { type: "button", class: "main", onclick: () => go(address({ page: "compare", runs: [...picked].join(",") })) });
   const body = h("tbody");
   const table = h("table", { class: "runs" }, h("thead", {}, h("tr", {},
-    h("th", {}, h("span", { class: "unseen" }, say("page.pick"))), h("th", {}, say("page.run")), h("th", {}, say("page.state")),
+    h("th", {}, h("span", { class: "unseen" }, say("page.pick"))), h("th", {}, say("page.run_name")), h("th", {}, say("page.state")),
     h("th", { class: "number" }, say("page.steps")), h("th", { class: "number" }, say("page.loss")), h("th", {}, say("page.loss_line")),
     h("th", { class: "number" }, say("page.speed")), h("th", { class: "number" }, say("page.alerts")),
     h("th", { class: "number" }, say("page.size")), h("th", {}, say("page.changed")))), body);

@@ -11,7 +11,7 @@ export function here() {
   for (const name of ["step", "from", "to"]) {
     if (name in state) {
       state[name] = Number(state[name]);
-      if (!Number.isFinite(state[name]) || state[name] < 0) delete state[name];
+      if (!Number.isSafeInteger(state[name]) || state[name] < 0) delete state[name];
     }
   }
   state.page ??= state.run ? "run" : "runs";
