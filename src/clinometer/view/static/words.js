@@ -16,9 +16,16 @@ export function language() {
   return current;
 }
 
+// "{n}", or a word that goes by a number: "{n|step|steps}".
+const PLACE = /\{(\w+)(?:\|([^|}]*)\|([^|}]*))?\}/g;
+
 export function say(key, values = {}) {
   const sentence = sentences[key] ?? key;
-  return sentence.replace(/\{(\w+)\}/g, (whole, name) => (name in values ? values[name] : whole));
+  return sentence.replace(PLACE, (whole, name, one, many) => {
+    if (!(name in values)) return whole;
+    if (one === undefined) return values[name];
+    return String(values[name]) === "1" ? one : many;
+  });
 }
 
 // "3 min ago": for how long something has been as it is.
