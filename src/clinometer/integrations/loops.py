@@ -48,6 +48,8 @@ def watch(
     """
     targets = [to] if to is None or isinstance(to, str | PathLike | Sink) else list(to)
     sinks = [_sink(target) for target in targets]
+    folders = [sink.folder for sink in sinks if isinstance(sink, Recorder)]
+    name = name or (folders[0].name if folders else None)
     try:
         one = watcher.watch(model, optimizer, sinks, every, name=name, config=config)
     except BaseException:
@@ -56,9 +58,8 @@ def watch(
                 sink.close("failed")
         raise
     one.on_alert = _Printer()
-    for sink in sinks:
-        if isinstance(sink, Recorder):
-            print(say("watch.writes", count=len(one.names), folder=sink.folder), file=sys.stderr)
+    for folder in folders:
+        print(say("watch.writes", count=len(one.names), folder=folder), file=sys.stderr)
     return one
 
 
