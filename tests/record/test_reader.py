@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from clinometer.messages import InputError
 from clinometer.record import cells, file
 from clinometer.record.reader import RunFile, find_runs
+from clinometer.record.recorder import Recorder
 from clinometer.record.schema import STATISTICS
 from tests.record.running import begun, named, recorded, statistics
 from tests.record.synthetic import synthetic
@@ -292,3 +293,14 @@ def test_runs_are_found_three_folders_deep_newest_first(tmp_path):
     assert [path for path in found if not path.startswith("loop")] == ["a", "b/c", "b/d/e"]
     assert find_runs(tmp_path / "a") == [tmp_path / "a"]
     assert find_runs(tmp_path / "nowhere") == []
+
+
+def test_of_too_many_alerts_the_newest_are_given(tmp_path):
+    recorder = Recorder(tmp_path / "run")
+    recorder.begin({"name": "run", "started": 1.0})
+    for number in range(7):
+        alert = {"id": number, "cause": "exploding", "severity": "fault", "step": number, "until": number}
+        recorder.alert({**alert, "tensors": [], "values": {}, "key": "k", "remedy": "r"})
+    recorder.close()
+    found = RunFile.open(tmp_path / "run").alerts(limit=3)
+    assert [alert["step"] for alert in found] == [4, 5, 6]

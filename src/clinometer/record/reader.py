@@ -237,13 +237,13 @@ class RunFile:
     def alerts(
         self, first: int | None = None, last: int | None = None, limit: int = 1000
     ) -> list[dict[str, Any]]:
-        """Alerts that touch a range of steps, the oldest first, as the watch reported them."""
+        """The newest `limit` alerts that touch a range of steps, the oldest first, as the watch reported them."""
         rows = self._connection.execute(
             "SELECT data, until FROM alerts WHERE step <= ? AND (until IS NULL OR until >= ?)"
-            " ORDER BY id LIMIT ?",
+            " ORDER BY id DESC LIMIT ?",
             (bounded(last), 0 if first is None else bounded(first), limit),
         )
-        return [{**json.loads(data), "until": until} for data, until in rows.fetchall()]
+        return [{**json.loads(data), "until": until} for data, until in reversed(rows.fetchall())]
 
     @_reading
     def events(
