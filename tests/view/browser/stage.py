@@ -160,7 +160,8 @@ class Written:
         ):  # fmt: skip
             self.recorder.alert(
                 {"id": number, "cause": cause, "severity": severity, "step": first, "until": until,
-                 "tensors": which, "values": {"count": 3}, "key": f"alert.{cause}", "remedy": f"alert.{cause}.remedy"}
+                 "tensors": which, "values": {"count": 3}, "key": f"alert.{cause}",
+                 "remedy": f"alert.{cause}.remedy"}
             )  # fmt: skip
 
     def reports(self) -> None:

@@ -121,8 +121,8 @@ export class Chart {
     if (!this.axis) return;
     const named = this.figure.data.filter((trace) => trace.name && trace.showlegend !== false && trace.y);
     for (const trace of named) {
-      const mark = h("span", { class: "mark" });
-      mark.style.background = trace.line?.color ?? trace.marker?.color ?? colour("ink");
+      const mark = h("span", { class: (trace.line?.dash ?? "solid") === "solid" ? "mark" : "mark dashed" });
+      mark.style.setProperty("--mark", trace.line?.color ?? trace.marker?.color ?? colour("ink"));
       const value = h("span", { class: "value" });
       const label = String(trace.name).replace(/&lt;/g, "<").replace(/&gt;/g, ">").replace(/&amp;/g, "&");
       this.rows.push({ x: numbers(trace.x), y: numbers(trace.y), value,

@@ -22,6 +22,10 @@ export async function comparePage({ main, state, signal, frame }) {
     if (reason.name === "AbortError") throw reason;
     return null;
   })))).filter(Boolean);
+  if (infos.length < 2) {
+    replace(main, notice(say("page.compare_two"), [say("page.compare_two_help")]));
+    return {};
+  }
   const axis = new TimeAxis({ zoom: (from, to) => go(altered({ from, to })), open: null });
   const last = () => Math.max(1, ...infos.map((info) => info.last_step ?? 0));
   const first = () => Math.min(...infos.map((info) => info.first_step ?? 0), last() - 1);

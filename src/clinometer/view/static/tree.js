@@ -8,6 +8,7 @@ import { drawSpark, sparkline } from "./spark.js";
 import { say } from "./words.js";
 
 const narrow = matchMedia("(max-width: 720px)");
+const close = matchMedia("(max-width: 1100px)");
 
 export class Tree {
   constructor({ tensors, filter = "", address, filtered }) {
@@ -49,7 +50,7 @@ export class Tree {
         onclick: () => this.fold(item.label) }, h("span", { class: "fold" }, item.folded ? "+" : "\u2212"), item.label);
     }
     const { tensor, leaf, deep } = item;
-    const [width, height] = narrow.matches ? [Math.max(96, this.element.clientWidth - 232), 28] : [64, 18];
+    const [width, height] = narrow.matches ? [Math.max(96, this.element.clientWidth - 232), 28] : [close.matches ? 36 : 64, 18];
     return h("a", { class: deep ? "tree-leaf deep" : "tree-leaf", role: "treeitem", "aria-level": deep ? "2" : "1",
       href: this.address(tensor), title: `${tensor.name}  ${shape(tensor.shape)}  ${tensor.dtype}` },
     h("span", { class: "leaf-name" }, leaf.replace(/\.weight$/, "")), sparkline(width, height), h("span", { class: "leaf-value" }));
