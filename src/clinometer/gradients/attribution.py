@@ -11,9 +11,10 @@ from torch import Tensor
 from clinometer.gradients.closure import Closure, eagerly, evaluate
 from clinometer.gradients.contraction import Use, overlap
 from clinometer.gradients.pushes import Attribution, Attributions, Contribution, stacked
+from clinometer.gradients.ranks import Ranks
 from clinometer.gradients.subject import Subject
 from clinometer.gradients.tokens import Text
-from clinometer.gradients.untouched import untouched
+from clinometer.gradients.untouched import modules_named_by, untouched
 from clinometer.gradients.uses import Watched
 from clinometer.messages import InputError
 
@@ -40,10 +41,15 @@ def attribute(
     `tokens`: the ids, (B, S); without them those of the forward's first embedding. `decode` turns one id into
     text, or `tokenizer.decode([id])` does. Nothing is left behind, also after an exception.
 
-    Raises InputError for a name or index there is none of, and for a weight that has no gradient.
+    Under DDP each rank explains the gradient of its own part of the batch, before it is averaged.
+
+    Raises InputError for a name or index there is none of, for a weight that has no gradient, and for sharded
+    tensors.
     """
     subject = Subject.of(params)
     wanted = _wanted(subject, name, index)
+    ranks = Ranks(subject.tensors, [m for m in (subject.module, *modules_named_by(closure)) if m is not None])
+    ranks.refuse_sharded("attribution.sharded")
     text = Text(tokens, _decoder(decode, tokenizer))
     tensors = {key: subject.tensors[key] for key in wanted}
     shapes = {key: tensor.shape for key, tensor in tensors.items()}
@@ -54,7 +60,7 @@ def attribute(
         tensors,
         {key: lambda use, e=entry, s=shapes[key]: use.at_parameter(e, s) for key, entry in entries.items()},
     )
-    with untouched(subject, closure=closure), eagerly():
+    with ranks.apart(), untouched(subject, closure=closure), eagerly():
         try:
             # The mode stays on in the backward: reentrant checkpointing runs its forwards there.
             with watched:

@@ -26,6 +26,7 @@ from clinometer.gradients.layers import LayerCheck, check_call
 from clinometer.gradients.localise import EntryCheck, check_entry, localise
 from clinometer.gradients.own_precision import OwnGradients, check_at_own_precision
 from clinometer.gradients.probe import NotRepeatable, Probe
+from clinometer.gradients.ranks import Ranks
 from clinometer.gradients.subject import Subject
 from clinometer.gradients.untouched import Before, modules_named_by, untouched
 from clinometer.gradients.verdict import GradientCheck, TensorCheck
@@ -50,13 +51,20 @@ def check_gradients(
 
     In float64, whatever the model's precision. Dropout stays on and draws the same numbers at every run;
     what the closure detaches is held constant. `entries` asks for single numbers: {"w": [(3, 5)]}.
-    `progress(done, total)` is called as it goes. Leaves no trace.
+    `progress(done, total)` is called as it goes. Leaves no trace. Under DDP each rank checks its own loss.
 
-    Raises InputError for what is no set of tensors or no loss, UnknownName for a name in `entries`.
+    Raises InputError for what is no set of tensors or no loss, and for sharded tensors; UnknownName for a name in `entries`.
     """
     subject = Subject.of(params)
+    ranks = Ranks(subject.tensors, [m for m in (subject.module, *modules_named_by(closure)) if m is not None])
+    ranks.refuse_sharded("check.sharded")
     asked = {subject.name_of(key): [_index(i) for i in value] for key, value in (entries or {}).items()}
-    with untouched(subject, closure=closure) as before, eagerly(), sdpa_kernel(SDPBackend.MATH):
+    with (
+        ranks.apart(),
+        untouched(subject, closure=closure) as before,
+        eagerly(),
+        sdpa_kernel(SDPBackend.MATH),
+    ):
         return _Check(subject, closure, before, seed, asked, progress or (lambda done, total: None)).run()
 
 

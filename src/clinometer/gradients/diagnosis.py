@@ -15,10 +15,11 @@ from clinometer.gradients.after_backward import without_closure
 from clinometer.gradients.closure import Closure, eagerly
 from clinometer.gradients.document import BLANK, Document, Line, dim, ok, sentence
 from clinometer.gradients.finding import EXPLAINED, FAULT, Finding, Severity
+from clinometer.gradients.ranks import Ranks
 from clinometer.gradients.report import Result
 from clinometer.gradients.running import Run, find_origin, run, used_by_chance
 from clinometer.gradients.subject import Subject
-from clinometer.gradients.untouched import Before, untouched
+from clinometer.gradients.untouched import Before, modules_named_by, untouched
 from clinometer.gradients.where import Where
 from clinometer.gradients.why_none import Reason, before_any_run, why_none
 from clinometer.gradients.why_nonfinite import Origin, why_nonfinite
@@ -85,6 +86,7 @@ class Diagnosis(Result):
         findings: list[Finding],
         nodes: int | None,
         seconds: float,
+        rank: tuple[int, int] = (0, 1),
     ) -> None:
         self._entries = entries
         self._others = dict(subject.canonical)
@@ -93,6 +95,8 @@ class Diagnosis(Result):
         self.numbers = subject.size
         self.nodes = nodes
         self.seconds = seconds
+        self.rank = rank
+        """The process that looked, and how many train together."""
 
     @property
     def healthy(self) -> bool:
@@ -113,6 +117,9 @@ class Diagnosis(Result):
             lines += [Line(sentence("diagnosis.more", language, count=rest)), BLANK]
         if self.compiled:
             lines.append(Line(tuple(map(dim_span, sentence("diagnosis.compiled", language)))))
+        if self.rank[1] > 1:
+            values = {"rank": self.rank[0], "count": self.rank[1]}
+            lines.append(Line(tuple(map(dim_span, sentence("diagnosis.ranks", language, **values)))))
         mark = (ok("✓ "),) if not self.findings else ()
         lines.append(Line((*mark, *self._looked(language)), hang=2 if mark else 0))
         return lines
@@ -127,6 +134,8 @@ class Diagnosis(Result):
                 "numbers": self.numbers,
                 "nodes": self.nodes,
                 "seconds": self.seconds,
+                "rank": self.rank[0],
+                "ranks": self.rank[1],
             },
         }
 
@@ -151,32 +160,38 @@ def diagnose(params: Any, closure: Closure | None = None, *, optimizer: Optimize
     `closure` computes the loss; it is run once, with a backward (its forward again when the loss is not
     finite or a layer was not used), and nothing is changed by it. Without one, what can be known from
     the gradients that are there is said, and no more. With `optimizer`, what a step would do is too.
+    Of sharded tensors, and under DDP, every rank must call: they agree on what is missing or zero.
     Raises InputError for arguments that cannot be used, and whatever the closure raises.
     """
     begun = time.perf_counter()
     subject = Subject.of(params)
     if closure is None:
-        reasons = without_closure(subject)
+        ranks = Ranks(subject.tensors)
+        reasons = without_closure(subject, ranks)
         findings = loop_findings.standing(subject, optimizer)
         entries, found = collect(subject, reasons)
-        return Diagnosis(subject, entries, [*found, *findings], None, time.perf_counter() - begun)
-    with eagerly(), untouched(subject, closure=closure, optimizer=optimizer) as before:
-        result = run(subject, closure, before)
-        reasons, origin = explain(subject, closure, result, before)
-        reasons = _without_chance(subject, closure, reasons)
+        return Diagnosis(
+            subject, entries, [*found, *findings], None, time.perf_counter() - begun, ranks.place
+        )
+    modules = [m for m in (subject.module, *modules_named_by(closure)) if m is not None]
+    ranks = Ranks(subject.tensors, modules)
+    with ranks.apart(), eagerly(), untouched(subject, closure=closure, optimizer=optimizer) as before:
+        result = run(subject, closure, before, ranks)
+        reasons, origin = explain(subject, closure, result, before, ranks)
+        reasons = _without_chance(subject, closure, reasons, ranks)
         reasons, apart = _kept_apart(reasons, loop_findings.outside(subject, optimizer))
-        findings = loop_findings.of_run(subject, result, optimizer, before, apart)
+        findings = loop_findings.of_run(subject, result, optimizer, before, ranks, apart)
         nodes = len(result.flow.graph.nodes) if result.flow else 0
     entries, found = collect(subject, reasons)
     if origin is not None and not any(f.status == "non-finite" for f in found):
         found.append(_finding(origin.reason(), ("loss",)))
     if nodes == 0 and not any(f.cause == "loss-without-graph" for f in found):
         found.append(_finding(Reason("none", "loss-without-graph", FAULT, "frozen"), ()))
-    return Diagnosis(subject, entries, [*found, *findings], nodes, time.perf_counter() - begun)
+    return Diagnosis(subject, entries, [*found, *findings], nodes, time.perf_counter() - begun, ranks.place)
 
 
 def explain(
-    subject: Subject, closure: Closure, result: Run, before: Before
+    subject: Subject, closure: Closure, result: Run, before: Before, ranks: Ranks
 ) -> tuple[dict[str, Reason | str], Origin | None]:
     """For each tensor why its gradient is as it is: a reason, or its status when there is none to give."""
     loss = float(result.loss.detach())
@@ -203,16 +218,16 @@ def explain(
         else:
             reasons[name] = "ok"
     origin = None
-    if not math.isfinite(loss):
-        origin = find_origin(subject, closure, before)
+    if ranks.any(not math.isfinite(loss)):
+        origin = find_origin(subject, closure, before, ranks)
     for name in nonfinite:
         assert result.flow is not None
-        reasons[name] = why_nonfinite(name, subject, result.flow, origin)
+        reasons[name] = why_nonfinite(name, subject, result.flow, origin, ranks.alone)
     return {name: reasons[name] for name in subject.tensors}, origin
 
 
 def _without_chance(
-    subject: Subject, closure: Closure, reasons: dict[str, Reason | str]
+    subject: Subject, closure: Closure, reasons: dict[str, Reason | str], ranks: Ranks
 ) -> dict[str, Reason | str]:
     """Before a layer is accused of never being used: do other random numbers use it, as in LayerDrop?"""
     unused = {
@@ -220,10 +235,11 @@ def _without_chance(
         for name, reason in reasons.items()
         if isinstance(reason, Reason) and reason.cause == "unused" and reason.severity == FAULT
     }
+    unused = ranks.named_by_any(unused)
     if not unused or subject.module is None or not subject.module.training:
         return reasons
     chance = Reason("none", "unused", EXPLAINED, "chance", group=0)
-    return {**reasons, **dict.fromkeys(used_by_chance(subject, closure, unused), chance)}
+    return {**reasons, **dict.fromkeys(used_by_chance(subject, closure, unused, ranks), chance)}
 
 
 def _kept_apart(

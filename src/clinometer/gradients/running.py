@@ -14,6 +14,7 @@ from clinometer.gradients import why_nonfinite, why_zero
 from clinometer.gradients.closure import Closure, evaluate
 from clinometer.gradients.flow import Flow, Read, largest
 from clinometer.gradients.graph import Graph, Node
+from clinometer.gradients.ranks import Ranks, whole
 from clinometer.gradients.subject import Subject
 from clinometer.gradients.tracing import Trace
 from clinometer.gradients.untouched import Before
@@ -37,12 +38,13 @@ class Run:
     """Rows and columns that are zero, of gradients that are not zero as a whole."""
 
 
-def run(subject: Subject, closure: Closure, before: Before) -> Run:
-    """Run the closure and its backward once; the gradients are afterwards in `.grad`.
+def run(subject: Subject, closure: Closure, before: Before, ranks: Ranks) -> Run:
+    """Run the closure and its backward once; the gradients are afterwards in `.grad`, averaged over ranks.
 
     Raises InputError for a loss whose graph was used up before, and what the closure raises.
     """
-    trace = Trace(subject)
+    stand_ins = ranks.stand_ins()
+    trace = Trace(subject, stand_ins)
     with trace.watching():
         loss = evaluate(closure)
     before.set_grads_aside()  # a closure that ran a backward of its own left something
@@ -60,12 +62,15 @@ def run(subject: Subject, closure: Closure, before: Before) -> Run:
             if "modified by an inplace operation" in str(error) and (where := _overwritten(result)):
                 error.add_note(say("diagnosis.overwritten", place=where.label, source=where.source))
             raise
+        graph.rename(stand_ins)
     with torch.no_grad():
-        for name, tensor in subject.tensors.items():
-            gradient = tensor.grad if tensor.is_leaf or tensor.retains_grad else None
-            size = result.sizes[name] = largest(gradient)
+        ranks.average_gradients()
+        gradients = {n: t.grad if t.is_leaf or t.retains_grad else None for n, t in subject.tensors.items()}
+        result.sizes = ranks.largest({name: largest(gradient) for name, gradient in gradients.items()})
+        for name, gradient in gradients.items():
+            size = result.sizes[name]
             if gradient is not None and size and math.isfinite(size):
-                lines = zero_lines(gradient)
+                lines = zero_lines(whole(gradient))
                 if lines != (None, None):
                     result.lines[name] = lines
     return result
@@ -85,26 +90,31 @@ def _overwritten(run: Run) -> Where | None:
     return None
 
 
-def find_origin(subject: Subject, closure: Closure, before: Before) -> why_nonfinite.Origin | None:
+def find_origin(
+    subject: Subject, closure: Closure, before: Before, ranks: Ranks
+) -> why_nonfinite.Origin | None:
     """Run the forward once more, every result looked at: where the loss stopped being finite."""
     before.rewind()
-    trace = Trace(subject)
-    finiteness = why_nonfinite.Finiteness(subject)
+    stand_ins = ranks.stand_ins()
+    trace = Trace(subject, stand_ins)
+    finiteness = why_nonfinite.Finiteness(subject, stand_ins)
     trace.after_call = finiteness.after_call
     with trace.watching():
         loss = evaluate(closure)
     return finiteness.of(loss)
 
 
-def used_by_chance(subject: Subject, closure: Closure, unused: set[str], draws: int = 3) -> set[str]:
+def used_by_chance(
+    subject: Subject, closure: Closure, unused: set[str], ranks: Ranks, draws: int = 3
+) -> set[str]:
     """Those that some forward with other random numbers uses."""
     found: set[str] = set()
     for _ in range(draws):  # the generators go on from where the last run left them
-        trace = Trace(subject)
+        trace = Trace(subject, ranks.stand_ins())
         with trace.watching():
             evaluate(closure)
         found |= {name for name in unused if trace.bits[id(subject.tensors[name])] in trace.first_use}
-        if found == unused:
+        if not ranks.any(found != unused):
             break
     return found
 

@@ -28,8 +28,9 @@ from clinometer.gradients.held import Held, wide
 from clinometer.gradients.keeping import has_grad
 from clinometer.gradients.measures import Moved, fitting
 from clinometer.gradients.randomness import RandomState
+from clinometer.gradients.ranks import Ranks, whole
 from clinometer.gradients.subject import Subject
-from clinometer.gradients.untouched import untouched
+from clinometer.gradients.untouched import modules_named_by, untouched
 from clinometer.messages import InputError
 
 
@@ -45,6 +46,8 @@ def explain_step(
     `params`: what to look at: the model, or a mapping of a few names, which costs only their memory.
     `loss`: a closure; called before and after the step with the same random numbers and without a trace, to
     set the change of the loss against Σ⟨g, Δθ⟩.
+    Of sharded tensors (FSDP2), each rank gathers what is looked at when the block ends: every rank must come to
+    the end of the block, and a few names cost less. Losses are then the mean over ranks, as the gradient is.
     `clipped_from`: the total norm before clipping, as clip_grad_norm_ returns it. Without it, clipping is
     seen if the block begins before it, or if `anatomy.before_clipping()` is called before it.
 
@@ -79,6 +82,8 @@ class _Watch:
         self._clip: float | None = None
         self._stepped = False
         self._ran = False
+        modules = [subject.module, *([] if loss is None else modules_named_by(loss))]
+        self._ranks = Ranks(subject.tensors, [m for m in modules if m is not None])
 
     def begin(self, stack: ExitStack) -> None:
         self.note_gradients()
@@ -153,13 +158,13 @@ class _Watch:
     def _loss_now(self) -> float:
         assert self._loss is not None
         assert self._random is not None
-        with untouched(self.subject, closure=self._loss), eagerly():
+        with self._ranks.apart(), untouched(self.subject, closure=self._loss), eagerly():
             self._random.restore()
             return float(evaluate(self._loss).detach())
 
     def _norm_of_all(self) -> float:
         grads = [p.grad for group in self.optimizer.param_groups for p in group["params"]]
-        squares = [wide(g).square().sum().item() for g in grads if g is not None]
+        squares = [wide(whole(g)).square().sum().item() for g in grads if g is not None]
         return sum(squares) ** 0.5
 
     def end(self, anatomy: StepAnatomy) -> None:
@@ -171,6 +176,7 @@ class _Watch:
         else:
             self._copy_after()
             skipped = False
+        self._gather()
         claimed = claims(self.optimizer)
         moved: dict[str, Moved] = {}
         for name, tensor in self._before.items():
@@ -191,7 +197,7 @@ class _Watch:
         anatomy.complete(
             {name: _with(m, formula) for name, m in moved.items()},
             formula,
-            losses=tuple(self._losses) if len(self._losses) == 2 else None,
+            losses=tuple(self._ranks.mean(self._losses)) if len(self._losses) == 2 else None,
             whole=all(
                 id(p) in everything
                 for group in self.optimizer.param_groups
@@ -200,6 +206,27 @@ class _Watch:
             ),
             skipped="no-step" if skipped and not self._ran else "scaler" if skipped else None,
         )
+
+    def _gather(self) -> None:
+        """Sharded tensors become whole ones."""
+        if not self._ranks.sharded:
+            return
+        stayed = {name for name, tensor in self._after.items() if tensor is self._before[name]}
+        self._before = {name: whole(tensor) for name, tensor in self._before.items()}
+        self._after = {
+            name: self._before[name] if name in stayed else whole(tensor)
+            for name, tensor in self._after.items()
+        }
+        self._raw = {name: whole(tensor) for name, tensor in self._raw.items()}
+        self._held = {
+            name: Held(
+                self._before[name],
+                whole(held.grad),
+                {k: whole(v) if isinstance(v, Tensor) else v for k, v in held.state.items()},
+                held.options,
+            )
+            for name, held in self._held.items()
+        }
 
     def _status(self, name: str, skipped: bool, known: bool) -> str:
         if name not in self._owned:
