@@ -1,4 +1,4 @@
-"""Two processes on one model: sharded (FSDP2) and copied (DDP) give what one process with the whole batch gives."""
+"""Two processes on one model, sharded (FSDP2) or copied (DDP), say what one process with the whole batch says."""
 
 import json
 import math

@@ -14,10 +14,14 @@ from clinometer.gradients.ranks import Ranks, whole
 from clinometer.gradients.subject import Subject
 from clinometer.gradients.why_none import Reason, before_any_run
 from clinometer.gradients.why_partly import zero_lines
+from clinometer.messages import InputError
 
 
 def without_closure(subject: Subject, ranks: Ranks) -> dict[str, Reason | str]:
     """For each tensor a reason, or its status where the gradient alone does not say why."""
+    for name, tensor in subject.tensors.items():
+        if has_grad(tensor) and tensor.grad is not None and tensor.grad.is_meta:
+            raise InputError("gradients.subject.meta", name=name)
     with torch.no_grad():
         here = {n: largest(t.grad) if has_grad(t) else None for n, t in subject.tensors.items()}
         sizes = ranks.largest(here)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from clinometer.gradients.closure import Closure, eagerly, evaluate
 from clinometer.gradients.contraction import Use, overlap
+from clinometer.gradients.derived import Derived
 from clinometer.gradients.pushes import Attribution, Attributions, Contribution, stacked
 from clinometer.gradients.ranks import Ranks
 from clinometer.gradients.subject import Subject
@@ -50,6 +51,9 @@ def attribute(
     wanted = _wanted(subject, name, index)
     ranks = Ranks(subject.tensors, [m for m in (subject.module, *modules_named_by(closure)) if m is not None])
     ranks.refuse_sharded("attribution.sharded")
+    for key in wanted:
+        if subject.tensors[key].is_complex():
+            raise InputError("attribution.complex", name=key, dtype=subject.tensors[key].dtype)
     text = Text(tokens, _decoder(decode, tokenizer))
     tensors = {key: subject.tensors[key] for key in wanted}
     shapes = {key: tensor.shape for key, tensor in tensors.items()}
@@ -67,6 +71,7 @@ def attribute(
                 loss = evaluate(closure)
                 if not loss.requires_grad:
                     raise InputError("attribution.no_graph")
+                watched.end_in(loss)
                 watched.armed = True
                 loss.backward()
         finally:
@@ -76,7 +81,7 @@ def attribute(
     found: dict[str, Attribution] = {}
     with torch.no_grad():
         for key, at in wanted.items():
-            uses = watched.uses[key]
+            uses = watched.uses_of(key)
             if key in entries:
                 gradient = float(grads[key][entries[key]])
                 parts, exact = [_of_entry(use) for use in uses if use.reduced is not None], True
@@ -156,9 +161,15 @@ def _of_part(
     exact = True
     for use in uses:
         along = use.along(use.placement.spread(direction)) / size if size else torch.zeros(use.lead)
-        squared = use.squared(_spread_mask(use, mask))
-        parts.append(Contribution(use.op, use.where, along.cpu(), squared.cpu(), use.precision))
-    if not loop and len(uses) > 1:
+        squared = _squared(use, mask)
+        parts.append(
+            Contribution(
+                use.op, use.where, along.cpu(), None if squared is None else squared.cpu(), use.precision
+            )
+        )
+    if any(part.squared is None for part in parts):
+        exact = False
+    elif not loop and len(uses) > 1:
         shared = [overlap(a, b, mask) for i, a in enumerate(uses) for b in uses[i + 1 :]]
         exact = all(s is not None for s in shared)
         for s in shared if exact else ():
@@ -166,6 +177,14 @@ def _of_part(
             assert s is not None
             parts[0].squared = parts[0].squared + 2 * s.cpu()
     return size, parts, exact
+
+
+def _squared(use: Use, mask: Tensor | None) -> Tensor | None:
+    """‖what each position adds‖²; None where it would take the outer product."""
+    if isinstance(use.placement, Derived):
+        slopes = use.placement.slopes
+        return None if slopes is None else use.squared(slopes.square() * (1.0 if mask is None else mask))
+    return use.squared(_spread_mask(use, mask))
 
 
 def _spread_mask(use: Use, mask: Tensor | None) -> Tensor | None:

@@ -53,7 +53,8 @@ def check_gradients(
     what the closure detaches is held constant. `entries` asks for single numbers: {"w": [(3, 5)]}.
     `progress(done, total)` is called as it goes. Leaves no trace. Under DDP each rank checks its own loss.
 
-    Raises InputError for what is no set of tensors or no loss, and for sharded tensors; UnknownName for a name in `entries`.
+    Raises InputError for what is no set of tensors or no loss, and for sharded tensors; UnknownName for a
+    name in `entries`.
     """
     subject = Subject.of(params)
     ranks = Ranks(subject.tensors, [m for m in (subject.module, *modules_named_by(closure)) if m is not None])

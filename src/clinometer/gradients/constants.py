@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction, Function
 from torch.overrides import TorchFunctionMode
 
+from clinometer.gradients.randomness import RandomState
 from clinometer.gradients.where import Where, user_frame
 
 _DATA = torch.Tensor.data  # pyright: ignore[reportAttributeAccessIssue]
@@ -138,11 +139,11 @@ class Held(TorchFunctionMode):
         hard = given.arguments.pop("hard", False)
         options = {k: v for k, v in given.arguments.items() if k != "logits"}
         logits = given.arguments["logits"]
-        state = torch.get_rng_state()
+        state = RandomState()
         soft = F.gumbel_softmax(logits, hard=False, **options)
         if not hard:
             return soft
-        torch.set_rng_state(state)
+        state.restore()
         stepped = F.gumbel_softmax(logits, hard=True, **options)
         return soft + self._exchange("gumbel_softmax", (stepped - soft).detach(), ())
 

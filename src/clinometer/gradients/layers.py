@@ -148,10 +148,10 @@ class _Weighed:
                 self.outputs = [out.detach().to(torch.float64, copy=True) for out in outputs]
                 if outputs:
                     pairs = zip(self._weights, self.outputs, strict=True)
-                    self.size = float(sum((u * y).square().sum() for u, y in pairs)) ** 0.5
+                    self.size = sum(float((u * y).square().sum()) for u, y in pairs) ** 0.5
             total = torch.zeros((), dtype=torch.float64)
             for u, out in zip(self._weights, outputs, strict=False):
-                total = total + (u * out.to(torch.float64)).sum()
+                total = total + (u * out.to(torch.float64)).sum().to(total.device)  # of several devices
             return total
 
 

@@ -183,6 +183,8 @@ class Measures:
 
 def measure(moved: Moved, function: Formula | None) -> Measures:
     """The measures of one tensor; without a formula only what needs none."""
+    if moved.before.is_meta:  # offloaded: its values are elsewhere
+        return Measures()
     before, after = wide(moved.before), wide(moved.after)
     change = after - before
     gradient = moved.gradient

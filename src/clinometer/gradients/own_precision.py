@@ -15,6 +15,7 @@ from clinometer.gradients.differences import Judgement
 from clinometer.gradients.double import LIFT, Doubled, in_double
 from clinometer.gradients.layers import LayerCheck, check_call
 from clinometer.gradients.probe import Probe, backward
+from clinometer.gradients.randomness import RandomState
 from clinometer.gradients.untouched import Before
 
 ROUGH = 0.05
@@ -42,10 +43,10 @@ class OwnGradients:
         dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
         low = {name: tensor for name, tensor in tensors.items() if tensor.dtype in LIFT}
         before.rewind()
-        state = torch.get_rng_state()
+        state = RandomState()
         loss = evaluate(closure)
         functions = custom_functions(loss)
-        if not low or not torch.equal(state, torch.get_rng_state()):
+        if not low or not state.same_as(RandomState()):
             return cls(dtypes, {}, functions, float(loss.detach()))
         found = backward(loss, low, lambda: evaluate(closure))
         kept = {name: grad for name, grad in found.items() if grad is not None}

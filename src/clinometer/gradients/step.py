@@ -46,8 +46,8 @@ def explain_step(
     `params`: what to look at: the model, or a mapping of a few names, which costs only their memory.
     `loss`: a closure; called before and after the step with the same random numbers and without a trace, to
     set the change of the loss against Σ⟨g, Δθ⟩.
-    Of sharded tensors (FSDP2), each rank gathers what is looked at when the block ends: every rank must come to
-    the end of the block, and a few names cost less. Losses are then the mean over ranks, as the gradient is.
+    Of sharded tensors (FSDP2), each rank gathers what is looked at when the block ends: every rank must come
+    there, and a few names cost less. Losses are then the mean over ranks, as the gradient is.
     `clipped_from`: the total norm before clipping, as clip_grad_norm_ returns it. Without it, clipping is
     seen if the block begins before it, or if `anatomy.before_clipping()` is called before it.
 
@@ -176,6 +176,9 @@ class _Watch:
         else:
             self._copy_after()
             skipped = False
+        for name, held in self._held.items():
+            if held.grad.is_meta:
+                raise InputError("gradients.subject.meta", name=name)
         self._gather()
         claimed = claims(self.optimizer)
         moved: dict[str, Moved] = {}

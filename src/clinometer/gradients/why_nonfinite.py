@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clinometer.gradients.finding import FAULT
-from clinometer.gradients.flow import Event, Flow, largest
+from clinometer.gradients.flow import Event, Flow, largest, plain
 from clinometer.gradients.graph import Node, is_custom, operation
 from clinometer.gradients.source import definition_of
 from clinometer.gradients.subject import Subject
@@ -161,7 +161,7 @@ class Finiteness:
         if size is None or math.isfinite(size):
             self._known.pop(id(out), None)
             return
-        nan = math.isnan(size) or bool(torch.isnan(out).any())
+        nan = math.isnan(size) or bool(torch.isnan(plain(out)).any())
         sources = [t for t in ins if t is not out and not math.isfinite(largest(t) or 0.0)]
         origin = None
         for tensor in sources:
@@ -175,7 +175,7 @@ class Finiteness:
 
     def _from_outside(self, tensor: Tensor, name: str, where: Where | None) -> Origin | None:
         """A value nobody in this forward made: a parameter's own, or the batch's."""
-        nan = bool(torch.isnan(tensor).any())
+        nan = bool(torch.isnan(plain(tensor)).any())
         if id(tensor) in self._parameters:
             return Origin(name, where, nan, "parameter", tensor.dtype, self._parameters[id(tensor)])
         return Origin(name, where, nan, "given" if nan else "mask", tensor.dtype)
