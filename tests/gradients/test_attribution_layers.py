@@ -168,7 +168,9 @@ def test_each_step_of_a_recurrent_layer_is_at_its_position(x):
     found = attribute(layer, lambda: curved(layer(given)[0]), ["weight_hh_l0", "weight_hh_l0_reverse"])
     outs, copies = [], {}
     for suffix, steps in (("", range(S)), ("_reverse", reversed(range(S)))):
-        part = {n: getattr(layer, f"{n}_l0{suffix}") for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")}
+        part = {
+            n: getattr(layer, f"{n}_l0{suffix}") for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        }
         h, kept = torch.zeros(B, 3, dtype=torch.float64), [None] * S
         for t in steps:
             own = copies[suffix, t] = part["weight_hh"].detach().clone().requires_grad_()
@@ -230,7 +232,9 @@ def made(kind):
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*")
-@pytest.mark.parametrize("kind", ["weight norm", "spectral norm", "orthogonal", "symmetric", "old weight norm"])
+@pytest.mark.parametrize(
+    "kind", ["weight norm", "spectral norm", "orthogonal", "symmetric", "old weight norm"]
+)
 def test_a_weight_that_is_made_of_others_is_split_for_each_of_them(kind, x):
     model = made(kind).eval()
     assert_exact(model, lambda: curved(model(x)))

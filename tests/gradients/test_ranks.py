@@ -1,4 +1,4 @@
-"""Two processes on one model, sharded (FSDP2) or copied (DDP), say what one process with the whole batch says."""
+"""Two processes on one model, sharded (FSDP2) or copied (DDP), say what one with the whole batch says."""
 
 import json
 import math

@@ -42,7 +42,8 @@ class TensorStep(Result):
     def measures(self) -> Measures:
         """Ratio, shares, rounding; float64 sums over the entries."""
         if self._index is not None and self.formula in WHOLE:
-            raise InputError("step.part_of_matrix", name=self.name, optimizer=self._context.optimizer)
+            function = FORMULAS[self.formula]
+            return measure(self.moved, function, self._whole.replay(function, self._index))
         return measure(self.moved, FORMULAS[self.formula] if self.formula else None)
 
     @cached_property

@@ -71,7 +71,7 @@ class Derived(Placement):
             try:
                 return jvp(self.function, (primal,), (direction,))[1].detach()
             except (RuntimeError, NotImplementedError):  # no forward derivative: that of u ↦ Jᵀu, which is J
-                out, back = vjp(self.function, primal)
+                out, back, *_ = vjp(self.function, primal)
                 zeros = torch.zeros_like(out)
                 return vjp(lambda u: back(u)[0], zeros)[1](direction)[0].detach()
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from clinometer.gradients.capture import Call, tensors_in
 from clinometer.gradients.differences import DIRECTIONS, Judgement, reals
@@ -84,6 +85,7 @@ def check_call(
         name: p
         for name, p in own.items()
         if p.requires_grad and p.layout is torch.strided and not p._backward_hooks
+        if not is_traceable_wrapper_subclass(p)  # its numbers cannot be moved one by one
     }
     if not tensors or any(t.numel() == 0 for t in tensors.values()):
         return None

@@ -52,11 +52,11 @@ def opened_layer(name: str, args: tuple[Any, ...], gathering: Gathering) -> Any:
 
 def opened_cell(name: str, args: tuple[Any, ...]) -> Any:
     """The same result as torch's cell."""
-    x, hx, w_ih, w_hh, *biases = args
-    b_ih, b_hh = (*biases, None, None)[:2]
+    x, hx, w_ih, w_hh = args[:4]
+    b_ih, b_hh = (*args[4:6], None, None)[:2]
     states = hx if isinstance(hx, tuple | list) else (hx,)
     end = _step(name.removesuffix("_cell"), F.linear(x, w_ih, b_ih), tuple(states), w_hh, b_hh, None)
-    return end if len(end) > 1 else end[0]
+    return end[0] if len(end) == 1 else end
 
 
 def _run(

@@ -12,9 +12,9 @@ block. Nothing is computed in float64 until somebody asks.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clinometer.gradients.anatomy import StepAnatomy
+from clinometer.gradients.clipped import after_unscaling, clipping_factor
 from clinometer.gradients.closure import Closure, eagerly, evaluate
 from clinometer.gradients.formulas import FORMULAS, claims
 from clinometer.gradients.held import Held, wide
@@ -49,7 +50,8 @@ def explain_step(
     Of sharded tensors (FSDP2), each rank gathers what is looked at when the block ends: every rank must come
     there, and a few names cost less. Losses are then the mean over ranks, as the gradient is.
     `clipped_from`: the total norm before clipping, as clip_grad_norm_ returns it. Without it, clipping is
-    seen if the block begins before it, or if `anatomy.before_clipping()` is called before it.
+    seen if the block begins before it: gradients are noted when the block begins, after every backward and
+    after `GradScaler.unscale_` in it. `anatomy.before_clipping()` notes them at any other place.
 
     Raises InputError for something that is no optimizer. Exceptions of the block pass through, and the
     hooks are gone in any case.
@@ -93,16 +95,24 @@ class _Watch:
                 self.optimizer.register_step_post_hook(self._after_step),
             ):
                 stack.callback(handle.remove)
+            for name, tensor in self.subject.tensors.items():
+                if tensor.requires_grad and tensor.is_leaf:
+                    note = partial(self._note, name)
+                    stack.callback(tensor.register_post_accumulate_grad_hook(note).remove)
+            stack.enter_context(after_unscaling(self.optimizer, self.note_gradients))
         else:
             self._copy_before()
 
     def note_gradients(self) -> None:
         """Gradients as they are now count as those before clipping."""
-        self._raw = {
-            name: _dense(tensor.grad).clone()
-            for name, tensor in self.subject.tensors.items()
-            if has_grad(tensor) and tensor.grad is not None
-        }
+        self._raw = {}
+        for name, tensor in self.subject.tensors.items():
+            if has_grad(tensor):
+                self._note(name, tensor)
+
+    def _note(self, name: str, tensor: Tensor) -> None:
+        if tensor.grad is not None:
+            self._raw[name] = _dense(tensor.grad).clone()
 
     def _before_step(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -246,14 +256,8 @@ class _Watch:
         raw = self._raw.get(name)
         if raw is None or raw.shape != held.grad.shape or getattr(self.optimizer, "grad_scale", None):
             return None, self._clip
-        norm = float(torch.linalg.vector_norm(wide(raw)))
-        factor = float(torch.linalg.vector_norm(wide(held.grad))) / norm if norm else 1.0
-        # A gradient that shrank to 1/2, 1/4, … was unscaled by a GradScaler, whose scales are powers of two.
-        if torch.equal(raw.nan_to_num(), held.grad.nan_to_num()) or (
-            factor < 1 and math.frexp(factor)[0] == 0.5
-        ):
-            return None, self._clip
-        return raw, factor
+        factor = clipping_factor(raw, held.grad)
+        return (None, self._clip) if factor is None else (raw, factor)
 
 
 def _best(claimed: tuple[str, ...], moved: dict[str, Moved]) -> str | None:

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils import parametrizations
 from torch.overrides import TorchFunctionMode
 
 from clinometer.gradients.axes import Axes, einsum_axes, elementwise_axes, matmul_axes
@@ -40,10 +39,11 @@ from clinometer.gradients.calls import (
     opened_up,
     tensors_in,
 )
-from clinometer.gradients.contraction import Lookup, Placement, Product, Use
+from clinometer.gradients.contraction import Lookup, Product, Use
 from clinometer.gradients.convolution import CONVOLUTIONS, TRANSPOSED, Convolution, bias_axes, convolution_of
-from clinometer.gradients.derived import ELEMENTWISE, PURE, Derived, function_of
+from clinometer.gradients.derived import PURE
 from clinometer.gradients.flow import plain
+from clinometer.gradients.following import Followed, is_parametrizing
 from clinometer.gradients.gathered import Grouped, Steps, settled
 from clinometer.gradients.recurrent import CELLS, LAYERS, opened_cell, opened_layer
 from clinometer.gradients.where import Where, user_frame
@@ -60,15 +60,10 @@ class Watched(TorchFunctionMode):
         """The first token ids looked up in an embedding."""
         self.armed = False
         self._reduce = reduce
-        self._known: dict[int, tuple[Tensor, Placement]] = {
-            id(tensor): (tensor, Placement(name)) for name, tensor in tensors.items()
-        }
-        self._also: dict[int, list[Placement]] = {}
-        """Of a tensor made of several parameters, the others."""
+        self._known = Followed(tensors)
         self._looked: dict[int, tuple[Tensor, Lookup]] = {}
         self._wider: dict[Use, list[Lookup]] = {}
         self._hooked: Tensor | None = None
-        self._whole: dict[str, Tensor] = {}
         self._handles: list[Any] = []
 
     def uses_of(self, name: str) -> list[Use]:
@@ -77,7 +72,7 @@ class Watched(TorchFunctionMode):
 
     def end_in(self, loss: Tensor) -> None:
         """A loss made of parameters alone, or a penalty added to it, is a use that has no positions."""
-        if id(loss) in self._known:
+        if loss in self._known:
             self._use_whole(loss)
 
     def remove_hooks(self) -> None:
@@ -95,7 +90,7 @@ class Watched(TorchFunctionMode):
         if name in OPENED:
             with self:
                 return opened_up(func)(*args, **kwargs)
-        known = [t for t in tensors_in((args, kwargs)) if id(t) in self._known]
+        known = [t for t in tensors_in((args, kwargs)) if t in self._known]
         if not known and name in ADDS and self._looked:
             return self._widen(args, func(*args, **kwargs))
         if not known or name in LOOKS:
@@ -111,8 +106,8 @@ class Watched(TorchFunctionMode):
                 return opened_up(func)(*args, **{**kwargs, "options": None})
         out = func(*args, **kwargs)
         for tensor in self._not_followed(func, name, known, args, kwargs, out):
-            if self._known[id(tensor)][0].requires_grad and needs_grad(out):
-                for placement in self._placements(tensor):
+            if tensor.requires_grad and needs_grad(out):
+                for placement in self._known.placements(tensor):
                     self.unseen[placement.name].append((name, user_frame(sys._getframe(1))))
         return out
 
@@ -125,18 +120,18 @@ class Watched(TorchFunctionMode):
     ) -> Sequence[Tensor]:
         """Those of `known` whose gradient through this call is not accounted for."""
         if name in COPIES and isinstance(out, Tensor) and len(known) == 1:
-            return () if self._scaled(known[0], out, 1.0) else known
+            return () if self._known.scaled(known[0], out, 1.0) else known
         if name in VIEWS and len(known) == 1 and known[0] is _first(args):
-            return () if self._follow_view(func, known[0], args, kwargs, out) else known
+            return () if self._view(func, known[0], args, kwargs, out) else known
         if name in JOINS:
-            return () if self._follow_join(func, args, kwargs, out) else known
+            return () if self._known.join(func, args, kwargs, out) else known
         if not isinstance(out, Tensor):
             return known
         if not out.requires_grad:
             return ()  # under no_grad: no gradient comes back
         distinct = list({id(t): t for t in known}.values())
         several = len(distinct) > 1 or len(distinct) < len(known)
-        if (_parametrizing() or (several and name in PURE)) and self._derive(
+        if (is_parametrizing() or (several and name in PURE)) and self._known.derive(
             func, name, distinct, args, kwargs, out
         ):
             return ()
@@ -150,39 +145,9 @@ class Watched(TorchFunctionMode):
             shown, given = plain(out.detach()), tuple(plain(a) for a in args)
             named = {key: plain(value) for key, value in kwargs.items()}
         rest = [tensor for tensor in distinct if not self._use(name, tensor, given, named, shown)]
-        if len(rest) == 1 and name in PURE and self._derive(func, name, rest, args, kwargs, out):
+        if len(rest) == 1 and name in PURE and self._known.derive(func, name, rest, args, kwargs, out):
             return ()
         return rest
-
-    def _placements(self, tensor: Tensor) -> list[Placement]:
-        return [self._known[id(tensor)][1], *self._also.get(id(tensor), ())]
-
-    def _know(self, tensor: Tensor, *placements: Placement) -> None:
-        if tensor.requires_grad and id(tensor) not in self._known:  # else no gradient comes back
-            self._known[id(tensor)] = (tensor, placements[0])
-            if len(placements) > 1:
-                self._also[id(tensor)] = list(placements[1:])
-
-    def _derive(
-        self, func: Any, name: str, known: list[Tensor], args: Any, kwargs: Any, out: Tensor, part: Any = None
-    ) -> bool:
-        """Whether `out` is made of parameters alone, not spread over positions: then it is a weight too."""
-        ours = {id(t) for t in known}
-        others = [t for t in tensors_in((args, kwargs)) if id(t) not in ours]
-        if any(t.requires_grad and not t.is_leaf for t in others) or out.is_complex():
-            return False
-        most = sum(t.numel() for t in [*known, *(t for t in others if t.requires_grad)])
-        if (out.numel() > most and not _parametrizing()) or any(t.is_complex() for t in known):
-            return False
-        derived = []
-        for tensor in known:
-            function = function_of(func, args, kwargs, tensor, part)
-            alone = name in ELEMENTWISE and out.shape == tensor.shape
-            for placement in self._placements(tensor):
-                primal = tensor.detach().clone()
-                derived.append(Derived(placement.name, None, 1.0, placement, function, primal, alone))
-        self._know(out, *derived)
-        return True
 
     def _use_whole(self, w: Tensor) -> None:
         self._hooked = w
@@ -192,7 +157,7 @@ class Watched(TorchFunctionMode):
     def _gathering(self, weights: Sequence[Tensor | None], axis: int, backwards: bool) -> Iterator[None]:
         """Inside, the uses of these weights are the steps of one use, the last first if `backwards`."""
         names = {
-            p.name for w in weights if w is not None and id(w) in self._known for p in self._placements(w)
+            p.name for w in weights if w is not None and w in self._known for p in self._known.placements(w)
         }
         begun = {name: len(self.uses[name]) for name in names}
         yield
@@ -215,56 +180,14 @@ class Watched(TorchFunctionMode):
                     self._hook(wide)
         return out
 
-    def _positions(self, tensor: Tensor) -> Tensor:
-        _, placement = self._known[id(tensor)]
-        if placement.positions is not None:
-            return placement.positions
-        if placement.name not in self._whole:
-            kind = torch.int32 if tensor.numel() < 2**31 else torch.int64
-            positions = torch.arange(tensor.numel(), dtype=kind, device=tensor.device)
-            self._whole[placement.name] = positions.view(tensor.shape)
-        return self._whole[placement.name]
-
-    def _follow_view(self, func: Any, tensor: Tensor, args: Any, kwargs: Any, out: Any) -> bool:
-        rest = list(tensors_in((args[1:], kwargs)))
-        name = name_of(func)
-        if name == "__getitem__" and rest and tensor.dim() == 2 and isinstance(args[1], Tensor):
-            if args[1].dtype in (torch.int64, torch.int32):
-                self._hooked = out
-                return self._lookup(tensor, args[1], out, None, name)
-            return False
-        placement = self._known[id(tensor)][1]
-        if isinstance(placement, Derived) or id(tensor) in self._also:
-            outs = [(out, None)] if isinstance(out, Tensor) else [(o, i) for i, o in enumerate(out)]
-            return all(self._derive(func, name, [tensor], args, kwargs, o, i) for o, i in outs)
-        with torch.no_grad():
-            moved = func(self._positions(tensor), *args[1:], **kwargs)
-        pairs = [(out, moved)] if isinstance(out, Tensor) else list(zip(out, moved, strict=True))
-        for made, positions in pairs:
-            self._know(made, Placement(placement.name, positions, placement.scale))
-        return True
-
-    def _follow_join(self, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
-        given = list(args[0] if args else kwargs.get("tensors", ()))
-        ours = [t for t in given if id(t) in self._known]
-        names = {self._known[id(t)][1].name for t in ours}
-        if any(isinstance(self._known[id(t)][1], Derived) or id(t) in self._also for t in ours):
-            return self._derive(func, "cat", list({id(t): t for t in ours}.values()), args, kwargs, out)
-        for name in names:
-            parts, scales = [], set()
-            for tensor in given:
-                mine = id(tensor) in self._known and self._known[id(tensor)][1].name == name
-                if mine:
-                    parts.append(self._positions(tensor).long())
-                    scales.add(self._known[id(tensor)][1].scale)
-                else:
-                    parts.append(torch.full(tensor.shape, -1, dtype=torch.int64, device=tensor.device))
-            if len(scales) != 1 or len(names) != 1:
+    def _view(self, func: Any, tensor: Tensor, args: Any, kwargs: Any, out: Any) -> bool:
+        chosen = args[1] if len(args) > 1 else None
+        if name_of(func) == "__getitem__" and isinstance(chosen, Tensor) and tensor.dim() == 2:
+            if chosen.dtype not in (torch.int64, torch.int32):
                 return False
-            with torch.no_grad():
-                joined = func(parts, *args[1:], **{k: v for k, v in kwargs.items() if k != "tensors"})
-            self._know(out, Placement(name, joined, scales.pop()))
-        return True
+            self._hooked = out
+            return self._lookup(tensor, chosen, out, None, "__getitem__")
+        return self._known.view(func, tensor, args, kwargs, out)
 
     def _use(self, name: str, w: Tensor, args: Any, kwargs: Any, out: Tensor) -> bool:
         get = Arguments(args, kwargs)
@@ -301,7 +224,7 @@ class Watched(TorchFunctionMode):
             return self._added(name, w, get, kwargs, out)
         if name in MULS or name in DIVISIONS:
             return self._multiplied(name, w, get, out)
-        return name in NEGATIONS and self._scaled(w, out, -1.0)
+        return name in NEGATIONS and self._known.scaled(w, out, -1.0)
 
     def _added(self, name: str, w: Tensor, get: Arguments, kwargs: Any, out: Tensor) -> bool:
         first = w is get(0, "input", "self")
@@ -310,7 +233,7 @@ class Watched(TorchFunctionMode):
         scale = (-1.0 if negative else 1.0) * (1.0 if first else float(kwargs.get("alpha", 1)))
         # 1 + w and W + BA are still the weight; x + w, of more axes, is a use.
         if out.shape == w.shape and (is_number(other) or other.dim() == w.dim() <= 2):
-            return self._scaled(w, out, scale)
+            return self._known.scaled(w, out, scale)
         return self._add(w, out, name, scale)
 
     def _multiplied(self, name: str, w: Tensor, get: Arguments, out: Tensor) -> bool:
@@ -319,7 +242,7 @@ class Watched(TorchFunctionMode):
         if divided and not first:
             return False
         if is_number(other):
-            return self._scaled(w, out, 1 / float(other) if divided else float(other))
+            return self._known.scaled(w, out, 1 / float(other) if divided else float(other))
         if out.shape == w.shape and w.dim() > 1:
             return False  # a mask over the weight: its rows are no positions
         axes = elementwise_axes(tuple(w.shape), tuple(out.shape))
@@ -332,12 +255,6 @@ class Watched(TorchFunctionMode):
             (lambda: (1 / x.double() if divided else x).expand(out.shape)),
         )
 
-    def _scaled(self, w: Tensor, out: Tensor, factor: float) -> bool:
-        if out.shape != w.shape:
-            return False
-        self._know(out, *(replace(p, scale=p.scale * factor) for p in self._placements(w)))
-        return True
-
     def _convolution(self, name: str, w: Tensor, get: Arguments, out: Tensor) -> bool:
         if w is get(2, "bias"):
             return self._watch(w, out, name, bias_axes(name, out), None)
@@ -345,14 +262,14 @@ class Watched(TorchFunctionMode):
         if form is None:
             return False
         x = self._cast(get(0, "input").detach(), out)
-        self._register(w, Convolution(self._known[id(w)][1], name, _caller(), x, **form))
+        self._register(w, Convolution(self._known.placement(w), name, _caller(), x, **form))
         return True
 
     def _grouped(self, name: str, w: Tensor, get: Arguments, out: Tensor) -> bool:
         a, b, ends = get(0, "input", "mat_a"), get(1, "mat2", "mat_b"), get(2, "offs")
         if w is not b or ends is None or a.dim() != 2 or b.dim() != 3:
             return False
-        self._register(w, Grouped(self._known[id(w)][1], name, _caller(), a.detach(), ends.tolist()))
+        self._register(w, Grouped(self._known.placement(w), name, _caller(), a.detach(), ends.tolist()))
         return True
 
     def _matmul(self, w: Tensor, a: Tensor, b: Tensor, out: Tensor, name: str, alpha: float = 1.0) -> bool:
@@ -420,9 +337,9 @@ class Watched(TorchFunctionMode):
         if by_count:
             _, inverse, counts = rows.unique(return_inverse=True, return_counts=True)
             shares = 1.0 / counts[inverse].double()
-        use = Lookup(self._known[id(w)][1], name, _caller(), rows, ignored, shares)
+        use = Lookup(self._known.placement(w), name, _caller(), rows, ignored, shares)
         self._register(w, use)
-        if self._hooked is not None and shares is None and id(w) not in self._also:
+        if self._hooked is not None and shares is None and not self._known.others(w):
             self._looked[id(self._hooked)] = (self._hooked, use)
         return True
 
@@ -443,7 +360,7 @@ class Watched(TorchFunctionMode):
             for axis, size in zip(axes.x, operand.shape, strict=True):
                 if sizes.setdefault(axis, size) != size:
                     return False  # broadcast batch axes
-        placement = self._known[id(w)][1]
+        placement = self._known.placement(w)
         if scale != 1.0:
             placement = replace(placement, scale=placement.scale * float(scale))
         use = Product(placement, name, _caller(), x, axes.x if x else "", axes.w, axes.y, axes.lead, sizes)
@@ -453,7 +370,7 @@ class Watched(TorchFunctionMode):
     def _register(self, w: Tensor, use: Use, scale: float = 1.0) -> None:
         self.uses[use.placement.name].append(use)
         self._hook(use)
-        for placement in self._also.get(id(w), ()):
+        for placement in self._known.others(w):
             twin = copy.copy(use)
             twin.placement = replace(placement, scale=placement.scale * scale)
             self.uses[placement.name].append(twin)
@@ -468,17 +385,6 @@ class Watched(TorchFunctionMode):
 
         assert self._hooked is not None
         self._handles.append(self._hooked.register_hook(arrived))
-
-
-def _parametrizing() -> bool:
-    """Whether the call comes from torch's own parametrizations: all they make of weights is a weight."""
-    frame: Any = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename == __file__:
-        frame = frame.f_back
-    return frame is not None and frame.f_code.co_filename in _PARAMETRIZATIONS
-
-
-_PARAMETRIZATIONS = {str(parametrizations.__file__)}
 
 
 def _first(args: tuple[Any, ...]) -> Any:
