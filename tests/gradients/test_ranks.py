@@ -29,6 +29,7 @@ class Net(nn.Module):
         self.counted = nn.BatchNorm1d(3)
         self.head = nn.Linear(3, 1)  # one row: the second rank holds nothing of it
         self.rest = nn.Linear(3, 3)
+        self.up, self.down = nn.Linear(3, 6), nn.Linear(6, 3)
 
     def forward(self, ids, rank=0):
         h = self.embed(ids)
@@ -43,7 +44,7 @@ class Net(nn.Module):
             h = h + getattr(self, "re" + "st")(h)
         if self.fault == "batch norm":
             h = self.counted(h.flatten(0, 1)).view(h.shape)
-        return self.head(torch.tanh(h))
+        return self.head(torch.tanh(h + self.down(torch.relu(self.up(h)))))
 
 
 def wrapped(kind, fault=""):
@@ -51,8 +52,12 @@ def wrapped(kind, fault=""):
     from torch.distributed.fsdp import fully_shard
 
     model = Net(fault)
+    mesh = init_device_mesh("cpu", (2,))
+    if kind == "tensor parallel":
+        from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+        return parallelize_module(model, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
     if kind == "fsdp":
-        mesh = init_device_mesh("cpu", (2,))
         for part in (model.inner, model.head, model):
             fully_shard(part, mesh=mesh)
         return model
@@ -68,21 +73,23 @@ def told(found):
     }
 
 
-def stepped(model, closure):
+def stepped(model, closure, clip=torch.nn.utils.clip_grad_norm_):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(2):
         optimizer.zero_grad()
         closure().backward()
         with explain_step(optimizer, model, loss=closure) as anatomy:
-            total = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            total = clip(model.parameters(), 0.1)
             optimizer.step()
     facts = anatomy.to_dict()
     return {
         "total": float(total.full_tensor() if hasattr(total, "full_tensor") else total),
-        "measures": {name: anatomy[name].measures.to_dict() for name in ("inner.weight", "head.bias")},
+        "measures": {
+            name: anatomy[name].measures.to_dict() for name in ("inner.weight", "head.bias", "up.weight")
+        },
         "entry": anatomy["inner.weight"][2, 4].to_dict(),
-        "losses": [facts[key] for key in facts if "loss" in key],
-        "text": anatomy.render().splitlines()[-1],
+        "losses": [facts["loss_before"], facts["loss_after"]],
+        "text": " ".join(anatomy.render().split()),
         "faithful": all(anatomy[name].faithful for name in anatomy if anatomy[name].status == "stepped"),
     }
 
@@ -162,6 +169,14 @@ def _rank(rank, folder):
         attribution = attribute(model, closure, "inner.weight", (1, 2))
         facts["ddp", "attribute"] = [attribution.gradient, attribution.total, attribution.complete]
     dist.barrier()
+    # Every rank sees the whole batch, and holds a part of two layers.
+    model = wrapped("tensor parallel", "cut")
+    facts["tensor parallel", "cut"] = told(diagnose(model, lambda: model(IDS).square().mean()))
+    model = wrapped("tensor parallel")
+    # torch's own clipping does not take DTensors and plain tensors together
+    facts["tensor parallel", "step"] = stepped(model, lambda: model(IDS).square().mean(), clip_grad_norm_)
+    flat = torch.distributed.fsdp.FullyShardedDataParallel(Net(), device_id=torch.device("cpu"))
+    facts["fsdp1", "refusals"] = [refused(lambda: diagnose(flat)), refused(lambda: diagnose(flat, lambda: 0))]
     model, closure = run("fsdp")
     facts["fsdp", "refusals"] = [
         refused(lambda: check_gradients(model, closure)),
@@ -265,9 +280,37 @@ def test_the_anatomy_of_a_step_is_that_of_one_process(ranks, kind):
         for name, measures in expected["measures"].items():
             for key in ("numbers", "rms_update", "update_ratio", "predicted", "momentum_share"):
                 assert found["measures"][name][key] == pytest.approx(measures[key], rel=1e-4), (name, key)
-        assert found["losses"] == pytest.approx(expected["losses"], rel=1e-3)
         assert math.isfinite(facts[f"{kind}/trains"])
-    assert ranks[0][f"{kind}/step"]["entry"] == ranks[1][f"{kind}/step"]["entry"]
+    found = [facts[f"{kind}/step"] for facts in ranks]
+    assert found[0]["entry"]["after"] == found[1]["entry"]["after"]
+    if kind == "fsdp":
+        assert found[0]["losses"] == found[1]["losses"] == pytest.approx(expected["losses"], rel=1e-4)
+    else:  # of each rank's own part, and said to be
+        mean = [sum(pair) / 2 for pair in zip(*(f["losses"] for f in found), strict=True)]
+        assert mean == pytest.approx(expected["losses"], rel=1e-4)
+        assert all("this rank's part of the batch" in f["text"] for f in found)
+
+
+def test_layers_in_parts_are_diagnosed_and_stepped_as_whole_ones(ranks):
+    expected = stepped(*alone(), clip_grad_norm_)
+    cut = told(diagnose(*alone("cut")))
+    for facts in ranks:
+        found = facts["tensor parallel/cut"]
+        assert found["status"] == cut["status"]
+        assert [f for f in found["findings"] if f[1] == "fault"] == [
+            ["cut", "fault", "detach", "h = h.detach()  # planted"]
+        ]
+        found = facts["tensor parallel/step"]
+        assert found["faithful"]
+        assert found["total"] == pytest.approx(expected["total"], rel=1e-5)
+        assert found["losses"] == pytest.approx(expected["losses"], rel=1e-4)
+        for name, measures in expected["measures"].items():
+            assert found["measures"][name]["predicted"] == pytest.approx(measures["predicted"], rel=1e-4)
+
+
+def test_flattened_parameters_are_refused(ranks):
+    for facts in ranks:
+        assert facts["fsdp1/refusals"] == ["gradients.ranks.fsdp1"] * 2
 
 
 @KINDS

@@ -157,12 +157,14 @@ class StepAnatomy(Result):
         formula: str | None,
         *,
         losses: tuple[float, ...] | None,
+        apart: bool,
         whole: bool,
         skipped: str | None,
     ) -> None:
         """Called by explain_step when its block ends."""
         context = self._context
         context.formula, context.losses, context.whole = formula, losses, whole
+        context.apart = apart
         context.skipped, self._note = skipped, None
         self._tensors = {key: TensorStep(m, context) for key, m in moved.items()}
         context.predict = lambda: sum(t.predicted for t in self.entries().values())

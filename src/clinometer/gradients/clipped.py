@@ -52,7 +52,7 @@ def after_unscaling(optimizer: Any, call: Callable[[], None]) -> Iterator[None]:
                 break
             given = getattr(given, "optimizer", None)
 
-    torch.amp.GradScaler.unscale_ = unscale_
+    torch.amp.GradScaler.unscale_ = unscale_  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:

@@ -15,7 +15,7 @@ from clinometer.gradients.after_backward import without_closure
 from clinometer.gradients.closure import Closure, eagerly
 from clinometer.gradients.document import BLANK, Document, Line, dim, ok, sentence
 from clinometer.gradients.finding import EXPLAINED, FAULT, Finding, Severity
-from clinometer.gradients.ranks import Ranks
+from clinometer.gradients.ranks import Ranks, refuse_flattened
 from clinometer.gradients.report import Result
 from clinometer.gradients.running import Run, find_origin, run, used_by_chance
 from clinometer.gradients.subject import Subject
@@ -166,6 +166,7 @@ def diagnose(params: Any, closure: Closure | None = None, *, optimizer: Optimize
     begun = time.perf_counter()
     subject = Subject.of(params)
     if closure is None:
+        refuse_flattened(() if subject.module is None else subject.module.modules())
         ranks = Ranks(subject.tensors)
         reasons = without_closure(subject, ranks)
         findings = loop_findings.standing(subject, optimizer)

@@ -40,6 +40,11 @@ class Ranks:
         return not self._groups
 
     @property
+    def replicated(self) -> bool:
+        """Whether DDP averages the gradients of several ranks."""
+        return bool(self._replicas) and not self.alone
+
+    @property
     def place(self) -> tuple[int, int]:
         """This process and how many there are."""
         import torch.distributed as dist
@@ -134,21 +139,33 @@ class Ranks:
 
     def _all_groups(self) -> list[tuple[Any, torch.device]]:
         """Every group of processes that a tensor or a wrapper belongs to, in an order all ranks share."""
-        if "torch.distributed" not in sys.modules or not torch.distributed.is_available():
-            return []
-        if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        if not _several():
             return []
         found: dict[Any, torch.device] = {}
-        for module in self._modules:
-            if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__):
-                raise InputError("gradients.ranks.fsdp1")
+        refuse_flattened(self._modules)
         for replica in self._replicas:
             found.setdefault(replica.process_group, next(replica.parameters()).device)
         for name in self.sharded:
             tensor: Any = self._tensors[name]
             for group in tensor.device_mesh.get_all_groups():
-                found.setdefault(group, tensor.to_local().device)
+                found.setdefault(group, torch.device(tensor.device_mesh.device_type))
         return list(found.items())
+
+
+def refuse_flattened(modules: Iterable[nn.Module]) -> None:
+    """Raises InputError for FSDP's first version, which hands out views of one flat parameter."""
+    if not _several():
+        return
+    for module in modules:
+        if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__):
+            raise InputError("gradients.ranks.fsdp1")
+
+
+def _several() -> bool:
+    """Whether this is one of several processes."""
+    if "torch.distributed" not in sys.modules or not torch.distributed.is_available():
+        return False
+    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -48,7 +48,8 @@ def explain_step(
     `loss`: a closure; called before and after the step with the same random numbers and without a trace, to
     set the change of the loss against Σ⟨g, Δθ⟩.
     Of sharded tensors (FSDP2), each rank gathers what is looked at when the block ends: every rank must come
-    there, and a few names cost less. Losses are then the mean over ranks, as the gradient is.
+    there, and a few names cost less. Losses are then the mean over ranks, as the gradient is; under DDP each
+    rank tells its own part of the batch, and may look alone.
     `clipped_from`: the total norm before clipping, as clip_grad_norm_ returns it. Without it, clipping is
     seen if the block begins before it: gradients are noted when the block begins, after every backward and
     after `GradScaler.unscale_` in it. `anatomy.before_clipping()` notes them at any other place.
@@ -210,7 +211,8 @@ class _Watch:
         anatomy.complete(
             {name: _with(m, formula) for name, m in moved.items()},
             formula,
-            losses=tuple(self._ranks.mean(self._losses)) if len(self._losses) == 2 else None,
+            losses=tuple(self._losses_of_all()) if len(self._losses) == 2 else None,
+            apart=self._ranks.replicated and not self._ranks.sharded,
             whole=all(
                 id(p) in everything
                 for group in self.optimizer.param_groups
@@ -219,6 +221,10 @@ class _Watch:
             ),
             skipped="no-step" if skipped and not self._ran else "scaler" if skipped else None,
         )
+
+    def _losses_of_all(self) -> list[float]:
+        """The mean over ranks where they meet anyway; under DDP one of them may look alone."""
+        return self._ranks.mean(self._losses) if self._ranks.sharded else self._losses
 
     def _gather(self) -> None:
         """Sharded tensors become whole ones."""
