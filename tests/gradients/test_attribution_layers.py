@@ -267,12 +267,40 @@ def test_a_gate_a_temperature_a_mixture_and_a_pruned_weight_are_split(x):
 
 def test_the_norm_through_an_elementwise_function_is_exact(x):
     model = Made()
-    closure = lambda: curved(F.linear(x, model.w.exp()))  # noqa: E731
+    closure = lambda: curved(F.linear(x, (2 * model.w).exp()))  # noqa: E731
     found = attribute(model, closure, "w")
-    out = F.linear(x, model.w.exp())
+    out = F.linear(x, (2 * model.w).exp())
     (delta,) = torch.autograd.grad(curved(out), out)
-    each = torch.einsum("bso,bsi->bsoi", delta, x) * model.w.exp().detach()
+    each = torch.einsum("bso,bsi->bsoi", delta, x) * 2 * (2 * model.w).exp().detach()
     assert found.norms.flatten().tolist() == pytest.approx(each.flatten(2).norm(dim=-1).flatten().tolist())
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda w: (-w).exp(),
+        lambda w: (2 * w).tanh() * 3,
+        lambda w: torch.cat([w.exp(), w.sin()]).T[:, :5].T,
+        lambda w: w.exp().unbind(0)[1][None] + w[2:],
+        lambda w: (w / w.norm(dim=-1, keepdim=True)).T.flip(0).T,
+        lambda w: w.softmax(-1).clone().to(torch.float64),
+    ],
+)
+def test_chains_of_functions_scales_and_views_are_followed(function, x):
+    model = nn.ParameterDict({"w": torch.randn(3, D).double()})
+    found = assert_exact(model, lambda: curved(F.linear(x, function(model["w"]))))["w"]
+    assert found.matrix.shape == (B, S)
+
+
+@pytest.mark.parametrize("equation", ["bsd,df,f->bsf", "bsd,df,bs->bf", "bsd,df,bs->bsf"])
+def test_an_einsum_of_three_is_split(equation, x):
+    model = nn.ParameterDict({"w": torch.randn(D, 3).double(), "third": torch.randn(3).double()})
+    third = model["third"] if equation.split(",")[2].startswith("f") else x[..., 0]
+    names = ["w", "third"] if third is model["third"] else ["w"]
+    assert_exact(
+        nn.ParameterDict({n: model[n] for n in names}),
+        lambda: curved(torch.einsum(equation, x, model["w"], third)),
+    )
 
 
 def test_a_penalty_on_the_weights_is_a_term_without_a_position(x):

@@ -36,7 +36,8 @@ def attribute(
 
     `index` of one entry gives signed terms that add up to its gradient. A row (`index=3`), any part, or no
     index gives each position's part along the whole gradient, ⟨G, δxᵀ⟩/‖G‖, which add up to ‖G‖, and its norm
-    ‖δ‖·‖x‖. The remainder is what came by uses that were not seen (a convolution, a fused kernel).
+    ‖δ‖·‖x‖. Positions are those of a layer's output, of a convolution too. The remainder is what came by uses
+    that were not seen (a packed sequence, a fused kernel, a custom Function).
 
     `name` may be a mapping of names to indices, or several names: then an Attributions, with one entry each.
     `tokens`: the ids, (B, S); without them those of the forward's first embedding. `decode` turns one id into

@@ -282,10 +282,27 @@ class Watched(TorchFunctionMode):
             return False
         operands = list(args[1]) if len(args) == 2 and not isinstance(args[1], Tensor) else list(args[1:])
         if len(operands) != 2:
-            return False
+            return self._einsum_of_more(w, args[0], operands, out)
         mine = 0 if operands[0] is w else 1
         axes = einsum_axes(args[0], [o.dim() for o in operands], mine)
         return axes is not None and self._product(w, operands[1 - mine], axes, out, "einsum")
+
+    def _einsum_of_more(self, w: Tensor, equation: str, operands: list[Tensor], out: Tensor) -> bool:
+        """The others are contracted first, as far as neither w nor the result needs their axes."""
+        given, arrow, y = equation.replace(" ", "").partition("->")
+        parts = given.split(",")
+        if not arrow or "." in given or len(parts) != len(operands) or len(operands) < 3:
+            return False
+        mine = next(i for i, operand in enumerate(operands) if operand is w)
+        others = [part for i, part in enumerate(parts) if i != mine]
+        x = "".join(a for a in dict.fromkeys("".join(others)) if a in parts[mine] + y)
+        if any(len(set(axes)) != len(axes) for axes in (parts[mine], y)):
+            return False
+        with torch.no_grad():
+            rest = [o.detach() for i, o in enumerate(operands) if i != mine]
+            kept = torch.einsum(f"{','.join(others)}->{x}", *rest)
+        axes = Axes(x, parts[mine], y, "".join(a for a in y if a not in parts[mine] or a in x))
+        return self._watch(w, out, "einsum", axes, lambda: kept, kept)
 
     def _product(
         self, w: Tensor, x: Tensor, axes: Axes | None, out: Tensor, name: str, alpha: float = 1.0
