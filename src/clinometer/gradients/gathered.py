@@ -110,6 +110,15 @@ class Grouped(Use):
             begun = end
 
 
+def widened(tensor: Tensor, use: Lookup, out: Any) -> Lookup | None:
+    """The lookup `tensor` as it stands in `out`, to which it was added, if it was repeated for that."""
+    if not isinstance(out, Tensor) or not out.requires_grad or out.is_nested or out.dim() < tensor.dim():
+        return None
+    if out.shape == tensor.shape or out.shape[-1] != tensor.shape[-1]:
+        return None
+    return Lookup(use.placement, use.op, use.where, use.ids.expand(out.shape[:-1]), use.ignored)
+
+
 def settled(uses: Sequence[Use], wider: dict[Use, list[Lookup]]) -> list[Use]:
     """The uses, and instead of a lookup shared by the sequences its uses in each, where they make it up."""
     found: list[Use] = []

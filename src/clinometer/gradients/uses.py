@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from clinometer.gradients.axes import Axes, einsum_axes, elementwise_axes, matmul_axes
+from clinometer.gradients.axes import Axes, contracted_axes, einsum_axes, elementwise_axes, matmul_axes
 from clinometer.gradients.calls import (
     ADDS,
     COPIES,
@@ -33,6 +33,7 @@ from clinometer.gradients.calls import (
     SUBTRACTIONS,
     VIEWS,
     Arguments,
+    as_autocast_hands_it,
     is_number,
     name_of,
     needs_grad,
@@ -44,7 +45,7 @@ from clinometer.gradients.convolution import CONVOLUTIONS, TRANSPOSED, Convoluti
 from clinometer.gradients.derived import PURE
 from clinometer.gradients.flow import plain
 from clinometer.gradients.following import Followed, is_parametrizing
-from clinometer.gradients.gathered import Grouped, Steps, settled
+from clinometer.gradients.gathered import Grouped, Steps, settled, widened
 from clinometer.gradients.recurrent import CELLS, LAYERS, opened_cell, opened_layer
 from clinometer.gradients.where import Where, user_frame
 
@@ -167,17 +168,11 @@ class Watched(TorchFunctionMode):
                 self.uses[name][start:] = [Steps(steps[::-1] if backwards else steps, axis)]
 
     def _widen(self, args: Any, out: Any) -> Any:
-        """An embedding of positions, added to every sequence of the batch."""
-        for looked in [self._looked[id(t)] for t in tensors_in(args) if id(t) in self._looked]:
-            tensor, use = looked
-            if isinstance(out, Tensor) and out.requires_grad and out.dim() >= tensor.dim():
-                same = out.shape == tensor.shape or out.shape[-1] != tensor.shape[-1]
-                if not same and not out.is_nested:
-                    ids = use.ids.expand(out.shape[:-1])
-                    wide = Lookup(use.placement, use.op, use.where, ids, use.ignored, None)
-                    self._wider.setdefault(use, []).append(wide)
-                    self._hooked = out
-                    self._hook(wide)
+        for tensor, use in [self._looked[id(t)] for t in tensors_in(args) if id(t) in self._looked]:
+            if (wide := widened(tensor, use, out)) is not None:
+                self._wider.setdefault(use, []).append(wide)
+                self._hooked = out
+                self._hook(wide)
         return out
 
     def _view(self, func: Any, tensor: Tensor, args: Any, kwargs: Any, out: Any) -> bool:
@@ -261,7 +256,7 @@ class Watched(TorchFunctionMode):
         form = convolution_of(name, get, out) if w is get(1, "weight") else None
         if form is None:
             return False
-        x = self._cast(get(0, "input").detach(), out)
+        x = as_autocast_hands_it(get(0, "input").detach(), out)
         self._register(w, Convolution(self._known.placement(w), name, _caller(), x, **form))
         return True
 
@@ -288,37 +283,21 @@ class Watched(TorchFunctionMode):
         return axes is not None and self._product(w, operands[1 - mine], axes, out, "einsum")
 
     def _einsum_of_more(self, w: Tensor, equation: str, operands: list[Tensor], out: Tensor) -> bool:
-        """The others are contracted first, as far as neither w nor the result needs their axes."""
-        given, arrow, y = equation.replace(" ", "").partition("->")
-        parts = given.split(",")
-        if not arrow or "." in given or len(parts) != len(operands) or len(operands) < 3:
-            return False
         mine = next(i for i, operand in enumerate(operands) if operand is w)
-        others = [part for i, part in enumerate(parts) if i != mine]
-        x = "".join(a for a in dict.fromkeys("".join(others)) if a in parts[mine] + y)
-        if any(len(set(axes)) != len(axes) for axes in (parts[mine], y)):
+        found = contracted_axes(equation, len(operands), mine)
+        if found is None:
             return False
         with torch.no_grad():
-            rest = [o.detach() for i, o in enumerate(operands) if i != mine]
-            kept = torch.einsum(f"{','.join(others)}->{x}", *rest)
-        axes = Axes(x, parts[mine], y, "".join(a for a in y if a not in parts[mine] or a in x))
-        return self._watch(w, out, "einsum", axes, lambda: kept, kept)
+            kept = torch.einsum(found[0], *(o.detach() for i, o in enumerate(operands) if i != mine))
+        return self._watch(w, out, "einsum", found[1], lambda: kept, kept)
 
     def _product(
         self, w: Tensor, x: Tensor, axes: Axes | None, out: Tensor, name: str, alpha: float = 1.0
     ) -> bool:
         if axes is None or not isinstance(x, Tensor):
             return False
-        kept = self._cast(x.detach(), out)
+        kept = as_autocast_hands_it(x.detach(), out)
         return self._watch(w, out, name, axes, lambda: kept, kept, alpha)
-
-    def _cast(self, x: Tensor, out: Tensor) -> Tensor:
-        """As autocast hands it to the product."""
-        device = out.device.type
-        low = x.dtype in (torch.float32, torch.float16, torch.bfloat16)
-        if low and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            return x.to(torch.get_autocast_dtype(device))
-        return x
 
     def _add(self, w: Tensor, out: Tensor, name: str, scale: float = 1.0) -> bool:
         return self._watch(
