@@ -6,6 +6,7 @@ import types
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 VIEWS = frozenset(
@@ -69,6 +70,15 @@ def is_number(value: Any) -> bool:
 
 def needs_grad(out: Any) -> bool:
     return any(t.requires_grad for t in tensors_in((out,)))
+
+
+def as_autocast_hands_it(x: Tensor, out: Tensor) -> Tensor:
+    """An input of a product in the precision it is multiplied in."""
+    device = out.device.type
+    low = x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    if low and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x
 
 
 def opened_up(function: Any) -> Any:

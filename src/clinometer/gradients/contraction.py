@@ -28,6 +28,11 @@ class Placement:
     """The flat index in the parameter of each entry, −1 for entries from elsewhere; None: the parameter."""
     scale: float = 1.0
 
+    @property
+    def plain(self) -> bool:
+        """Whether its entries are the parameter's, moved and scaled; otherwise `spread` is all there is."""
+        return True
+
     def coordinates(self, index: tuple[int, ...], shape: torch.Size) -> list[tuple[int, ...]]:
         """Where the parameter's entry `index` stands in this tensor: nowhere, once, or several times."""
         if self.positions is None:
@@ -89,6 +94,10 @@ class Use(ABC):
 
     def at_parameter(self, index: tuple[int, ...], shape: torch.Size) -> Tensor:
         """What each position adds at the parameter's entry `index`."""
+        if not self.placement.plain:
+            chosen = torch.zeros(shape, dtype=torch.float64)
+            chosen[index] = 1.0
+            return self.along(self.placement.spread(chosen))
         total = torch.zeros(self.lead, dtype=torch.float64)
         for coordinate in self.placement.coordinates(index, shape):
             total = total.to(self.delta.device if self.delta is not None else "cpu") + self.at(coordinate)
@@ -160,6 +169,8 @@ class Lookup(Use):
     ids: Tensor
     ignored: int | None = None
     """The padding row, which takes no gradient."""
+    shares: Tensor | None = None
+    """Of each position, where rows are divided by how often they were looked up."""
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -168,6 +179,7 @@ class Lookup(Use):
     def _delta(self) -> Tensor:
         assert self.delta is not None
         delta = self.delta.double()
+        delta = delta if self.shares is None else delta * self.shares[..., None]
         return delta if self.ignored is None else delta * (self.ids != self.ignored)[..., None]
 
     def at(self, coordinate: tuple[int, ...]) -> Tensor:
@@ -188,7 +200,8 @@ def overlap(first: Use, second: Use, mask: Tensor | None) -> Tensor | None:
         first, second = second, first
     if first.lead == second.lead and _apart(first.placement, second.placement):
         return torch.zeros(first.lead, dtype=torch.float64)
-    plain = first.placement.positions is None and second.placement.positions is None and mask is None
+    uses = (first, second)
+    plain = mask is None and all(u.placement.plain and u.placement.positions is None for u in uses)
     if not plain or first.lead != second.lead:
         return None
     scale = first.placement.scale * second.placement.scale

@@ -50,6 +50,12 @@ class Graph:
                     seen.add(below)
                     stack.append(below)
 
+    def rename(self, stand_ins: Mapping[int, Tensor]) -> None:
+        """Leaves found under what stood in for a tensor are that tensor's."""
+        for key, tensor in stand_ins.items():
+            if key in self.leaves:
+                self.leaves[id(tensor)] = self.leaves[key]
+
 
 def live_below(root: Node, bits: Mapping[int, int], known: dict[Node, int]) -> int:
     """The parameters (one bit each) that a backward from `root` reaches; `known` remembers nodes."""
