@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 VIEWS = frozenset(
@@ -79,6 +80,16 @@ def as_autocast_hands_it(x: Tensor, out: Tensor) -> Tensor:
     if low and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return x.to(torch.get_autocast_dtype(device))
     return x
+
+
+def normalised(name: str, get: Arguments) -> Callable[[], Tensor]:
+    """What layer_norm or rms_norm multiplies with its weight, in float64."""
+    x, shape = get(0, "input").detach(), tuple(get(1, "normalized_shape"))
+    if name == "layer_norm":
+        eps = get(4, "eps")
+        return lambda: F.layer_norm(x.double(), shape, None, None, 1e-5 if eps is None else eps)
+    eps = get(3, "eps")
+    return lambda: F.rms_norm(x.double(), shape, None, torch.finfo(x.dtype).eps if eps is None else eps)
 
 
 def opened_up(function: Any) -> Any:

@@ -194,6 +194,23 @@ class Lookup(Use):
         return self.placement.scale**2 * (squares if mask is None else squares * mask[self.ids]).sum(-1)
 
 
+def looked_up(
+    ids: Tensor, count: int, ignored: int | None, by_count: Any
+) -> tuple[Tensor, int | None, Tensor | None]:
+    """Which of `count` rows each position looks up, the padding row, and the shares (see `Lookup`).
+
+    Both count from the end where they are negative.
+    """
+    rows = ids.detach().long()
+    rows = torch.where(rows < 0, rows + count, rows)
+    if ignored is not None and ignored < 0:
+        ignored += count
+    if not by_count:
+        return rows, ignored, None
+    _, inverse, counts = rows.unique(return_inverse=True, return_counts=True)
+    return rows, ignored, 1.0 / counts[inverse].double()
+
+
 def overlap(first: Use, second: Use, mask: Tensor | None) -> Tensor | None:
     """⟨what a position adds in one use, what it adds in the other⟩; None where that is not cheap to tell."""
     if isinstance(first, Product) and isinstance(second, Lookup):

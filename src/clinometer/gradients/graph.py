@@ -94,6 +94,18 @@ def same_values(node: Node) -> bool:
     return operation(node) in _SAME_VALUES and len(node.next_functions) == 1
 
 
+def leaf_through(node: Node | None) -> Tensor | None:
+    """The leaf a node hands its gradient to unchanged, perhaps rearranged, cast or summed over copies."""
+    while node is not None:
+        variable = getattr(node, "variable", None)
+        if variable is not None and not node.next_functions:
+            return variable
+        if not (same_values(node) or operation(node) in ("ToCopy", "Expand")):
+            return None
+        node = node.next_functions[0][0]
+    return None
+
+
 def is_custom(node: Node) -> bool:
     """Whether a node belongs to a Python autograd.Function."""
     return hasattr(type(node), "_forward_cls")

@@ -36,7 +36,7 @@ class Run:
     """The largest absolute value of each gradient; None where there is none."""
     returned: float = math.nan
     """What the closure returned; `loss` may be the sum of losses it ran backward on instead."""
-    own: dict[str, float | None] = field(default_factory=dict)
+    own: dict[str, float] = field(default_factory=dict)
     """The largest absolute values of the gradients that backwards of the closure's own left."""
     lines: dict[str, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
     """Rows and columns that are zero, of gradients that are not zero as a whole."""
@@ -60,7 +60,8 @@ def run(subject: Subject, closure: Closure, before: Before, ranks: Ranks) -> Run
     before.set_grads_aside()  # what a closure's own backwards left
     result = Run(trace, _what_trains(loss, trace), None)
     result.returned = float(loss.detach())
-    result.own = ranks.largest({name: largest(own.get(name)) for name in subject.tensors})
+    sizes = ranks.largest({name: largest(own.get(name)) for name in subject.tensors})
+    result.own = {name: size for name, size in sizes.items() if size is not None}
     if result.loss.grad_fn is not None:
         graph = Graph(result.loss)
         result.flow = Flow(graph, trace, _clue)
@@ -113,7 +114,11 @@ def _say_who_wrote(
 
     Only the first where others train along: the error may be this rank's alone, and so would be the forward.
     """
-    found = find_overwritten(closure, before) if ranks.alone else find_needed(roots, trace)
+    try:
+        found = find_overwritten(closure, before) if ranks.alone else None
+    except Exception:  # a closure that cannot be run twice: its first error is the one to tell
+        found = None
+    found = found or find_needed(roots, trace)
     if found is None:
         return
     needed, written = found.needed, found.written

@@ -15,7 +15,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -37,10 +36,11 @@ from clinometer.gradients.calls import (
     is_number,
     name_of,
     needs_grad,
+    normalised,
     opened_up,
     tensors_in,
 )
-from clinometer.gradients.contraction import Lookup, Product, Use
+from clinometer.gradients.contraction import Lookup, Product, Use, looked_up
 from clinometer.gradients.convolution import CONVOLUTIONS, TRANSPOSED, Convolution, bias_axes, convolution_of
 from clinometer.gradients.derived import PURE
 from clinometer.gradients.flow import plain
@@ -305,34 +305,17 @@ class Watched(TorchFunctionMode):
         )
 
     def _norm(self, name: str, w: Tensor, get: Arguments, out: Tensor) -> bool:
-        x, shape, weight = get(0, "input"), tuple(get(1, "normalized_shape")), get(2, "weight")
-        if w is not weight:
+        if w is not get(2, "weight"):
             return self._add(w, out, name)
-        kept = x.detach()
-        if name == "layer_norm":
-            eps = get(4, "eps")
-            eps = 1e-5 if eps is None else eps
-            normalised = lambda: F.layer_norm(kept.double(), shape, None, None, eps)  # noqa: E731
-        else:
-            eps = get(3, "eps")
-            eps = torch.finfo(kept.dtype).eps if eps is None else eps
-            normalised = lambda: F.rms_norm(kept.double(), shape, None, eps)  # noqa: E731
-        return self._watch(w, out, name, elementwise_axes(tuple(w.shape), tuple(out.shape)), normalised)
+        x = normalised(name, get)
+        return self._watch(w, out, name, elementwise_axes(tuple(w.shape), tuple(out.shape)), x)
 
     def _lookup(
         self, w: Tensor, ids: Tensor, out: Tensor, ignored: Any, name: str, by_count: Any = False
     ) -> bool:
         if w.dim() != 2 or not isinstance(ids, Tensor):
             return False
-        if ignored is not None and ignored < 0:
-            ignored += w.shape[0]
-        rows = ids.detach().long().clone()
-        if name == "__getitem__":
-            rows = torch.where(rows < 0, rows + w.shape[0], rows)
-        shares = None
-        if by_count:
-            _, inverse, counts = rows.unique(return_inverse=True, return_counts=True)
-            shares = 1.0 / counts[inverse].double()
+        rows, ignored, shares = looked_up(ids, w.shape[0], ignored, by_count)
         use = Lookup(self._known.placement(w), name, _caller(), rows, ignored, shares)
         self._register(w, use)
         if self._hooked is not None and shares is None and not self._known.others(w):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from clinometer.gradients.closure import Closure, evaluate
 from clinometer.gradients.finding import EXPLAINED
-from clinometer.gradients.graph import Graph, Node, operation, same_values
+from clinometer.gradients.graph import Graph, Node, leaf_through, operation
 from clinometer.gradients.kinds import MASK, PICK, PRODUCT, RELU, SMOOTH
 from clinometer.gradients.ranks import Ranks
 from clinometer.gradients.subject import Subject
@@ -331,17 +331,6 @@ def _divisors(n: int) -> list[int]:
     return sorted({*small, *(n // d for d in small)})
 
 
-def _leaf(node: Node | None) -> Tensor | None:
-    while node is not None:
-        variable = getattr(node, "variable", None)
-        if variable is not None and not node.next_functions:
-            return variable
-        if not (same_values(node) or operation(node) in ("ToCopy", "Expand")):
-            return None
-        node = node.next_functions[0][0]
-    return None
-
-
 def _leaves(node: Node) -> list[Tensor]:
-    found = (_leaf(below) for below, _ in node.next_functions)
+    found = (leaf_through(below) for below, _ in node.next_functions)
     return [tensor for tensor in found if tensor is not None]
