@@ -216,6 +216,24 @@ def old_style_zeroing(sink):
                 p.grad.data.zero_()
 
 
+def rates(rate, steps):
+    """SGD whose rate lies below what float32 can add, at its beginning or at its end; biases show it first."""
+
+    def run(sink):
+        net = mlp()
+        optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+        teacher = torch.randn(16, 3)
+        with watch(net, optimizer, to=sink):
+            for step in range(steps):
+                optimizer.param_groups[0]["lr"] = rate(step)
+                x = torch.randn(32, 16)
+                F.cross_entropy(net(x), (x @ teacher).argmax(1)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+    return run
+
+
 def hugging_face(name):
     def run(sink):
         import transformers as hf
@@ -281,6 +299,8 @@ HEALTHY = {
         cnn, lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True), shape=(1, 8, 8)
     ),
     "cnn-adamw": classifier(cnn, lambda p: torch.optim.AdamW(p, lr=1e-3), shape=(1, 8, 8), clip=1.0),
+    "rate-finder": rates(lambda step: 1e-8 * 1e8 ** (step / 400), 401),
+    "rate-decayed-away": rates(lambda step: 0.1 * 0.93**step, 350),
     "overfitted": overfitted,
     "adversarial": adversarial,
     "generator-alone": generator_alone,

@@ -106,13 +106,15 @@ class AlwaysClipped:
 class LossSpike:
     """One loss far above all of the last 50 to 100: above the highest of them by three times what lies
     between that and their median, and by half of the median; and no smaller than a hundredth of the first
-    losses (below that a run has converged, and a jump says nothing)."""
+    losses (below that a run has converged, and a jump says nothing). A loss that changes its sign (a policy
+    gradient's) has no level to be measured by: there it must be beyond all that was ever seen."""
 
     cause, opens, closes = "loss-spike", 1, 10
 
     def __init__(self) -> None:
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self._first: list[float] = []
+        self._largest = 0.0
 
     def look(self, facts: Facts) -> Trouble | None:
         loss = facts.scalar("loss")
@@ -123,6 +125,7 @@ class LossSpike:
         found = self._judge(loss)
         # A run that stays up there has a new level; until then it is judged by the old one.
         self._losses.append(loss)
+        self._largest = max(self._largest, abs(loss))
         return found
 
     def _judge(self, loss: float) -> Trouble | None:
@@ -132,6 +135,8 @@ class LossSpike:
         if loss <= highest + max(3 * (highest - median), 0.5 * abs(median)):
             return None
         if loss - median < 0.01 * float(np.median(np.abs(self._first))):
+            return None
+        if min(self._losses) < 0 < highest and loss <= self._largest:
             return None
         return Trouble("warning", (), {"loss": f"{loss:.4g}", "usual": f"{median:.4g}"})
 
