@@ -46,8 +46,8 @@ class Dead:
     """Every entry of a gradient exactly zero, for 50 steps, while other tensors have one.
 
     A zero step or two is usual: what stands above a zero-initialised weight (LoRA's A, a gated branch) has no
-    gradient until that weight has moved. A bias beside a weight that has a gradient cancels out of the loss (a
-    Wasserstein critic's last one: it adds the same to real and fake), and that is no fault.
+    gradient until that weight has moved. A bias beside a weight that has a gradient cancels out of the loss
+    (a Wasserstein critic's last one: it adds the same to real and fake), and that is no fault.
     """
 
     cause, opens, closes = "dead", 50, 10
@@ -66,14 +66,33 @@ class Dead:
         return Trouble("warning", _indices(dead))
 
 
+class NoGradient:
+    """From the model's first matrix on, no gradient at all for 50 steps, though the optimizer holds the
+    tensors and others of the step have one: most likely detach() or no_grad() stands between.
+
+    Only with the first matrix among them. What is never used stands at the end (a pooler, a second task's
+    head), and a model that carries it along is healthy.
+    """
+
+    cause, opens, closes = "no-gradient", 50, 3
+
+    def look(self, facts: Facts) -> Trouble | None:
+        able = facts.stepped & facts.learns & (facts.numel > 0)
+        norm = facts.of("grad_norm")
+        first = np.flatnonzero(able & facts.matrix)[:1]
+        if not facts.taken or not first.size or not np.isnan(norm[first[0]]) or not (norm[able] > 0).any():
+            return None
+        return Trouble("warning", _indices(able & np.isnan(norm)))
+
+
 class NeverMoves:
     """A gradient, a learning rate, a step taken, and not one number changed, for 20 steps.
 
     Only tensors whose gradient is no rounding noise beside the others' (1/1000 of the median): a key bias has
     a gradient of zero in exact arithmetic, and nobody expects it to move; nor beside its own highest so far
-    (1/100): what has converged stops. And only while the rate has settled: a search for a learning rate begins
-    where nothing moves (it rises by more than a tenth in 20 steps, as a warm-up does), and a decaying one ends
-    there (it is below a tenth of its highest).
+    (1/100): what has converged stops. And only while the rate has settled: a search for a learning rate
+    begins where nothing moves (it rises by more than a tenth in 20 steps, as a warm-up does), and a decaying
+    one ends there (it is below a tenth of its highest).
     """
 
     cause, opens, closes = "never-moves", 20, 3
@@ -206,4 +225,13 @@ class UpdateRatio:
         return None
 
 
-TENSOR_RULES = (NonFinite, Dead, NeverMoves, MovedWhileFrozen, NotInOptimizer, Vanishing, UpdateRatio)
+TENSOR_RULES = (
+    NonFinite,
+    Dead,
+    NoGradient,
+    NeverMoves,
+    MovedWhileFrozen,
+    NotInOptimizer,
+    Vanishing,
+    UpdateRatio,
+)
