@@ -142,6 +142,32 @@ def test_two_lines_record_a_script_and_change_none_of_its_bits(
     assert (statistics[:, :, 5] > 0).mean() > 0.9  # updates
 
 
+@pytest.mark.parametrize(
+    ("last_line", "state"),
+    [
+        ("", "done"),
+        ("raise SystemExit(0)", "done"),
+        ("try: raise ValueError\nexcept ValueError: pass", "done"),
+        ("raise ValueError('an end')", "failed"),
+        ("raise KeyboardInterrupt", "stopped"),
+    ],
+)
+def test_the_run_file_says_how_the_program_ended(tmp_path: Path, last_line: str, state: str) -> None:
+    script = PLAIN.format(first="import clinometer", second="clinometer.watch(model, optimizer)")
+    (tmp_path / "my_script.py").write_text(script + last_line)
+    subprocess.run([sys.executable, "my_script.py"], cwd=tmp_path, capture_output=True, check=False)
+    info = RunFile.open(tmp_path / "runs" / "my_script-1").info()
+    assert (info["state"], info["last_step"]) == (state, 20)
+
+
+def test_a_script_from_standard_input_has_a_run_too(tmp_path: Path) -> None:
+    script = PLAIN.format(first="import clinometer", second="clinometer.watch(model, optimizer)")
+    subprocess.run(
+        [sys.executable, "-"], input=script, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert RunFile.open(tmp_path / "runs" / "run-1").info()["last_step"] == 20
+
+
 def model_and_optimizer() -> tuple[nn.Module, torch.optim.Optimizer]:
     model = nn.Linear(3, 2)
     return model, torch.optim.SGD(model.parameters(), lr=0.1)

@@ -216,6 +216,102 @@ def old_style_zeroing(sink):
                 p.grad.data.zero_()
 
 
+def wasserstein_critic(sink):
+    """Its last bias adds the same to real and fake: the loss does not depend on it, at any step."""
+    critic = mlp()
+    optimizer = torch.optim.RMSprop(critic.parameters(), lr=1e-3)
+    with watch(critic, optimizer, to=sink):
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            (critic(torch.randn(8, 16)).mean() - critic(torch.randn(8, 16) + 1).mean()).backward()
+            optimizer.step()
+
+
+def second_order(sink):
+    """L-BFGS, long after it has arrived."""
+    net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
+    optimizer = torch.optim.LBFGS(net.parameters(), lr=0.5, max_iter=5)
+    x = torch.randn(64, 8)
+    y = (x @ torch.randn(8, 3)).argmax(1)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(net(x), y)
+        loss.backward()
+        return loss
+
+    with watch(net, optimizer, to=sink):
+        for _ in range(STEPS):
+            optimizer.step(closure)
+
+
+def policy_gradient(sink):
+    """Normalised advantages: a loss about zero, of both signs, that shrinks as the policy sharpens."""
+    net = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 2))
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    with watch(net, optimizer, to=sink):
+        for _ in range(500):
+            states = torch.randn(32, 4)
+            policy = torch.distributions.Categorical(logits=net(states))
+            actions = policy.sample()
+            reward = (actions == (states[:, 0] > 0)).float()
+            advantage = (reward - reward.mean()) / (reward.std() + 1e-8)
+            optimizer.zero_grad()
+            (-(policy.log_prob(actions) * advantage).mean() - 0.01 * policy.entropy().mean()).backward()
+            nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+            optimizer.step()
+
+
+def second_head_waits(sink):
+    """Two tasks one after the other: the second's head has no gradient until its turn."""
+    body, heads = mlp(), nn.ModuleList([nn.Linear(3, 1), nn.Linear(3, 1)])
+    net = nn.ModuleDict({"body": body, "heads": heads})
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    with watch(net, optimizer, to=sink):
+        for step in range(STEPS):
+            x = torch.randn(8, 16)
+            optimizer.zero_grad()
+            F.mse_loss(heads[step // 75](body(x)), x[:, :1]).backward()
+            optimizer.step()
+
+
+def generator_waits(sink):
+    """The critic is trained alone at first; the generator stands before it and has its own optimizer."""
+    generator, critic = nn.Linear(4, 2), nn.Linear(2, 1)
+    both = nn.ModuleDict({"generator": generator, "critic": critic})
+    g = torch.optim.Adam(generator.parameters(), lr=1e-3)
+    d = torch.optim.Adam(critic.parameters(), lr=1e-3)
+    with watch(both, [d, g], to=sink):
+        for step in range(STEPS):
+            noise = torch.randn(16, 4)
+            d.zero_grad()
+            loss = F.softplus(-critic(torch.randn(16, 2))).mean()
+            (loss + F.softplus(critic(generator(noise).detach())).mean()).backward()
+            d.step()
+            if step >= 80:
+                g.zero_grad()
+                F.softplus(-critic(generator(noise))).mean().backward()
+                g.step()
+
+
+def rates(rate, steps):
+    """A rate below what float32 can add, at its beginning or its end; biases show it first."""
+
+    def run(sink):
+        net = mlp()
+        optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+        teacher = torch.randn(16, 3)
+        with watch(net, optimizer, to=sink):
+            for step in range(steps):
+                optimizer.param_groups[0]["lr"] = rate(step)
+                x = torch.randn(32, 16)
+                F.cross_entropy(net(x), (x @ teacher).argmax(1)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+    return run
+
+
 def hugging_face(name):
     def run(sink):
         import transformers as hf
@@ -281,6 +377,13 @@ HEALTHY = {
         cnn, lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True), shape=(1, 8, 8)
     ),
     "cnn-adamw": classifier(cnn, lambda p: torch.optim.AdamW(p, lr=1e-3), shape=(1, 8, 8), clip=1.0),
+    "rate-finder": rates(lambda step: 1e-8 * 1e8 ** (step / 400), 401),
+    "rate-decayed-away": rates(lambda step: 0.1 * 0.93**step, 350),
+    "wasserstein-critic": wasserstein_critic,
+    "l-bfgs": second_order,
+    "policy-gradient": policy_gradient,
+    "second-head-waits": second_head_waits,
+    "generator-waits": generator_waits,
     "overfitted": overfitted,
     "adversarial": adversarial,
     "generator-alone": generator_alone,

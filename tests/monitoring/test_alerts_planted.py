@@ -73,6 +73,11 @@ def dead(sink):
     loop(net, sgd(net), sink, 60)
 
 
+def no_gradient(sink):
+    net = mlp()
+    loop(net, sgd(net), sink, 60, loss=lambda n, x, y, s: F.cross_entropy(n[2](n[1](n[0](x)).detach()), y))
+
+
 def always_clipped(sink):
     net = mlp()
     loop(net, sgd(net), sink, 105, clip=0.01)
@@ -171,6 +176,7 @@ PLANTED = {
     exploding_later: ("exploding", 120),
     vanishing: ("vanishing", 30),
     dead: ("dead", 50),
+    no_gradient: ("no-gradient", 50),
     always_clipped: ("always-clipped", 100),
     loss_spike: ("loss-spike", 75),
     steps_too_large: ("update-ratio", 40),
@@ -205,6 +211,7 @@ def test_a_planted_fault_is_found(run):
 def test_the_tensors_named_are_those_concerned():
     expected = {
         dead: {"0.weight", "0.bias", "2.weight"},
+        no_gradient: {"0.weight", "0.bias"},
         not_in_optimizer: {"0.weight", "0.bias"},
         moved_while_frozen: {"0.weight", "0.bias"},
     }

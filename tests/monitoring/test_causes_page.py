@@ -49,4 +49,4 @@ def test_every_cause_that_watch_reports_is_on_the_page():
 def test_both_languages_show_the_same_code():
     codes = {lang: [e[1:3] for e in ENTRIES if e[0] == lang] for lang in ("en", "zh")}
     assert codes["en"] == codes["zh"]
-    assert len(codes["en"]) == 5
+    assert len(codes["en"]) == 6

@@ -115,6 +115,12 @@ def run_of(folder, losses, **scalars):
     return RunFile.open(folder)
 
 
+def test_the_loss_caption_names_the_losses_of_the_steps_it_names(tmp_path):
+    losses = 10.0 * 0.9 ** np.arange(50)
+    caption = figures.loss(run_of(tmp_path / "run", losses)).caption
+    assert "from 10.00 (step 1) to 0.05726 (step 50)" in caption, caption
+
+
 def test_the_loss_caption_tells_falling_from_level_from_rising(tmp_path):
     rng = np.random.default_rng(0)
     noise = 0.02 * rng.standard_normal(400)

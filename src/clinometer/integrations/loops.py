@@ -75,7 +75,7 @@ def _sink(target: Any) -> Any:
 
 def next_folder() -> Path:
     """runs/<script>-<n>, the first number that is free."""
-    stem = Path(sys.argv[0]).stem if sys.argv and sys.argv[0] not in ("", "-c", "-m") else ""
+    stem = Path(sys.argv[0]).stem if sys.argv and sys.argv[0] not in ("", "-", "-c", "-m") else ""
     name = "".join(sign if sign.isalnum() or sign in "-_" else "-" for sign in stem) or "run"
     number = 1
     while Path("runs", f"{name}-{number}").exists():

@@ -30,6 +30,8 @@ class Facts:
     kind: list[str]
     owned: np.ndarray
     """(T,) bool: some watched optimizer holds it."""
+    stepped: np.ndarray
+    """(T,) bool: the optimizer that holds it had its turn."""
     learns: np.ndarray
     """(T,) bool: requires_grad."""
     moved_elsewhere: np.ndarray
@@ -62,7 +64,7 @@ def facts_of(row: Row, roster: Roster, described: list[dict[str, Any]]) -> Facts
     tensors = [one.ref() for one in watched]
     lr = np.full(len(watched), np.nan)
     rates: list[float] = []
-    owned = np.zeros(len(watched), bool)
+    owned, stepped = np.zeros(len(watched), bool), np.zeros(len(watched), bool)
     for optimizer in roster.living():
         by_id = {id(p): float(g.get("lr", math.nan)) for g in optimizer.param_groups for p in g["params"]}
         rates += [
@@ -73,6 +75,7 @@ def facts_of(row: Row, roster: Roster, described: list[dict[str, Any]]) -> Facts
         for index, tensor in enumerate(tensors):
             if id(tensor) in by_id:
                 lr[index], owned[index] = by_id[id(tensor)], True
+                stepped[index] = id(optimizer) in row.stepped
     return Facts(
         step=row.step,
         scalars=row.scalars,
@@ -83,6 +86,7 @@ def facts_of(row: Row, roster: Roster, described: list[dict[str, Any]]) -> Facts
         layer=np.array([math.nan if d["layer"] is None else d["layer"] for d in described[: len(watched)]]),
         kind=[d["kind"] for d in described[: len(watched)]],
         owned=owned,
+        stepped=stepped,
         learns=np.array([t is not None and t.requires_grad for t in tensors], bool),
         moved_elsewhere=np.array([one.moved_elsewhere for one in watched], bool),
         first_norm=np.array([one.first_norm for one in watched]),

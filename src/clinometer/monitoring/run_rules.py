@@ -106,13 +106,17 @@ class AlwaysClipped:
 class LossSpike:
     """One loss far above all of the last 50 to 100: above the highest of them by three times what lies
     between that and their median, and by half of the median; and no smaller than a hundredth of the first
-    losses (below that a run has converged, and a jump says nothing)."""
+    losses (below that a run has converged, and a jump says nothing). A loss that takes both signs (a policy
+    gradient's) has no level to be measured by: there it must swing wider than ever before."""
 
     cause, opens, closes = "loss-spike", 1, 10
 
     def __init__(self) -> None:
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self._first: list[float] = []
+        self._lowest, self._highest = math.inf, -math.inf
+        self._widest = 0.0
+        """The largest distance of a loss from the median of those before it."""
 
     def look(self, facts: Facts) -> Trouble | None:
         loss = facts.scalar("loss")
@@ -120,18 +124,23 @@ class LossSpike:
             return None
         if len(self._first) < 20:
             self._first.append(loss)
-        found = self._judge(loss)
+        self._lowest, self._highest = min(self._lowest, loss), max(self._highest, loss)
+        median = float(np.median(self._losses)) if self._losses else loss
+        found = self._judge(loss, median)
+        self._widest = max(self._widest, abs(loss - median))
         # A run that stays up there has a new level; until then it is judged by the old one.
         self._losses.append(loss)
         return found
 
-    def _judge(self, loss: float) -> Trouble | None:
+    def _judge(self, loss: float, median: float) -> Trouble | None:
         if len(self._losses) < ENOUGH:
             return None
-        median, highest = float(np.median(self._losses)), max(self._losses)
+        highest = max(self._losses)
         if loss <= highest + max(3 * (highest - median), 0.5 * abs(median)):
             return None
         if loss - median < 0.01 * float(np.median(np.abs(self._first))):
+            return None
+        if self._lowest < 0 < self._highest and loss - median <= self._widest:
             return None
         return Trouble("warning", (), {"loss": f"{loss:.4g}", "usual": f"{median:.4g}"})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 
 import numpy as np
 
@@ -12,6 +13,11 @@ from clinometer.monitoring.trouble import Trouble
 
 def _indices(mask: np.ndarray) -> tuple[int, ...]:
     return tuple(int(i) for i in np.flatnonzero(mask))
+
+
+def _highest(before: np.ndarray, now: np.ndarray) -> np.ndarray:
+    """The highest so far of each tensor; there may be more of them now."""
+    return np.fmax(np.concatenate([before, np.zeros(len(now) - len(before))]), now)
 
 
 class NonFinite:
@@ -40,7 +46,8 @@ class Dead:
     """Every entry of a gradient exactly zero, for 50 steps, while other tensors have one.
 
     A zero step or two is usual: what stands above a zero-initialised weight (LoRA's A, a gated branch) has no
-    gradient until that weight has moved.
+    gradient until that weight has moved. A bias beside a weight that has a gradient cancels out of the loss
+    (a Wasserstein critic's last one: it adds the same to real and fake), and that is no fault.
     """
 
     cause, opens, closes = "dead", 50, 10
@@ -50,21 +57,56 @@ class Dead:
         alive = facts.of("grad_norm") > 0
         if not dead.any() or not alive.any():
             return None
+        living = {facts.names[i] for i in np.flatnonzero(alive)}
+        for index in np.flatnonzero(dead):
+            stem = facts.names[index].removesuffix("bias")
+            dead[index] = stem == facts.names[index] or f"{stem}weight" not in living
+        if not dead.any():
+            return None
         return Trouble("warning", _indices(dead))
+
+
+class NoGradient:
+    """From the model's first matrix on, no gradient at all for 50 steps, though the optimizer holds the
+    tensors and others of the step have one: most likely detach() or no_grad() stands between.
+
+    Only with the first matrix among them. What is never used stands at the end (a pooler, a second task's
+    head), and a model that carries it along is healthy.
+    """
+
+    cause, opens, closes = "no-gradient", 50, 3
+
+    def look(self, facts: Facts) -> Trouble | None:
+        able = facts.stepped & facts.learns & (facts.numel > 0)
+        norm = facts.of("grad_norm")
+        first = np.flatnonzero(able & facts.matrix)[:1]
+        if not facts.taken or not first.size or not np.isnan(norm[first[0]]) or not (norm[able] > 0).any():
+            return None
+        return Trouble("warning", _indices(able & np.isnan(norm)))
 
 
 class NeverMoves:
     """A gradient, a learning rate, a step taken, and not one number changed, for 20 steps.
 
     Only tensors whose gradient is no rounding noise beside the others' (1/1000 of the median): a key bias has
-    a gradient of zero in exact arithmetic, and nobody expects it to move.
+    a gradient of zero in exact arithmetic, and nobody expects it to move; nor beside its own highest so far
+    (1/100): what has converged stops. And only while the rate has settled: a search for a learning rate
+    begins where nothing moves (it rises by more than a tenth in 20 steps, as a warm-up does), and a decaying
+    one ends there (it is below a tenth of its highest).
     """
 
     cause, opens, closes = "never-moves", 20, 3
 
+    def __init__(self) -> None:
+        self._rates: deque[np.ndarray] = deque(maxlen=self.opens)
+        self._highest_rate = self._highest_rms = np.zeros(0)
+
     def look(self, facts: Facts) -> Trouble | None:
         rms = facts.grad_rms
         able = facts.owned & facts.learns & (facts.lr != 0) & np.isfinite(rms) & (rms > 0)
+        able &= self._settled(facts.lr)
+        self._highest_rms = _highest(self._highest_rms, np.where(np.isfinite(rms), rms, 0))
+        able &= rms > 0.01 * self._highest_rms
         if not facts.taken or not able.any():
             return None
         able &= rms > 1e-3 * np.median(rms[able])
@@ -73,6 +115,14 @@ class NeverMoves:
             return None
         severity = "fault" if still.sum() > able.sum() / 2 else "warning"
         return Trouble(severity, _indices(still))
+
+    def _settled(self, rates: np.ndarray) -> np.ndarray:
+        if self._rates and len(self._rates[0]) != len(rates):  # tensors came
+            self._rates.clear()
+        self._rates.append(rates)
+        self._highest_rate = _highest(self._highest_rate, rates)
+        # Where no rate is known both comparisons with NaN are false.
+        return ~(rates > 1.1 * self._rates[0]) & ~(rates < 0.1 * self._highest_rate)
 
 
 class MovedWhileFrozen:
@@ -175,4 +225,13 @@ class UpdateRatio:
         return None
 
 
-TENSOR_RULES = (NonFinite, Dead, NeverMoves, MovedWhileFrozen, NotInOptimizer, Vanishing, UpdateRatio)
+TENSOR_RULES = (
+    NonFinite,
+    Dead,
+    NoGradient,
+    NeverMoves,
+    MovedWhileFrozen,
+    NotInOptimizer,
+    Vanishing,
+    UpdateRatio,
+)

@@ -12,8 +12,10 @@ and a fault of its own ends the watching with one warning, never the training.
 from __future__ import annotations
 
 import atexit
+import builtins
 import functools
 import re
+import sys
 import threading
 import warnings
 import weakref
@@ -305,7 +307,15 @@ def _optimizer_gone(reference: weakref.ref[Watch]) -> None:
         one.close()
 
 
+def _how_it_ended() -> str:
+    """The state of a program that ends now: "done", or what the exception that ended it makes of it."""
+    if hasattr(sys, "ps1") or hasattr(builtins, "__IPYTHON__"):
+        return "done"  # at a prompt an exception ends a line or a cell, and the program goes on
+    error = getattr(sys, "last_value", None)
+    return "done" if error is None else "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+
+
 @atexit.register
 def _close_all() -> None:
     for one in list(_living):
-        one.close()
+        one.close(_how_it_ended())

@@ -78,10 +78,16 @@ def _loss_caption(
     bad = int(step[~finite][0]) if not finite.all() else None
     values, steps = loss[finite], step[finite]
     n = max(1, int(len(values) * TAIL))
-    start, end = float(values[:n].mean()), float(values[-n:].mean())
+    end = float(values[-n:].mean())
     parts = [
         healthy,
-        say.say("loss.went", start=four(start), end=four(end), first=f"{steps[0]:,}", last=f"{steps[-1]:,}"),
+        say.say(
+            "loss.went",
+            start=four(float(values[0])),
+            end=four(float(values[-1])),
+            first=f"{steps[0]:,}",
+            last=f"{steps[-1]:,}",
+        ),
     ]
     if len(values) >= 40:
         before = float(values[-2 * n : -n].mean())
