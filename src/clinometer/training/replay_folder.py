@@ -74,7 +74,7 @@ def find_replay(run: Path, step: int, loss: float, norm: float) -> Replay | None
     One that an earlier version left, without the tokens' shares, is to be made again.
     """
     replay = Replay.open(run, step)
-    if replay is None:
+    if replay is None or not replay.by_token:
         return None
     info = dict(replay.step_info)
     try:

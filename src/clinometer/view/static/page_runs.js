@@ -55,7 +55,8 @@ export async function runsPage({ main, state, signal }) {
     const speed = run.speed ?? run.steps_per_second;
     replace(cells.state, stateMark(run));
     replace(cells.steps, run.state === "empty" ? "\u2013" : count(run.last_step));
-    replace(cells.loss, number(run.loss));
+    replace(cells.loss, run.not_finite_since === null || run.not_finite_since === undefined ? number(run.loss)
+      : h("span", { class: "alarm" }, say("page.not_finite_at", { step: count(run.not_finite_since) })));
     replace(cells.speed, speed === null || speed === undefined ? "\u2013"
       : `${number(speed)} ${run.speed ? say("page.tokens_s") : say("page.steps_s")}`);
     replace(cells.alerts, count(run.alert_count));
