@@ -100,8 +100,7 @@ def first_not_finite(connection: sqlite3.Connection, name: str) -> int | None:
     known = scalar_ids(connection)
     if name not in known:
         return None
-    steps = Range(connection, None, None)
-    first, last = steps.first, steps.last
+    first, last = Range(connection, None, None).cells(LEVELS[-1])
     ids = np.array([known[name]], dtype=np.int64)
     for level in (*reversed(LEVELS), 1):
         found = cells.scalars(connection, ids, level, first, last, len(known))
