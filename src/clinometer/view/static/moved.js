@@ -29,7 +29,7 @@ export class Moved {
     else if (answer.state === "older") {
       replace(this.element, title, h("p", {}, say("page.moved_older")), h("p", {}, say("page.moved_again")),
         replayOffer(this.info, { run: this.info.id, step: this.step, signal: this.signal, done: () => this.show(sequence, position) }));
-    } else replace(this.element, title, h("p", { class: "caption" }, say("page.moved_line")), this.table(answer.tensors));
+    } else replace(this.element, title, h("p", { class: "quiet small" }, say("page.moved_line")), this.table(answer.tensors));
   }
 
   table(tensors) {
