@@ -91,7 +91,8 @@ def plan(
 ) -> tuple[int, int]:
     """The level to read (1: the rows) and the stride of the cells, for at most about `points` cells.
 
-    A stride just under a level becomes that level: a quarter fewer cells at most, for a sixteenth of the reading.
+    A stride just under a level becomes that level: at most a quarter fewer cells, for a sixteenth of the
+    reading.
     """
     span = last - first + 1
     wanted = max(1, every, -(-span // max(1, points)))

@@ -3,7 +3,7 @@
     RUN/replays/step-00000137/
         step.json              the step as a whole, its batch, loss and gradient norm by token
         tensors.safetensors    NAME.before, NAME.after, NAME.grad (before clipping), NAME.exp_avg, …
-        tokens.safetensors     by tensor, sequence and position: the norm of what that token adds to the gradient
+        tokens.safetensors     the norm of what each token adds to each gradient: tensor × sequence × position
         weights/<hash>.json    weights that were looked at: anatomy and attribution
 
 A folder that is there is whole: it was written under another name and renamed. Where the run's folder cannot
@@ -190,8 +190,8 @@ class Replay:
 
             ∂L/∂W = Σ over tokens of δ xᵀ        "norm": ‖δ‖ ‖x‖,  "share": ‖δ‖ ‖x‖ / ‖∂L/∂W‖
 
-        Tokens pull against each other, so shares of one tensor add up to more than 1, and one share may be more
-        than 1; it is None where the gradient is zero or not finite. A norm that is not finite counts as the
+        Tokens pull against each other: shares of one tensor add up to more than 1, and one may be more than 1;
+        it is None where the gradient is zero or not finite. A norm that is not finite counts as the
         strongest and is inf. Tensors of which it could not be told are left out. None if the replay does not
         say. Raises IndexError for a place the batch has not.
         """

@@ -51,8 +51,8 @@ def by_token(
 
         ∂L/∂W = Σ over positions (b, s) of δ[b, s] x[b, s]ᵀ        share of (b, s): ‖δ[b, s]‖ ‖x[b, s]‖
 
-    Computed in the run's precision and uncompiled, `size` sequences at a time, in one forward and one backward
-    that makes no weight's gradient.
+    Computed in the run's precision and uncompiled, `size` sequences at a time, in one forward and one
+    backward that makes no weight's gradient.
     """
     weights = dict(model.named_parameters()) if gradient else {}
     losses, norms, shares = [], [], []

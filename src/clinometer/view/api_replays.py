@@ -306,7 +306,7 @@ def _counted(losses: list[Any], targets: list[Any]) -> list[Any]:
 
 
 def _not_finite(rows: list[Any], first: int) -> list[list[int]]:
-    """(sequence, position) of what is NaN or infinite, which in the numbers is null, as is what there is none of."""
+    """(sequence, position) of what is NaN or infinite: in the numbers it is null, as is what is not there."""
     return [[first + b, s] for b, row in enumerate(rows) for s, value in enumerate(row) if value in _WORDS]
 
 
