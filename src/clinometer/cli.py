@@ -37,6 +37,8 @@ glibc hands big blocks back to the system and pays for fresh pages at every step
 on a CPU a fifth to two fifths faster. OpenMP's threads spin while they wait for each other; spinning briefly
 costs nothing on an idle machine and doubles the speed where another program wants a core (docs/log.md)."""
 
+PLAIN: Any = {"style": "red", "markup": False, "highlight": False, "soft_wrap": True}
+
 
 def main() -> NoReturn:
     """Run the command in sys.argv; exits 0 fine, 1 a finding, 2 wrong use or bad input, 130 on Ctrl-C."""
@@ -55,16 +57,12 @@ def main() -> NoReturn:
     except (InputError, cyclopts.CycloptsError) as error:
         if with_traceback:
             raise
-        _console(stderr=True).print(
-            _explain(error), style="red", markup=False, highlight=False, soft_wrap=True
-        )
+        _console(stderr=True).print(_explain(error), **PLAIN)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if with_traceback or not _is_out_of_memory(error):
             raise
-        _console(stderr=True).print(
-            say("cli.memory", reason=error), style="red", markup=False, soft_wrap=True
-        )
+        _console(stderr=True).print(say("cli.memory", reason=error), **PLAIN)
         sys.exit(2)
     except BrokenPipeError:  # `clinometer … | head`: whoever read us has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -288,10 +286,7 @@ def _layer_configuration(app: App, commands: tuple[str, ...], arguments: Any) ->
     if commands != ("train",):
         return
     given = {a.name: [t.value for t in a.tokens] for a in arguments if a.tokens}
-    if (
-        not any(name.split(".")[0].removeprefix("--") in SECTIONS for name in given)
-        and "--config" not in given
-    ):
+    if not {name.split(".")[0].removeprefix("--") for name in given} & {*SECTIONS, "config"}:
         return  # no setting was given at all: a resumed run keeps its own, a new one takes the defaults
     for option, file in (("--config", ""), ("--run", "config.toml")):
         if option not in given or (option == "--run" and "--resume" not in given):

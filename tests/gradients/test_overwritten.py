@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from clinometer.gradients.diagnosis import diagnose
+from clinometer.gradients.ranks import Ranks
 
 
 def x():
@@ -153,3 +154,30 @@ def test_writing_over_what_nobody_needs_is_no_fault():
         return h.sum()
 
     assert diagnose(model, closure).healthy
+
+
+def test_a_closure_that_cannot_run_twice_keeps_its_error_with_the_line_that_needs_the_value():
+    model, batches = nn.Linear(4, 4), iter([x()])
+
+    def closure():
+        h = model(next(batches)).exp()
+        h += 1
+        return h.sum()
+
+    with pytest.raises(RuntimeError, match="inplace") as caught:
+        diagnose(model, closure)
+    (note,) = caught.value.__notes__
+    assert "(h = model(next(batches)).exp())" in note
+
+
+@pytest.mark.parametrize("fault", [plus_equals, what_a_custom_function_saved, two_that_need_it])
+def test_the_line_that_needs_it_is_found_without_another_forward(fault, monkeypatch):
+    """As it is where other ranks would wait."""
+    monkeypatch.setattr(Ranks, "alone", False)
+    monkeypatch.setattr(Ranks, "stand_ins", lambda self: {})
+    model, forwards = nn.Linear(4, 4), []
+    with pytest.raises(RuntimeError, match="inplace") as caught:
+        diagnose(model, lambda: forwards.append(1) or fault(model))
+    (note,) = caught.value.__notes__
+    assert f"the backward of test_overwritten.py:{line_of(fault, '# needs')} (" in note
+    assert len(forwards) == 1

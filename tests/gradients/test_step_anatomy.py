@@ -286,7 +286,7 @@ def test_a_few_names_cost_only_their_memory_and_say_nothing_of_the_whole():
     assert anatomy["w"][1].faithful is True
 
 
-def test_muon_is_told_by_tensor_and_by_weight_but_not_by_row():
+def test_muon_is_told_by_tensor_by_row_and_by_weight():
     p = nn.Parameter(torch.randn(6, 4))
     optimizer = torch.optim.Muon([p], lr=0.02)
     p.grad = torch.randn(6, 4)
@@ -301,8 +301,13 @@ def test_muon_is_told_by_tensor_and_by_weight_but_not_by_row():
     assert singular.min() > 0.6
     assert singular.max() < 1.3
     assert weight.quantities["update"]["after"] == pytest.approx(-0.02 * 1.5**0.5 * o[2, 1].item(), rel=1e-6)
-    with pytest.raises(InputError, match="as a whole matrix"):
-        anatomy["p"][2].measures  # noqa: B018
+    rows = [anatomy["p"][i].measures for i in range(6)]
+    whole = anatomy["p"].measures
+    for key in ("predicted", "change_sq", "update", "decay", "momentum", "fresh"):
+        assert sum(getattr(row, key) for row in rows) == pytest.approx(getattr(whole, key), rel=1e-9)
+    assert all(row.missed == 0 for row in rows)
+    assert anatomy["p"][2].faithful is True
+    assert "p[2]" in anatomy["p"][2].render("en")
 
 
 @pytest.mark.parametrize(

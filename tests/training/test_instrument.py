@@ -50,12 +50,28 @@ def wrong():
     w = torch.ones(4, requires_grad=True)
     return {"w": w}, lambda: Wrong.apply(w).pow(2).sum()
 
+def overwritten():
+    layer = torch.nn.Linear(WIDTH, WIDTH)
+    def loss():
+        h = layer(torch.ones(3, WIDTH)).exp()
+        h += 1
+        return h.sum()
+    return layer, loss
+
+def fails_when_called():
+    layer = torch.nn.Linear(WIDTH, WIDTH)
+    return layer, lambda: layer(torch.ones(3, WIDTH + 1)).sum()
+
 def nothing():
     return None
 
 def fails():
     return 1 / 0
 """
+
+
+EXP = "h = layer(torch.ones(3, WIDTH)).exp()"
+SHAPES = "layer(torch.ones(3, WIDTH + 1)).sum()"
 
 
 @pytest.fixture
@@ -102,6 +118,21 @@ def test_a_wrong_backward_is_found_with_exit_code_1(call, script):
     assert code == 1
     assert "Wrong" in out
     assert "w" in out
+
+
+@pytest.mark.parametrize("command", ["diagnose", "check"])
+def test_a_value_written_over_is_one_paragraph_with_both_lines(call, script, command):
+    source = script.read_text().splitlines()
+    needs, writes = (source.index(f"        {text}") + 1 for text in (EXP, "h += 1"))
+    result = call(command, f"{script}:overwritten")
+    assert_refused(result, f"{script.name}:{needs} ({EXP})", f"{script.name}:{writes} (h += 1)")
+
+
+@pytest.mark.parametrize("command", ["diagnose", "check"])
+def test_a_closure_that_fails_is_told_with_its_line(call, script, command, monkeypatch):
+    line = script.read_text().splitlines().index("    return layer, lambda: " + SHAPES) + 1
+    monkeypatch.chdir(script.parent)
+    assert_refused(call(command, f"{script.name}:fails_when_called"), f"line {line} failed: RuntimeError")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from clinometer.gradients.closure import Closure, eagerly
 from clinometer.gradients.document import Document, Line, dim, ok, sentence
 from clinometer.gradients.double import in_double
 from clinometer.gradients.finding import EXPLAINED, FAULT, Finding
+from clinometer.gradients.ranks import Ranks
 from clinometer.gradients.report import Result
 from clinometer.gradients.subject import Subject
 from clinometer.gradients.sums import Cause, Runs, TensorSum
@@ -155,7 +156,11 @@ def check_accumulation(
 
     everything.__defaults__ = (full, *closures)
     start = time.perf_counter()
-    with untouched(subject, closure=everything) as before, eagerly():
+    ranks = Ranks(
+        subject.tensors, [m for m in (subject.module, *modules_named_by(everything)) if m is not None]
+    )
+    ranks.refuse_sharded("check.sharded")
+    with ranks.apart(), untouched(subject, closure=everything) as before, eagerly():
         tensors = {n: t for n, t in subject.tensors.items() if t.requires_grad and t.is_leaf}
         modules = dict.fromkeys(
             m for m in [subject.module, *(m for c in [full, *closures] for m in modules_named_by(c))] if m

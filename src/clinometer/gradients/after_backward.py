@@ -10,15 +10,21 @@ from torch import Tensor
 from clinometer.gradients.finding import EXPLAINED, FAULT
 from clinometer.gradients.flow import largest
 from clinometer.gradients.keeping import has_grad
+from clinometer.gradients.ranks import Ranks, whole
 from clinometer.gradients.subject import Subject
 from clinometer.gradients.why_none import Reason, before_any_run
 from clinometer.gradients.why_partly import zero_lines
+from clinometer.messages import InputError
 
 
-def without_closure(subject: Subject) -> dict[str, Reason | str]:
+def without_closure(subject: Subject, ranks: Ranks) -> dict[str, Reason | str]:
     """For each tensor a reason, or its status where the gradient alone does not say why."""
+    for name, tensor in subject.tensors.items():
+        if has_grad(tensor) and tensor.grad is not None and tensor.grad.is_meta:
+            raise InputError("gradients.subject.meta", name=name)
     with torch.no_grad():
-        sizes = {n: largest(t.grad) if has_grad(t) else None for n, t in subject.tensors.items()}
+        here = {n: largest(t.grad) if has_grad(t) else None for n, t in subject.tensors.items()}
+        sizes = ranks.largest(here)
         anything = any(size is not None for size in sizes.values())
         all_zero = anything and all(size in (None, 0.0) for size in sizes.values())
         return {
@@ -39,4 +45,6 @@ def _reason(tensor: Tensor, size: float | None, anything: bool, all_zero: bool) 
         return Reason("non-finite", "unknown", FAULT, group=0)
     if size == 0:
         return Reason("zero", "zeroed", EXPLAINED, "likely", group=0) if all_zero else "zero"
-    return "partly-zero" if tensor.grad is not None and zero_lines(tensor.grad) != (None, None) else "ok"
+    return (
+        "partly-zero" if tensor.grad is not None and zero_lines(whole(tensor.grad)) != (None, None) else "ok"
+    )

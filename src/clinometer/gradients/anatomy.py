@@ -42,7 +42,8 @@ class TensorStep(Result):
     def measures(self) -> Measures:
         """Ratio, shares, rounding; float64 sums over the entries."""
         if self._index is not None and self.formula in WHOLE:
-            raise InputError("step.part_of_matrix", name=self.name, optimizer=self._context.optimizer)
+            function = FORMULAS[self.formula]
+            return measure(self.moved, function, self._whole.replay(function, self._index))
         return measure(self.moved, FORMULAS[self.formula] if self.formula else None)
 
     @cached_property
@@ -156,12 +157,14 @@ class StepAnatomy(Result):
         formula: str | None,
         *,
         losses: tuple[float, ...] | None,
+        apart: bool,
         whole: bool,
         skipped: str | None,
     ) -> None:
         """Called by explain_step when its block ends."""
         context = self._context
         context.formula, context.losses, context.whole = formula, losses, whole
+        context.apart = apart
         context.skipped, self._note = skipped, None
         self._tensors = {key: TensorStep(m, context) for key, m in moved.items()}
         context.predict = lambda: sum(t.predicted for t in self.entries().values())

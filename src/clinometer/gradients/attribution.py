@@ -10,10 +10,12 @@ from torch import Tensor
 
 from clinometer.gradients.closure import Closure, eagerly, evaluate
 from clinometer.gradients.contraction import Use, overlap
+from clinometer.gradients.derived import Derived
 from clinometer.gradients.pushes import Attribution, Attributions, Contribution, stacked
+from clinometer.gradients.ranks import Ranks
 from clinometer.gradients.subject import Subject
 from clinometer.gradients.tokens import Text
-from clinometer.gradients.untouched import untouched
+from clinometer.gradients.untouched import modules_named_by, untouched
 from clinometer.gradients.uses import Watched
 from clinometer.messages import InputError
 
@@ -34,16 +36,25 @@ def attribute(
 
     `index` of one entry gives signed terms that add up to its gradient. A row (`index=3`), any part, or no
     index gives each position's part along the whole gradient, ⟨G, δxᵀ⟩/‖G‖, which add up to ‖G‖, and its norm
-    ‖δ‖·‖x‖. The remainder is what came by uses that were not seen (a convolution, a fused kernel).
+    ‖δ‖·‖x‖. Positions are those of a layer's output, of a convolution too. The remainder is what came by uses
+    that were not seen (a packed sequence, a fused kernel, a custom Function).
 
     `name` may be a mapping of names to indices, or several names: then an Attributions, with one entry each.
     `tokens`: the ids, (B, S); without them those of the forward's first embedding. `decode` turns one id into
     text, or `tokenizer.decode([id])` does. Nothing is left behind, also after an exception.
 
-    Raises InputError for a name or index there is none of, and for a weight that has no gradient.
+    Under DDP each rank explains the gradient of its own part of the batch, before it is averaged.
+
+    Raises InputError for a name or index there is none of, for a weight that has no gradient, and for sharded
+    tensors.
     """
     subject = Subject.of(params)
     wanted = _wanted(subject, name, index)
+    ranks = Ranks(subject.tensors, [m for m in (subject.module, *modules_named_by(closure)) if m is not None])
+    ranks.refuse_sharded("attribution.sharded")
+    for key in wanted:
+        if subject.tensors[key].is_complex():
+            raise InputError("attribution.complex", name=key, dtype=subject.tensors[key].dtype)
     text = Text(tokens, _decoder(decode, tokenizer))
     tensors = {key: subject.tensors[key] for key in wanted}
     shapes = {key: tensor.shape for key, tensor in tensors.items()}
@@ -54,13 +65,14 @@ def attribute(
         tensors,
         {key: lambda use, e=entry, s=shapes[key]: use.at_parameter(e, s) for key, entry in entries.items()},
     )
-    with untouched(subject, closure=closure), eagerly():
+    with ranks.apart(), untouched(subject, closure=closure), eagerly():
         try:
             # The mode stays on in the backward: reentrant checkpointing runs its forwards there.
             with watched:
                 loss = evaluate(closure)
                 if not loss.requires_grad:
                     raise InputError("attribution.no_graph")
+                watched.end_in(loss)
                 watched.armed = True
                 loss.backward()
         finally:
@@ -70,7 +82,7 @@ def attribute(
     found: dict[str, Attribution] = {}
     with torch.no_grad():
         for key, at in wanted.items():
-            uses = watched.uses[key]
+            uses = watched.uses_of(key)
             if key in entries:
                 gradient = float(grads[key][entries[key]])
                 parts, exact = [_of_entry(use) for use in uses if use.reduced is not None], True
@@ -150,9 +162,15 @@ def _of_part(
     exact = True
     for use in uses:
         along = use.along(use.placement.spread(direction)) / size if size else torch.zeros(use.lead)
-        squared = use.squared(_spread_mask(use, mask))
-        parts.append(Contribution(use.op, use.where, along.cpu(), squared.cpu(), use.precision))
-    if not loop and len(uses) > 1:
+        squared = _squared(use, mask)
+        parts.append(
+            Contribution(
+                use.op, use.where, along.cpu(), None if squared is None else squared.cpu(), use.precision
+            )
+        )
+    if any(part.squared is None for part in parts):
+        exact = False
+    elif not loop and len(uses) > 1:
         shared = [overlap(a, b, mask) for i, a in enumerate(uses) for b in uses[i + 1 :]]
         exact = all(s is not None for s in shared)
         for s in shared if exact else ():
@@ -160,6 +178,14 @@ def _of_part(
             assert s is not None
             parts[0].squared = parts[0].squared + 2 * s.cpu()
     return size, parts, exact
+
+
+def _squared(use: Use, mask: Tensor | None) -> Tensor | None:
+    """‖what each position adds‖²; None where it would take the outer product."""
+    if isinstance(use.placement, Derived):
+        slopes = use.placement.slopes
+        return None if slopes is None else use.squared(slopes.square() * (1.0 if mask is None else mask))
+    return use.squared(_spread_mask(use, mask))
 
 
 def _spread_mask(use: Use, mask: Tensor | None) -> Tensor | None:

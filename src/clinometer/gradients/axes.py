@@ -61,6 +61,23 @@ def einsum_axes(equation: str, dims: list[int], mine: int) -> Axes | None:
     return Axes(x, w, out, "".join(a for a in out if a not in w or a in x))
 
 
+def contracted_axes(equation: str, count: int, mine: int) -> tuple[str, Axes] | None:
+    """Of an einsum of more than two: how the others are contracted first, and the axes of what is left.
+
+    They are summed over the axes that neither the weight nor the result needs. None for dots, repeated
+    letters of the weight, or a result that is not spelled out.
+    """
+    given, arrow, y = equation.replace(" ", "").partition("->")
+    parts = given.split(",")
+    if not arrow or "." in given or len(parts) != count or count < 3:
+        return None
+    w, others = parts[mine], [part for i, part in enumerate(parts) if i != mine]
+    if any(len(set(axes)) != len(axes) for axes in (w, y)):
+        return None
+    x = "".join(a for a in dict.fromkeys("".join(others)) if a in w + y)
+    return f"{','.join(others)}->{x}", Axes(x, w, y, "".join(a for a in y if a not in w or a in x))
+
+
 def elementwise_axes(w_shape: tuple[int, ...], y_shape: tuple[int, ...]) -> Axes | None:
     """Of w, broadcast, times or plus something of y's shape; the last axis of y holds features."""
     if len(w_shape) > len(y_shape) or len(y_shape) > len(_LETTERS):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 VIEWS = frozenset(
@@ -69,6 +71,25 @@ def is_number(value: Any) -> bool:
 
 def needs_grad(out: Any) -> bool:
     return any(t.requires_grad for t in tensors_in((out,)))
+
+
+def as_autocast_hands_it(x: Tensor, out: Tensor) -> Tensor:
+    """An input of a product in the precision it is multiplied in."""
+    device = out.device.type
+    low = x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    if low and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+def normalised(name: str, get: Arguments) -> Callable[[], Tensor]:
+    """What layer_norm or rms_norm multiplies with its weight, in float64."""
+    x, shape = get(0, "input").detach(), tuple(get(1, "normalized_shape"))
+    if name == "layer_norm":
+        eps = get(4, "eps")
+        return lambda: F.layer_norm(x.double(), shape, None, None, 1e-5 if eps is None else eps)
+    eps = get(3, "eps")
+    return lambda: F.rms_norm(x.double(), shape, None, torch.finfo(x.dtype).eps if eps is None else eps)
 
 
 def opened_up(function: Any) -> Any:

@@ -20,6 +20,7 @@ from clinometer.gradients.closure import eagerly
 from clinometer.gradients.document import Document, Line, dim, ok, sentence
 from clinometer.gradients.double import in_double
 from clinometer.gradients.finding import FAULT, Finding
+from clinometer.gradients.ranks import Ranks
 from clinometer.gradients.report import Result
 from clinometer.gradients.subject import Subject
 from clinometer.gradients.untouched import modules_named_by, untouched
@@ -129,7 +130,14 @@ def check_causality(params: Any, function: Callable[[Tensor], Any], inputs: Tens
     modules = [m for m in (subject.module, *modules_named_by(function)) if m is not None]
     tensors = [*subject.tensors.values(), *(p for module in modules for p in module.parameters())]
     leaks: list[Leak] = []
-    with untouched(subject, closure=function) as before, eagerly(), in_double(tensors) as (mode, _):
+    ranks = Ranks(subject.tensors, modules)
+    ranks.refuse_sharded("check.sharded")
+    with (
+        ranks.apart(),
+        untouched(subject, closure=function) as before,
+        eagerly(),
+        in_double(tensors) as (mode, _),
+    ):
 
         def run(given: Tensor) -> Tensor:
             before.rewind()

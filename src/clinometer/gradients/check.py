@@ -35,6 +35,7 @@ from clinometer.gradients.localise import EntryCheck, check_entry, localise
 from clinometer.gradients.overwritten import is_overwritten
 from clinometer.gradients.own_precision import OwnGradients, check_at_own_precision
 from clinometer.gradients.probe import NotRepeatable, Probe
+from clinometer.gradients.ranks import Ranks
 from clinometer.gradients.running import run
 from clinometer.gradients.subject import Subject
 from clinometer.gradients.untouched import Before, modules_named_by, untouched
@@ -62,14 +63,23 @@ def check_gradients(
     In float64, whatever the model's precision. Dropout stays on and draws the same numbers at every run;
     what the closure detaches is held constant. `entries` asks for single numbers: {"w": [(3, 5)]}.
     `progress(done, total)` is called as it goes. `forward_mode` differentiates one direction through the
-    whole model by dual numbers too, for `.forward_mode`; no verdict hangs on it. Leaves no trace.
+    whole model by dual numbers too, for `.forward_mode`; no verdict hangs on it. Leaves no trace. Under DDP
+    each rank checks its own loss.
 
-    Raises InputError for what is no set of tensors or no loss, UnknownName for a name in `entries`.
+    Raises InputError for what is no set of tensors or no loss, and for sharded tensors; UnknownName for a
+    name in `entries`.
     """
     subject = Subject.of(params)
+    ranks = Ranks(subject.tensors, [m for m in (subject.module, *modules_named_by(closure)) if m is not None])
+    ranks.refuse_sharded("check.sharded")
     asked = {subject.name_of(key): [_index(i) for i in value] for key, value in (entries or {}).items()}
-    with untouched(subject, closure=closure) as before, eagerly(), sdpa_kernel(SDPBackend.MATH):
-        quiet = progress or (lambda done, total: None)
+    quiet = progress or (lambda done, total: None)
+    with (
+        ranks.apart(),
+        untouched(subject, closure=closure) as before,
+        eagerly(),
+        sdpa_kernel(SDPBackend.MATH),
+    ):
         return _Check(subject, closure, before, seed, asked, quiet, forward_mode).run()
 
 
@@ -134,7 +144,7 @@ class _Check:
     def _raise_its_own(self) -> None:
         """Run it as it is: what fails then is the closure's own error, raised with the line."""
         self.before.rewind()
-        run(self.subject, self.closure, self.before)
+        run(self.subject, self.closure, self.before, Ranks(self.subject.tensors))  # nobody runs along
 
     def _ladder(self, probe: Probe, own: OwnGradients) -> GradientCheck:
         if not _finite(probe):
@@ -273,7 +283,7 @@ class _Check:
     ) -> GradientCheck:
         tensors = {
             name: tensors.get(name)
-            or TensorCheck(name, tuple(t.shape), str(t.dtype).removeprefix("torch."), "unchecked")
+            or TensorCheck(name, tuple(t.shape), str(t.dtype).removeprefix("torch."), _unchecked(t))
             for name, t in self.subject.tensors.items()
         }
         held = None if probe is None else probe.held
@@ -307,6 +317,11 @@ def _checkable(tensor: Tensor) -> bool:
         and not tensor.is_meta
         and tensor.numel() > 0
     )
+
+
+def _unchecked(tensor: Tensor) -> Any:
+    """Of a tensor without entries, every entry is right."""
+    return "unchecked" if tensor.numel() or not tensor.requires_grad else "passed"
 
 
 def _weakest(verdicts: set[str]) -> Any:

@@ -34,6 +34,8 @@ def evaluate(closure: Closure) -> Tensor:
         loss = came.get("loss") if isinstance(came, Mapping) else getattr(came, "loss", None)
     if not isinstance(loss, Tensor):
         raise _not_a_loss(came)
+    if loss.is_meta:
+        raise InputError("gradients.closure.meta")
     if loss.numel() != 1:
         raise InputError("gradients.closure.vector", shape=list(loss.shape))
     if loss.is_complex():

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from clinometer.gradients.checkpointing import opened_checkpoints
 from clinometer.gradients.frequencies import LOOKUPS, undivided
+from clinometer.gradients.randomness import RandomState
 from clinometer.gradients.where import Where, user_frame
 
 _DATA = torch.Tensor.data  # pyright: ignore[reportAttributeAccessIssue]
@@ -154,11 +155,11 @@ class Held(TorchFunctionMode):
         hard = given.arguments.pop("hard", False)
         options = {k: v for k, v in given.arguments.items() if k != "logits"}
         logits = given.arguments["logits"]
-        state = torch.get_rng_state()
+        state = RandomState()
         soft = F.gumbel_softmax(logits, hard=False, **options)
         if not hard:
             return soft
-        torch.set_rng_state(state)
+        state.restore()
         stepped = F.gumbel_softmax(logits, hard=True, **options)
         return soft + self._exchange("gumbel_softmax", (stepped - soft).detach(), ())
 

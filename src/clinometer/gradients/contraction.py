@@ -28,6 +28,11 @@ class Placement:
     """The flat index in the parameter of each entry, −1 for entries from elsewhere; None: the parameter."""
     scale: float = 1.0
 
+    @property
+    def plain(self) -> bool:
+        """Whether its entries are the parameter's, moved and scaled; otherwise `spread` is all there is."""
+        return True
+
     def coordinates(self, index: tuple[int, ...], shape: torch.Size) -> list[tuple[int, ...]]:
         """Where the parameter's entry `index` stands in this tensor: nowhere, once, or several times."""
         if self.positions is None:
@@ -89,6 +94,10 @@ class Use(ABC):
 
     def at_parameter(self, index: tuple[int, ...], shape: torch.Size) -> Tensor:
         """What each position adds at the parameter's entry `index`."""
+        if not self.placement.plain:
+            chosen = torch.zeros(shape, dtype=torch.float64)
+            chosen[index] = 1.0
+            return self.along(self.placement.spread(chosen))
         total = torch.zeros(self.lead, dtype=torch.float64)
         for coordinate in self.placement.coordinates(index, shape):
             total = total.to(self.delta.device if self.delta is not None else "cpu") + self.at(coordinate)
@@ -160,6 +169,8 @@ class Lookup(Use):
     ids: Tensor
     ignored: int | None = None
     """The padding row, which takes no gradient."""
+    shares: Tensor | None = None
+    """Of each position, where rows are divided by how often they were looked up."""
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -168,6 +179,7 @@ class Lookup(Use):
     def _delta(self) -> Tensor:
         assert self.delta is not None
         delta = self.delta.double()
+        delta = delta if self.shares is None else delta * self.shares[..., None]
         return delta if self.ignored is None else delta * (self.ids != self.ignored)[..., None]
 
     def at(self, coordinate: tuple[int, ...]) -> Tensor:
@@ -182,13 +194,31 @@ class Lookup(Use):
         return self.placement.scale**2 * (squares if mask is None else squares * mask[self.ids]).sum(-1)
 
 
+def looked_up(
+    ids: Tensor, count: int, ignored: int | None, by_count: Any
+) -> tuple[Tensor, int | None, Tensor | None]:
+    """Which of `count` rows each position looks up, the padding row, and the shares (see `Lookup`).
+
+    Both count from the end where they are negative.
+    """
+    rows = ids.detach().long()
+    rows = torch.where(rows < 0, rows + count, rows)
+    if ignored is not None and ignored < 0:
+        ignored += count
+    if not by_count:
+        return rows, ignored, None
+    _, inverse, counts = rows.unique(return_inverse=True, return_counts=True)
+    return rows, ignored, 1.0 / counts[inverse].double()
+
+
 def overlap(first: Use, second: Use, mask: Tensor | None) -> Tensor | None:
     """⟨what a position adds in one use, what it adds in the other⟩; None where that is not cheap to tell."""
     if isinstance(first, Product) and isinstance(second, Lookup):
         first, second = second, first
     if first.lead == second.lead and _apart(first.placement, second.placement):
         return torch.zeros(first.lead, dtype=torch.float64)
-    plain = first.placement.positions is None and second.placement.positions is None and mask is None
+    uses = (first, second)
+    plain = mask is None and all(u.placement.plain and u.placement.positions is None for u in uses)
     if not plain or first.lead != second.lead:
         return None
     scale = first.placement.scale * second.placement.scale

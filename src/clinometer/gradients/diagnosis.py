@@ -16,10 +16,11 @@ from clinometer.gradients.closure import Closure, eagerly
 from clinometer.gradients.document import BLANK, Document, Line, dim, ok, sentence
 from clinometer.gradients.finding import EXPLAINED, FAULT, Finding, Severity
 from clinometer.gradients.owners import owners
+from clinometer.gradients.ranks import Ranks, refuse_flattened
 from clinometer.gradients.report import Result
 from clinometer.gradients.running import Run, find_origin, only_looked_at, run, used_by_chance
 from clinometer.gradients.subject import Subject
-from clinometer.gradients.untouched import Before, untouched
+from clinometer.gradients.untouched import Before, modules_named_by, untouched
 from clinometer.gradients.where import Where
 from clinometer.gradients.why_lines import explain_lines
 from clinometer.gradients.why_none import Reason, before_any_run, why_none
@@ -90,6 +91,7 @@ class Diagnosis(Result):
         findings: list[Finding],
         nodes: int | None,
         seconds: float,
+        rank: tuple[int, int] = (0, 1),
     ) -> None:
         self._entries = entries
         self._others = dict(subject.canonical)
@@ -98,6 +100,8 @@ class Diagnosis(Result):
         self.numbers = subject.size
         self.nodes = nodes
         self.seconds = seconds
+        self.rank = rank
+        """The process that looked, and how many train together."""
 
     @property
     def healthy(self) -> bool:
@@ -118,6 +122,9 @@ class Diagnosis(Result):
             lines += [Line(sentence("diagnosis.more", language, count=rest)), BLANK]
         if self.compiled:
             lines.append(Line(tuple(map(dim_span, sentence("diagnosis.compiled", language)))))
+        if self.rank[1] > 1:
+            values = {"rank": self.rank[0], "count": self.rank[1]}
+            lines.append(Line(tuple(map(dim_span, sentence("diagnosis.ranks", language, **values)))))
         mark = (ok("✓ "),) if not self.findings else ()
         lines.append(Line((*mark, *self._looked(language)), hang=2 if mark else 0))
         return lines
@@ -132,6 +139,8 @@ class Diagnosis(Result):
                 "numbers": self.numbers,
                 "nodes": self.nodes,
                 "seconds": self.seconds,
+                "rank": self.rank[0],
+                "ranks": self.rank[1],
             },
         }
 
@@ -158,24 +167,31 @@ def diagnose(
     `closure` computes the loss; it is run once, with a backward (its forward again when the loss is not
     finite or a layer was not used), and nothing is changed by it. Without one, what can be known from
     the gradients that are there is said, and no more. With `optimizer` (one or several), what a step would
-    do is too. Raises InputError for arguments that cannot be used, and whatever the closure raises.
+    do is too. Of sharded tensors, and under DDP, every rank must call: they agree on what is missing or
+    zero. Raises InputError for arguments that cannot be used, and whatever the closure raises.
     """
     begun = time.perf_counter()
     subject = Subject.of(params)
     optimizers = _optimizers(optimizer)
     if closure is None:
-        reasons = without_closure(subject)
+        refuse_flattened(() if subject.module is None else subject.module.modules())
+        ranks = Ranks(subject.tensors)
+        reasons = without_closure(subject, ranks)
         findings = loop_findings.standing(subject, optimizers)
         entries, found = collect(subject, reasons)
-        return Diagnosis(subject, entries, [*found, *findings], None, time.perf_counter() - begun)
-    with untouched(subject, closure=closure, optimizer=optimizers) as before, eagerly():
-        result = run(subject, closure, before)
-        reasons, origin = explain(subject, closure, result, before)
+        return Diagnosis(
+            subject, entries, [*found, *findings], None, time.perf_counter() - begun, ranks.place
+        )
+    modules = [m for m in (subject.module, *modules_named_by(closure)) if m is not None]
+    ranks = Ranks(subject.tensors, modules)
+    with ranks.apart(), eagerly(), untouched(subject, closure=closure, optimizer=optimizers) as before:
+        result = run(subject, closure, before, ranks)
+        reasons, origin = explain(subject, closure, result, before, ranks)
         unknown = {name: result.lines[name] for name, reason in reasons.items() if reason == "partly-zero"}
-        reasons |= explain_lines(subject, closure, before, unknown)
-        reasons = _without_chance(subject, closure, reasons)
+        reasons |= explain_lines(subject, closure, before, unknown, ranks)
+        reasons = _without_chance(subject, closure, reasons, ranks)
         reasons, apart = _kept_apart(reasons, loop_findings.outside(subject, optimizers))
-        findings = loop_findings.of_run(subject, result, optimizers, before, apart)
+        findings = loop_findings.of_run(subject, result, optimizers, before, ranks, apart)
         nodes = len(result.flow.graph.nodes) if result.flow else 0
     entries, found = collect(subject, reasons)
     if origin is not None and not any(f.status == "non-finite" for f in found):
@@ -183,7 +199,7 @@ def diagnose(
     nothing = result.loss.grad_fn is None and not result.own
     if nothing and not any(f.cause == "loss-without-graph" for f in found):
         found.append(_finding(Reason("none", "loss-without-graph", FAULT, "frozen"), ()))
-    return Diagnosis(subject, entries, [*found, *findings], nodes, time.perf_counter() - begun)
+    return Diagnosis(subject, entries, [*found, *findings], nodes, time.perf_counter() - begun, ranks.place)
 
 
 def _optimizers(given: Any) -> tuple[Optimizer, ...]:
@@ -196,13 +212,13 @@ def _optimizers(given: Any) -> tuple[Optimizer, ...]:
 
 
 def explain(
-    subject: Subject, closure: Closure, result: Run, before: Before
+    subject: Subject, closure: Closure, result: Run, before: Before, ranks: Ranks
 ) -> tuple[dict[str, Reason | str], Origin | None]:
     """For each tensor why its gradient is as it is: a reason, or its status when there is none to give."""
     loss = float(result.loss.detach())
     reasons: dict[str, Reason | str] = {}
     flow = result.flow
-    _forget_logs(subject, closure, result, before)
+    _forget_logs(subject, closure, result, before, ranks)
     nonfinite = [n for n, size in result.sizes.items() if size is not None and not math.isfinite(size)]
     for name, tensor in subject.tensors.items():
         size = result.sizes[name]
@@ -227,19 +243,22 @@ def explain(
         else:
             reasons[name] = "ok"
     origin = None
-    if not math.isfinite(loss):
-        origin = find_origin(subject, closure, before)
+    if ranks.any(not math.isfinite(loss)):
+        origin = find_origin(subject, closure, before, ranks)
     for name in nonfinite:
         reasons[name] = (
             Reason("non-finite", "unknown", FAULT, "own", group=0)
             if flow is None
-            else why_nonfinite(name, subject, flow, origin)
+            else why_nonfinite(name, subject, flow, origin, ranks.alone)
         )
     return {name: reasons[name] for name in subject.tensors}, origin
 
 
-def _forget_logs(subject: Subject, closure: Closure, result: Run, before: Before) -> None:
-    """Of the numbers that left torch, keep those the loss depends on, as far as can be tried."""
+def _forget_logs(subject: Subject, closure: Closure, result: Run, before: Before, ranks: Ranks) -> None:
+    """Of the numbers that left torch, keep those the loss depends on, as far as can be tried.
+
+    Where one rank tries, all run their forward.
+    """
     missing = sum(
         result.trace.bits[id(tensor)]
         for name, tensor in subject.tensors.items()
@@ -247,18 +266,27 @@ def _forget_logs(subject: Subject, closure: Closure, result: Run, before: Before
     )
     trace = result.trace
     suspects = {e.place: e for e in trace.escapes if e.concerns(missing, trace.cuts)}
-    if not suspects or len(suspects) > _TRIED or not math.isfinite(result.returned):
-        return
+    logs = set()
+    if ranks.sharded:
+        # With another number a rank may go another way, or fail, while the others wait for its shards.
+        # What cannot be tried is not accused, unless it is all there is to say.
+        logs = set() if result.loss.grad_fn is None else set(suspects)
+        suspects = {}
+    if len(suspects) > _TRIED or not math.isfinite(result.returned):
+        suspects = {}
     kept = {id(t): (t, t.grad) for t in subject.tensors.values() if t.is_leaf}
-    loss = result.returned
-    logs = {place for place, e in suspects.items() if only_looked_at(e, subject, closure, before, loss)}
+    waiting = list(suspects.values())
+    while ranks.any(bool(waiting)):
+        escape = waiting.pop() if waiting else None
+        if only_looked_at(escape, subject, closure, before, result.returned) and escape:
+            logs.add(escape.place)
     for tensor, gradient in kept.values():
         tensor.grad = gradient
     trace.escapes[:] = [escape for escape in trace.escapes if escape.place not in logs]
 
 
 def _without_chance(
-    subject: Subject, closure: Closure, reasons: dict[str, Reason | str]
+    subject: Subject, closure: Closure, reasons: dict[str, Reason | str], ranks: Ranks
 ) -> dict[str, Reason | str]:
     """Before a layer is accused of never being used: do other random numbers use it, as in LayerDrop?"""
     unused = {
@@ -266,10 +294,11 @@ def _without_chance(
         for name, reason in reasons.items()
         if isinstance(reason, Reason) and reason.cause == "unused" and reason.severity == FAULT
     }
+    unused = ranks.named_by_any(unused)
     if not unused or subject.module is None or not subject.module.training:
         return reasons
     chance = Reason("none", "unused", EXPLAINED, "chance", group=0)
-    return {**reasons, **dict.fromkeys(used_by_chance(subject, closure, unused), chance)}
+    return {**reasons, **dict.fromkeys(used_by_chance(subject, closure, unused, ranks), chance)}
 
 
 def _kept_apart(

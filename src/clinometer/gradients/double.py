@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 LIFT = {
     torch.float32: torch.float64,
@@ -38,6 +39,8 @@ class Doubled:
             self.lift(tensor)
 
     def lift(self, tensor: Tensor) -> None:
+        if is_traceable_wrapper_subclass(tensor):
+            return  # its memory is that of the tensors inside; lifted where it is used
         if tensor.dtype in LIFT and tensor.layout is torch.strided and id(tensor) not in self.before:
             # Noted first: an interruption between the two lines must not lose the old memory.
             self.before[id(tensor)] = (tensor, tensor.data)
@@ -107,7 +110,7 @@ class InDouble(TorchFunctionMode):
         return value
 
     def _up_tensor(self, tensor: Tensor) -> Tensor:
-        if tensor.requires_grad and tensor.is_leaf:
+        if tensor.requires_grad and tensor.is_leaf and not is_traceable_wrapper_subclass(tensor):
             # The same tensor must stay the same tensor: the closure may ask for the gradient by it.
             self.outside.lift(tensor)
             return tensor

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from clinometer.gradients.graph import Graph, Node, operation, same_values
 from clinometer.gradients.keeping import dense_parts
+from clinometer.gradients.ranks import is_sharded
 from clinometer.gradients.tracing import Trace
 
 Read = Callable[[str], Any]
@@ -139,6 +140,7 @@ class Flow:
         for i in edges:
             if i < len(into):
                 sizes[i] = largest(into[i])
+        into, out = [plain(g) for g in into], [plain(g) for g in out]
         if relu and (result := self._saved(node, "result")) is not None:
             self.dead[node] = list(_silent_channels(result))
         watched = [sizes[i] for i in edges if i < len(into)]
@@ -163,7 +165,7 @@ class Flow:
         self.events[node] = event
 
     def _saved(self, node: Node, name: str) -> Any:
-        return getattr(node, f"_saved_{name}", None) if self.trace.may_read(node) else None
+        return plain(getattr(node, f"_saved_{name}", None)) if self.trace.may_read(node) else None
 
     def _cancels(
         self,
@@ -207,6 +209,19 @@ class Flow:
                     seen.add(consumer)
                     stack.append(consumer)
         return found
+
+
+def plain(value: Any) -> Any:
+    """The numbers of a jagged nested tensor one under the other, and of a DTensor those that are here.
+
+    What a node did is read from them: no rank may ask the others while a backward runs.
+    """
+    if not isinstance(value, Tensor):
+        return value
+    if is_sharded(value):
+        distributed: Any = value
+        return distributed.to_local()
+    return value.values() if value.is_nested and value.layout is torch.jagged else value
 
 
 def largest(gradient: Tensor | None) -> float | None:

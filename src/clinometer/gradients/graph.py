@@ -50,6 +50,12 @@ class Graph:
                     seen.add(below)
                     stack.append(below)
 
+    def rename(self, stand_ins: Mapping[int, Tensor]) -> None:
+        """Leaves found under what stood in for a tensor are that tensor's."""
+        for key, tensor in stand_ins.items():
+            if key in self.leaves:
+                self.leaves[id(tensor)] = self.leaves[key]
+
 
 def live_below(root: Node, bits: Mapping[int, int], known: dict[Node, int]) -> int:
     """The parameters (one bit each) that a backward from `root` reaches; `known` remembers nodes."""
@@ -86,6 +92,18 @@ def operation(node: Node) -> str:
 def same_values(node: Node) -> bool:
     """Whether a node only rearranges the gradient: nothing dies or turns NaN in it."""
     return operation(node) in _SAME_VALUES and len(node.next_functions) == 1
+
+
+def leaf_through(node: Node | None) -> Tensor | None:
+    """The leaf a node hands its gradient to unchanged, perhaps rearranged, cast or summed over copies."""
+    while node is not None:
+        variable = getattr(node, "variable", None)
+        if variable is not None and not node.next_functions:
+            return variable
+        if not (same_values(node) or operation(node) in ("ToCopy", "Expand")):
+            return None
+        node = node.next_functions[0][0]
+    return None
 
 
 def is_custom(node: Node) -> bool:

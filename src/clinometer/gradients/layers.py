@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverloadPacket
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from clinometer.gradients.capture import Call, operator_name, tensors_in
 from clinometer.gradients.differences import DIRECTIONS, Judgement, reals
@@ -96,6 +97,7 @@ def check_call(
         name: p
         for name, p in own.items()
         if p.requires_grad and p.layout is torch.strided and not p._backward_hooks
+        if not is_traceable_wrapper_subclass(p)  # its numbers cannot be moved one by one
     }
     if not tensors or any(t.numel() == 0 for t in tensors.values()):
         return None
@@ -181,10 +183,10 @@ class _Weighed:
                 self.outputs = [out.detach().to(torch.float64, copy=True) for out in outputs]
                 if outputs:
                     pairs = zip(self.weights, self.outputs, strict=True)
-                    self.size = float(sum((u * y).square().sum() for u, y in pairs)) ** 0.5
+                    self.size = sum(float((u * y).square().sum()) for u, y in pairs) ** 0.5
             total = torch.zeros((), dtype=torch.float64)
             for u, out in zip(self.weights, outputs, strict=False):
-                total = total + (u * out.to(torch.float64)).sum()
+                total = total + (u * out.to(torch.float64)).sum().to(total.device)  # of several devices
             return total
 
 

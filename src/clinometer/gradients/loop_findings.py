@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from clinometer.gradients.finding import EXPLAINED, FAULT, Finding, Severity
 from clinometer.gradients.owners import owners
+from clinometer.gradients.ranks import Ranks, whole
 from clinometer.gradients.running import Run
 from clinometer.gradients.subject import Subject
 from clinometer.gradients.untouched import Before
@@ -33,7 +34,12 @@ def standing(
 
 
 def of_run(
-    subject: Subject, run: Run, optimizers: Optimizers, before: Before, apart: Collection[str] = ()
+    subject: Subject,
+    run: Run,
+    optimizers: Optimizers,
+    before: Before,
+    ranks: Ranks,
+    apart: Collection[str] = (),
 ) -> list[Finding]:
     """What one forward and backward, and one step of each optimizer that is taken back, show.
 
@@ -49,7 +55,7 @@ def of_run(
         found.append(_loop("unscaled-amp", FAULT, (), where=run.trace.amp["clipped"]))
     if run.flow is not None:
         for optimizer in filter(_steps_alone, optimizers):
-            found += _one_step(subject, run, optimizer, before)
+            found += _one_step(subject, run, optimizer, before, ranks)
     return found
 
 
@@ -160,6 +166,7 @@ def _piled_up(subject: Subject, before: Before) -> Iterator[Finding]:
             if now.layout is not torch.strided or now.is_complex() or kept.dtype != now.dtype:
                 continue
             names.append(name)
+            kept, now = whole(kept), whole(now)
             cross += float((kept.flatten().double() * now.flatten().double()).sum())
             own += float(now.double().square().sum())
             old += float(kept.double().square().sum())
@@ -172,7 +179,9 @@ def _piled_up(subject: Subject, before: Before) -> Iterator[Finding]:
         yield _loop("unscaled-amp", EXPLAINED, tuple(names), variant="held", times=format_number(times))
 
 
-def _one_step(subject: Subject, run: Run, optimizer: Optimizer, before: Before) -> Iterator[Finding]:
+def _one_step(
+    subject: Subject, run: Run, optimizer: Optimizer, before: Before, ranks: Ranks
+) -> Iterator[Finding]:
     """Take one step with these gradients and see who moved; `untouched` takes it back."""
     held = _held(optimizer)
     for parameter in held.values():
@@ -183,7 +192,7 @@ def _one_step(subject: Subject, run: Run, optimizer: Optimizer, before: Before) 
         inspect.unwrap(type(optimizer).step)(optimizer)
     rates = {id(p): g for g in optimizer.param_groups for p in g["params"]}
     ours = {name: t for name, t in subject.tensors.items() if id(t) in held}
-    moved = {name for name, t in ours.items() if before.differs(t)}
+    moved = ranks.named_by_any({name for name, t in ours.items() if before.differs(t)})
     frozen = tuple(name for name, t in ours.items() if not t.requires_grad and name in moved)
     if frozen:
         yield _loop("moved-while-frozen", FAULT, frozen)

@@ -181,8 +181,13 @@ class Measures:
         return told
 
 
-def measure(moved: Moved, function: Formula | None) -> Measures:
-    """The measures of one tensor; without a formula only what needs none."""
+def measure(moved: Moved, function: Formula | None, replay: Replay | None = None) -> Measures:
+    """The measures of one tensor; without a formula only what needs none.
+
+    `replay`: for a part, where the formula needs the whole tensor.
+    """
+    if moved.before.is_meta:  # offloaded: its values are elsewhere
+        return Measures()
     before, after = wide(moved.before), wide(moved.after)
     change = after - before
     gradient = moved.gradient
@@ -195,7 +200,7 @@ def measure(moved: Moved, function: Formula | None) -> Measures:
         told |= {"predicted": _sum(gradient * change), "gradient_sq": _sum(gradient.square())}
     if function is None or moved.status != "stepped" or not before.numel():
         return Measures(**told)
-    replay = moved.replay(function)
+    replay = moved.replay(function) if replay is None else replay
     ulps = ulps_apart(moved, replay)
     wanted = replay.theta - before
     moving = wanted != 0

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clinometer.gradients.ranks import is_sharded
 from clinometer.gradients.wording import words
 
 _ESCAPES = {
@@ -111,7 +112,7 @@ def masks_that_hide_all(name: str, kwargs: Mapping[str, Any]) -> str:
     given, hides = [], []
     for argument in ("attn_mask", "key_padding_mask"):
         mask = kwargs.get(argument)
-        if isinstance(mask, Tensor) and mask.numel():
+        if isinstance(mask, Tensor) and mask.numel() and not mask.is_meta and not is_sharded(mask):
             if mask.is_floating_point():
                 hidden = torch.isneginf(mask)
             else:

@@ -7,7 +7,7 @@ and refuses to run when it has changed; it does not say by whom.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from clinometer.gradients.closure import Closure, evaluate
 from clinometer.gradients.graph import Graph, Node, is_custom
 from clinometer.gradients.operations import kind_of, tensors_in
 from clinometer.gradients.patches import seen_calls
+from clinometer.gradients.tracing import Trace
 from clinometer.gradients.untouched import Before
 from clinometer.gradients.where import Where, user_frame
 
@@ -37,7 +38,7 @@ class Overwritten:
     needed: Where
     """The call whose backward needs it."""
     written: Where | None
-    """The call that wrote over it first; None when it could not be seen."""
+    """The call that wrote over it first; None when it could not be seen, or was not looked for."""
 
 
 def find_overwritten(closure: Closure, before: Before) -> Overwritten | None:
@@ -58,6 +59,15 @@ def find_overwritten(closure: Closure, before: Before) -> Overwritten | None:
         for tensor, version in saved:
             if tensor._version != version and (needed := writes.places.get(node)) is not None:
                 return Overwritten(needed, writes.first(tensor, version))
+    return None
+
+
+def find_needed(roots: Iterable[Tensor], trace: Trace) -> Overwritten | None:
+    """The line that needs the value, without another forward: to read what was written over is refused."""
+    for node in (node for root in roots for node in Graph(root).nodes):
+        needed = trace.places.get(node) if trace.may_read(node) else None
+        if needed is not None and any(_is_refused(node, name) for name in _names_saved_by(node)):
+            return Overwritten(needed, None)
     return None
 
 
@@ -120,10 +130,21 @@ class _Writes(TorchFunctionMode):
             stack += [below for below, _ in node.next_functions]
 
 
+def _names_saved_by(node: Node) -> list[str]:
+    return ["saved_tensors"] if is_custom(node) else [n for n in dir(node) if n.startswith("_saved_")]
+
+
+def _is_refused(node: Node, name: str) -> bool:
+    try:
+        getattr(node, name)
+    except RuntimeError as error:
+        return is_overwritten(error)
+    return False
+
+
 def _saved_by(node: Node) -> list[Tensor]:
-    names = ["saved_tensors"] if is_custom(node) else [n for n in dir(node) if n.startswith("_saved_")]
     found = []
-    for name in names:
+    for name in _names_saved_by(node):
         try:
             found.append(getattr(node, name))
         except RuntimeError:  # written over already, or let go

@@ -18,6 +18,7 @@ from clinometer.gradients.double import LIFT, Doubled, in_double
 from clinometer.gradients.frequencies import Undivided
 from clinometer.gradients.layers import LayerCheck, check_call
 from clinometer.gradients.probe import Probe, backward
+from clinometer.gradients.randomness import RandomState
 from clinometer.gradients.untouched import Before
 from clinometer.gradients.where import Where
 
@@ -50,7 +51,7 @@ class OwnGradients:
         dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
         low = {name: tensor for name, tensor in tensors.items() if tensor.dtype in LIFT}
         before.rewind()
-        state = torch.get_rng_state()
+        state = RandomState()
         inside: list[type] = []
         operators: dict[str, Any] = {}
 
@@ -63,7 +64,7 @@ class OwnGradients:
             loss = evaluate(closure)
         seen(loss)
         functions = list(dict.fromkeys(inside))
-        if not low or not torch.equal(state, torch.get_rng_state()):
+        if not low or not state.same_as(RandomState()):
             return cls(dtypes, {}, functions, operators, divided.where, float(loss.detach()))
         found = backward(loss, low, lambda: evaluate(closure))
         kept = {name: grad for name, grad in found.items() if grad is not None}

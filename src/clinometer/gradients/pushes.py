@@ -110,6 +110,8 @@ class Attribution(Result):
         ‖δ‖·‖x‖ for one linear use; of several uses together it is exact for linear and embedding, and
         otherwise the sum of their norms, an upper bound (`norms_exact`).
         """
+        if any(part.squared is None for part in self.uses):
+            return None
         pairs = [(part.squared, fit) for part, fit in zip(self.uses, self._fits, strict=True)]
         squared = [_fitted(s, self._grid) for s, fit in pairs if s is not None and fit is not None]
         if self._stacked and self.uses and self.uses[0].squared is not None:

@@ -21,6 +21,12 @@ class RandomState:
         numpy = _numpy()
         self._numpy = numpy.random.get_state() if numpy else None
 
+    def same_as(self, other: RandomState) -> bool:
+        """Whether torch's generators stand where they stood then: nothing was drawn in between."""
+        here, there = ([s._cpu, *(s._cuda or ())] for s in (self, other))
+        # A CUDA that began in between has drawn nothing that its first state does not tell.
+        return all(torch.equal(a, b) for a, b in zip(here, there, strict=False))
+
     def restore(self) -> None:
         """Every generator stands again where it stood."""
         torch.set_rng_state(self._cpu)

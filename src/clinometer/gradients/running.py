@@ -15,7 +15,8 @@ from clinometer.gradients.closure import Closure, evaluate
 from clinometer.gradients.cuts import Escape
 from clinometer.gradients.flow import Flow, Read, largest
 from clinometer.gradients.graph import Graph, Node
-from clinometer.gradients.overwritten import find_overwritten, is_overwritten
+from clinometer.gradients.overwritten import find_needed, find_overwritten, is_overwritten
+from clinometer.gradients.ranks import Ranks, whole
 from clinometer.gradients.subject import Subject
 from clinometer.gradients.tracing import Trace
 from clinometer.gradients.untouched import Before
@@ -35,32 +36,35 @@ class Run:
     """The largest absolute value of each gradient; None where there is none."""
     returned: float = math.nan
     """What the closure returned; `loss` may be the sum of losses it ran backward on instead."""
-    own: dict[str, float | None] = field(default_factory=dict)
+    own: dict[str, float] = field(default_factory=dict)
     """The largest absolute values of the gradients that backwards of the closure's own left."""
     lines: dict[str, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
     """Rows and columns that are zero, of gradients that are not zero as a whole."""
 
 
-def run(subject: Subject, closure: Closure, before: Before) -> Run:
-    """Run the closure and its backward once; the gradients are afterwards in `.grad`.
+def run(subject: Subject, closure: Closure, before: Before, ranks: Ranks) -> Run:
+    """Run the closure and its backward once; the gradients are afterwards in `.grad`, averaged over ranks.
 
     Raises InputError for a loss whose graph was used up before, and what the closure raises.
     """
-    trace = Trace(subject)
+    stand_ins = ranks.stand_ins()
+    trace = Trace(subject, stand_ins)
     try:
         with trace.watching():
             loss = evaluate(closure)
     except RuntimeError as error:
         if is_overwritten(error):
-            _say_who_wrote(error, closure, before)
+            _say_who_wrote(error, closure, before, ranks, trace, trace.own_losses)
         raise
     own = {name: t.grad for name, t in subject.tensors.items() if t.is_leaf and t.grad is not None}
     before.set_grads_aside()  # what a closure's own backwards left
     result = Run(trace, _what_trains(loss, trace), None)
     result.returned = float(loss.detach())
-    result.own = {name: largest(gradient) for name, gradient in own.items()}
+    sizes = ranks.largest({name: largest(own.get(name)) for name in subject.tensors})
+    result.own = {name: size for name, size in sizes.items() if size is not None}
     if result.loss.grad_fn is not None:
-        result.flow = Flow(Graph(result.loss), trace, _clue)
+        graph = Graph(result.loss)
+        result.flow = Flow(graph, trace, _clue)
         # A loss that was computed before the closure was called belongs to the user, graph and all.
         keep = result.loss.grad_fn not in trace.places
         try:
@@ -71,20 +75,23 @@ def run(subject: Subject, closure: Closure, before: Before) -> Run:
             if not is_overwritten(error):
                 raise
             ran = {loss.grad_fn for loss in trace.own_losses}
-            if ran.isdisjoint(result.flow.graph.nodes):
-                _say_who_wrote(error, closure, before)
+            if ran.isdisjoint(graph.nodes):
+                _say_who_wrote(error, closure, before, ranks, trace, [result.loss])
                 raise
             # The closure steps between its own backwards, each of which was in time: what they left counts.
             result.flow = None
             for name, tensor in subject.tensors.items():
                 if tensor.is_leaf:
                     tensor.grad = own.get(name)
+        graph.rename(stand_ins)
     with torch.no_grad():
-        for name, tensor in subject.tensors.items():
-            gradient = tensor.grad if tensor.is_leaf or tensor.retains_grad else None
-            size = result.sizes[name] = largest(gradient)
+        ranks.average_gradients()
+        gradients = {n: t.grad if t.is_leaf or t.retains_grad else None for n, t in subject.tensors.items()}
+        result.sizes = ranks.largest({name: largest(gradient) for name, gradient in gradients.items()})
+        for name, gradient in gradients.items():
+            size = result.sizes[name]
             if gradient is not None and size and math.isfinite(size):
-                lines = zero_lines(gradient)
+                lines = zero_lines(whole(gradient))
                 if lines != (None, None):
                     result.lines[name] = lines
     return result
@@ -100,9 +107,19 @@ def _what_trains(loss: Tensor, trace: Trace) -> Tensor:
     return total if trace.live(total) & ~trace.live(loss) else loss
 
 
-def _say_who_wrote(error: RuntimeError, closure: Closure, before: Before) -> None:
-    """Add both lines to the error: the one that needs the value and the one that wrote over it."""
-    if (found := find_overwritten(closure, before)) is None:
+def _say_who_wrote(
+    error: RuntimeError, closure: Closure, before: Before, ranks: Ranks, trace: Trace, roots: Sequence[Tensor]
+) -> None:
+    """Add both lines to the error: the one that needs the value and the one that wrote over it.
+
+    Only the first where others train along: the error may be this rank's alone, and so would be the forward.
+    """
+    try:
+        found = find_overwritten(closure, before) if ranks.alone else None
+    except Exception:  # a closure that cannot be run twice: its first error is the one to tell
+        found = None
+    found = found or find_needed(roots, trace)
+    if found is None:
         return
     needed, written = found.needed, found.written
     values = {"place": needed.label, "source": needed.source}
@@ -113,39 +130,49 @@ def _say_who_wrote(error: RuntimeError, closure: Closure, before: Before) -> Non
         error.add_note(say("diagnosis.overwritten_by", **values))
 
 
-def find_origin(subject: Subject, closure: Closure, before: Before) -> why_nonfinite.Origin | None:
+def find_origin(
+    subject: Subject, closure: Closure, before: Before, ranks: Ranks
+) -> why_nonfinite.Origin | None:
     """Run the forward once more, every result looked at: where the loss stopped being finite."""
     before.rewind()
-    trace = Trace(subject)
-    finiteness = why_nonfinite.Finiteness(subject)
+    stand_ins = ranks.stand_ins()
+    trace = Trace(subject, stand_ins)
+    finiteness = why_nonfinite.Finiteness(subject, stand_ins)
     trace.after_call = finiteness.after_call
     with trace.watching():
         loss = evaluate(closure)
     return finiteness.of(loss)
 
 
-def only_looked_at(escape: Escape, subject: Subject, closure: Closure, before: Before, loss: float) -> bool:
-    """Whether the loss stays what it was when the numbers that left torch here are others: a log, a print."""
+def only_looked_at(
+    escape: Escape | None, subject: Subject, closure: Closure, before: Before, loss: float
+) -> bool:
+    """Whether the loss stays what it was when the numbers that left torch here are others: a log, a print.
+
+    Without an escape the forward runs all the same, along with that of another rank.
+    """
     before.rewind()
     trace = Trace(subject)
-    trace.nudged = escape.place
+    trace.nudged = escape and escape.place
     try:
         with trace.watching():
             again = float(evaluate(closure).detach())
     except Exception:  # a closure that cannot be run twice, or minds the number
         return False
-    return again == loss and any(e.place == escape.place for e in trace.escapes)
+    return escape is not None and again == loss and any(e.place == escape.place for e in trace.escapes)
 
 
-def used_by_chance(subject: Subject, closure: Closure, unused: set[str], draws: int = 3) -> set[str]:
+def used_by_chance(
+    subject: Subject, closure: Closure, unused: set[str], ranks: Ranks, draws: int = 3
+) -> set[str]:
     """Those that some forward with other random numbers uses."""
     found: set[str] = set()
     for _ in range(draws):  # the generators go on from where the last run left them
-        trace = Trace(subject)
+        trace = Trace(subject, ranks.stand_ins())
         with trace.watching():
             evaluate(closure)
         found |= {name for name in unused if trace.bits[id(subject.tensors[name])] in trace.first_use}
-        if found == unused:
+        if not ranks.any(found != unused):
             break
     return found
 

@@ -12,9 +12,9 @@ block. Nothing is computed in float64 until somebody asks.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,14 +22,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clinometer.gradients.anatomy import StepAnatomy
+from clinometer.gradients.clipped import after_unscaling, clipping_factor
 from clinometer.gradients.closure import Closure, eagerly, evaluate
 from clinometer.gradients.formulas import FORMULAS, claims
 from clinometer.gradients.held import Held, wide
 from clinometer.gradients.keeping import has_grad
 from clinometer.gradients.measures import Moved, fitting
 from clinometer.gradients.randomness import RandomState
+from clinometer.gradients.ranks import Ranks, whole
 from clinometer.gradients.subject import Subject
-from clinometer.gradients.untouched import untouched
+from clinometer.gradients.untouched import modules_named_by, untouched
 from clinometer.messages import InputError
 
 
@@ -45,8 +47,12 @@ def explain_step(
     `params`: what to look at: the model, or a mapping of a few names, which costs only their memory.
     `loss`: a closure; called before and after the step with the same random numbers and without a trace, to
     set the change of the loss against Σ⟨g, Δθ⟩.
+    Of sharded tensors (FSDP2), each rank gathers what is looked at when the block ends: every rank must come
+    there, and a few names cost less. Losses are then the mean over ranks, as the gradient is; under DDP each
+    rank tells its own part of the batch, and may look alone.
     `clipped_from`: the total norm before clipping, as clip_grad_norm_ returns it. Without it, clipping is
-    seen if the block begins before it, or if `anatomy.before_clipping()` is called before it.
+    seen if the block begins before it: gradients are noted when the block begins, after every backward and
+    after `GradScaler.unscale_` in it. `anatomy.before_clipping()` notes them at any other place.
 
     Raises InputError for something that is no optimizer. Exceptions of the block pass through, and the
     hooks are gone in any case.
@@ -79,6 +85,8 @@ class _Watch:
         self._clip: float | None = None
         self._stepped = False
         self._ran = False
+        modules = [subject.module, *([] if loss is None else modules_named_by(loss))]
+        self._ranks = Ranks(subject.tensors, [m for m in modules if m is not None])
 
     def begin(self, stack: ExitStack) -> None:
         self.note_gradients()
@@ -88,16 +96,24 @@ class _Watch:
                 self.optimizer.register_step_post_hook(self._after_step),
             ):
                 stack.callback(handle.remove)
+            for name, tensor in self.subject.tensors.items():
+                if tensor.requires_grad and tensor.is_leaf:
+                    note = partial(self._note, name)
+                    stack.callback(tensor.register_post_accumulate_grad_hook(note).remove)
+            stack.enter_context(after_unscaling(self.optimizer, self.note_gradients))
         else:
             self._copy_before()
 
     def note_gradients(self) -> None:
         """Gradients as they are now count as those before clipping."""
-        self._raw = {
-            name: _dense(tensor.grad).clone()
-            for name, tensor in self.subject.tensors.items()
-            if has_grad(tensor) and tensor.grad is not None
-        }
+        self._raw = {}
+        for name, tensor in self.subject.tensors.items():
+            if has_grad(tensor):
+                self._note(name, tensor)
+
+    def _note(self, name: str, tensor: Tensor) -> None:
+        if tensor.grad is not None:
+            self._raw[name] = _dense(tensor.grad).clone()
 
     def _before_step(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -153,13 +169,13 @@ class _Watch:
     def _loss_now(self) -> float:
         assert self._loss is not None
         assert self._random is not None
-        with untouched(self.subject, closure=self._loss), eagerly():
+        with self._ranks.apart(), untouched(self.subject, closure=self._loss), eagerly():
             self._random.restore()
             return float(evaluate(self._loss).detach())
 
     def _norm_of_all(self) -> float:
         grads = [p.grad for group in self.optimizer.param_groups for p in group["params"]]
-        squares = [wide(g).square().sum().item() for g in grads if g is not None]
+        squares = [wide(whole(g)).square().sum().item() for g in grads if g is not None]
         return sum(squares) ** 0.5
 
     def end(self, anatomy: StepAnatomy) -> None:
@@ -171,6 +187,10 @@ class _Watch:
         else:
             self._copy_after()
             skipped = False
+        for name, held in self._held.items():
+            if held.grad.is_meta:
+                raise InputError("gradients.subject.meta", name=name)
+        self._gather()
         claimed = claims(self.optimizer)
         moved: dict[str, Moved] = {}
         for name, tensor in self._before.items():
@@ -191,7 +211,8 @@ class _Watch:
         anatomy.complete(
             {name: _with(m, formula) for name, m in moved.items()},
             formula,
-            losses=tuple(self._losses) if len(self._losses) == 2 else None,
+            losses=tuple(self._losses_of_all()) if len(self._losses) == 2 else None,
+            apart=self._ranks.replicated and not self._ranks.sharded,
             whole=all(
                 id(p) in everything
                 for group in self.optimizer.param_groups
@@ -200,6 +221,31 @@ class _Watch:
             ),
             skipped="no-step" if skipped and not self._ran else "scaler" if skipped else None,
         )
+
+    def _losses_of_all(self) -> list[float]:
+        """The mean over ranks where they meet anyway; under DDP one of them may look alone."""
+        return self._ranks.mean(self._losses) if self._ranks.sharded else self._losses
+
+    def _gather(self) -> None:
+        """Sharded tensors become whole ones."""
+        if not self._ranks.sharded:
+            return
+        stayed = {name for name, tensor in self._after.items() if tensor is self._before[name]}
+        self._before = {name: whole(tensor) for name, tensor in self._before.items()}
+        self._after = {
+            name: self._before[name] if name in stayed else whole(tensor)
+            for name, tensor in self._after.items()
+        }
+        self._raw = {name: whole(tensor) for name, tensor in self._raw.items()}
+        self._held = {
+            name: Held(
+                self._before[name],
+                whole(held.grad),
+                {k: whole(v) if isinstance(v, Tensor) else v for k, v in held.state.items()},
+                held.options,
+            )
+            for name, held in self._held.items()
+        }
 
     def _status(self, name: str, skipped: bool, known: bool) -> str:
         if name not in self._owned:
@@ -216,14 +262,8 @@ class _Watch:
         raw = self._raw.get(name)
         if raw is None or raw.shape != held.grad.shape or getattr(self.optimizer, "grad_scale", None):
             return None, self._clip
-        norm = float(torch.linalg.vector_norm(wide(raw)))
-        factor = float(torch.linalg.vector_norm(wide(held.grad))) / norm if norm else 1.0
-        # A gradient that shrank to 1/2, 1/4, … was unscaled by a GradScaler, whose scales are powers of two.
-        if torch.equal(raw.nan_to_num(), held.grad.nan_to_num()) or (
-            factor < 1 and math.frexp(factor)[0] == 0.5
-        ):
-            return None, self._clip
-        return raw, factor
+        factor = clipping_factor(raw, held.grad)
+        return (None, self._clip) if factor is None else (raw, factor)
 
 
 def _best(claimed: tuple[str, ...], moved: dict[str, Moved]) -> str | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from clinometer.gradients.ranks import shard_again
 from clinometer.messages import InputError
 
 _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -48,6 +49,8 @@ class Subject:
         if isinstance(params, Subject):
             return params
         module = params if isinstance(params, nn.Module) else None
+        if module is not None:
+            shard_again(module.modules())  # what the optimizer holds, and where gradients come, is the shards
         tensors: dict[str, Tensor] = {}
         canonical: dict[str, str] = {}
         others: dict[str, list[str]] = {}

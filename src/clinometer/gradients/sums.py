@@ -163,7 +163,7 @@ class Sums:
             grad = grads.get(name)
             count = self._shapes[name].numel()
             buckets = min(_BUCKETS, count)
-            if grad is None:
+            if grad is None or not count:
                 pieces.append(torch.zeros(buckets, dtype=torch.float64))
                 continue
             values = grad.real.reshape(-1).to("cpu", torch.float64)

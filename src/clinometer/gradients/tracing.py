@@ -32,10 +32,12 @@ _top_saved_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks  # p
 class Trace(TorchFunctionMode):
     """Watches every call of torch made while it is active."""
 
-    def __init__(self, subject: Subject) -> None:
+    def __init__(self, subject: Subject, stand_ins: Mapping[int, Tensor] | None = None) -> None:
+        """`stand_ins`: id of a tensor the forward uses instead → the subject's, as FSDP gathers them."""
         super().__init__()
         self.names = list(subject.tensors)
         self.bits = {id(tensor): 1 << i for i, tensor in enumerate(subject.tensors.values())}
+        self.bits |= {key: self.bits[id(tensor)] for key, tensor in (stand_ins or {}).items()}
         self.places: dict[Node, Where | None] = {}
         self.packed: set[Node] = set()
         """Nodes whose saved tensors belong to a checkpoint or the like: those may be read once only."""

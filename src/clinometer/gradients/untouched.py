@@ -21,6 +21,7 @@ from torch.nn.parameter import is_lazy
 
 from clinometer.gradients.keeping import CONTAINERS, KeptBits, KeptContainer, KeptTensor, has_grad
 from clinometer.gradients.randomness import RandomState
+from clinometer.gradients.ranks import shard_again
 from clinometer.gradients.subject import Subject
 
 _ONE_AT_A_TIME = threading.RLock()
@@ -60,6 +61,7 @@ class Before:
         self._containers: list[KeptContainer] = []
         self._empty: list[KeptContainer] = []
         self._scripted: list[tuple[nn.Module, bool]] = []
+        self._modules: list[nn.Module] = []
         self._bits: dict[tuple[Any, ...], KeptBits] = {}
         self._values: set[int] = {id(tensor) for tensor in subject.tensors.values()}
         self._value_bits: set[tuple[Any, ...]] = set()
@@ -127,18 +129,13 @@ class Before:
 
     def forget(self) -> None:
         """Let the copies go; nothing can be put back any more."""
-        for held in (
-            self._tensors,
-            self._by_id,
-            self._containers,
-            self._empty,
-            self._scripted,
-            self._bits,
-            self._seen,
-        ):
+        for held in (self._tensors, self._containers, self._empty, self._scripted, self._modules):
+            held.clear()
+        for held in (self._by_id, self._bits, self._seen):
             held.clear()
 
     def _restore_containers(self) -> None:
+        shard_again(self._modules)
         # Most are the empty hook tables of modules; between any two runs they are asked all at once.
         if any(kept.container for kept in self._empty):
             for kept in self._empty:
@@ -160,6 +157,7 @@ class Before:
                 queue.extend(self._keep_tensor(value))
             elif isinstance(value, nn.Module):
                 self._seen[id(value)] = value
+                self._modules.append(value)
                 if isinstance(value, torch.jit.ScriptModule):  # its attributes live in C++
                     self._scripted.append((value, value.training))
                     queue.extend([*value.parameters(False), *value.buffers(False), *value.children()])

@@ -7,16 +7,18 @@ unseen: its share of the gradient is the remainder.
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from clinometer.gradients.axes import Axes, einsum_axes, elementwise_axes, matmul_axes
+from clinometer.gradients.axes import Axes, contracted_axes, einsum_axes, elementwise_axes, matmul_axes
 from clinometer.gradients.calls import (
     ADDS,
     COPIES,
@@ -30,13 +32,21 @@ from clinometer.gradients.calls import (
     SUBTRACTIONS,
     VIEWS,
     Arguments,
+    as_autocast_hands_it,
     is_number,
     name_of,
     needs_grad,
+    normalised,
     opened_up,
     tensors_in,
 )
-from clinometer.gradients.contraction import Lookup, Placement, Product, Use
+from clinometer.gradients.contraction import Lookup, Product, Use, looked_up
+from clinometer.gradients.convolution import CONVOLUTIONS, TRANSPOSED, Convolution, bias_axes, convolution_of
+from clinometer.gradients.derived import PURE
+from clinometer.gradients.flow import plain
+from clinometer.gradients.following import Followed, is_parametrizing
+from clinometer.gradients.gathered import Grouped, Steps, settled, widened
+from clinometer.gradients.recurrent import CELLS, LAYERS, opened_cell, opened_layer
 from clinometer.gradients.where import Where, user_frame
 
 
@@ -51,11 +61,20 @@ class Watched(TorchFunctionMode):
         """The first token ids looked up in an embedding."""
         self.armed = False
         self._reduce = reduce
-        self._known: dict[int, tuple[Tensor, Placement]] = {
-            id(tensor): (tensor, Placement(name)) for name, tensor in tensors.items()
-        }
-        self._whole: dict[str, Tensor] = {}
+        self._known = Followed(tensors)
+        self._looked: dict[int, tuple[Tensor, Lookup]] = {}
+        self._wider: dict[Use, list[Lookup]] = {}
+        self._hooked: Tensor | None = None
         self._handles: list[Any] = []
+
+    def uses_of(self, name: str) -> list[Use]:
+        """The uses of one tensor, after the backward."""
+        return settled(self.uses[name], self._wider)
+
+    def end_in(self, loss: Tensor) -> None:
+        """A loss made of parameters alone, or a penalty added to it, is a use that has no positions."""
+        if loss in self._known:
+            self._use_whole(loss)
 
     def remove_hooks(self) -> None:
         for handle in self._handles:
@@ -72,93 +91,107 @@ class Watched(TorchFunctionMode):
         if name in OPENED:
             with self:
                 return opened_up(func)(*args, **kwargs)
-        known = [t for t in tensors_in((args, kwargs)) if id(t) in self._known]
+        known = [t for t in tensors_in((args, kwargs)) if t in self._known]
+        if not known and name in ADDS and self._looked:
+            return self._widen(args, func(*args, **kwargs))
         if not known or name in LOOKS:
             return func(*args, **kwargs)
+        if name in LAYERS or name in CELLS:
+            with self:
+                cell = name in CELLS
+                opened = opened_cell(name, args) if cell else opened_layer(name, args, self._gathering)
+            if opened is not None:
+                return opened
         if name == "linear_cross_entropy":
             with self:  # without options it is a product and a cross-entropy, which can be seen
                 return opened_up(func)(*args, **{**kwargs, "options": None})
         out = func(*args, **kwargs)
-        if not self._follow(func, name, known, args, kwargs, out):
-            for tensor in known:
-                if self._known[id(tensor)][0].requires_grad and needs_grad(out):
-                    placement = self._known[id(tensor)][1]
+        for tensor in self._not_followed(func, name, known, args, kwargs, out):
+            if tensor.requires_grad and needs_grad(out):
+                for placement in self._known.placements(tensor):
                     self.unseen[placement.name].append((name, user_frame(sys._getframe(1))))
         return out
 
     def _note_ids(self, given: Any) -> None:
         if isinstance(given, Tensor) and given.dim() and not given.is_floating_point():
-            self.ids = given.detach().clone()
+            self.ids = plain(given.detach()).clone()
 
-    def _follow(self, func: Any, name: str, known: list[Tensor], args: Any, kwargs: Any, out: Any) -> bool:
+    def _not_followed(
+        self, func: Any, name: str, known: list[Tensor], args: Any, kwargs: Any, out: Any
+    ) -> Sequence[Tensor]:
+        """Those of `known` whose gradient through this call is not accounted for."""
         if name in COPIES and isinstance(out, Tensor) and len(known) == 1:
-            tensor, placement = self._known[id(known[0])]
-            if out.shape == tensor.shape:
-                self._know(out, placement)
-                return True
-            return False
+            return () if self._known.scaled(known[0], out, 1.0) else known
         if name in VIEWS and len(known) == 1 and known[0] is _first(args):
-            return self._follow_view(func, known[0], args, kwargs, out)
+            return () if self._view(func, known[0], args, kwargs, out) else known
         if name in JOINS:
-            return self._follow_join(func, args, kwargs, out)
+            return () if self._known.join(func, args, kwargs, out) else known
         if not isinstance(out, Tensor):
-            return False
+            return known
         if not out.requires_grad:
-            return True  # under no_grad: no gradient comes back
-        if len(known) > 1 and len({id(t) for t in known}) != len(known):
-            return False  # the same weight on both sides
-        return all(self._use(name, tensor, args, kwargs, out) for tensor in known)
+            return ()  # under no_grad: no gradient comes back
+        distinct = list({id(t): t for t in known}.values())
+        several = len(distinct) > 1 or len(distinct) < len(known)
+        if (is_parametrizing() or (several and name in PURE)) and self._known.derive(
+            func, name, distinct, args, kwargs, out
+        ):
+            return ()
+        if len(distinct) < len(known) or (plain(out) is out and out.is_nested):
+            return known  # the same weight on both sides
+        self._hooked = out
+        shown, given, named = out, args, kwargs
+        if any(t.is_nested for t in (out, *tensors_in((args, kwargs)))):
+            if any(getattr(t, "_ragged_idx", 1) != 1 for t in tensors_in((args, kwargs, (out,)))):
+                return known
+            shown, given = plain(out.detach()), tuple(plain(a) for a in args)
+            named = {key: plain(value) for key, value in kwargs.items()}
+        rest = [tensor for tensor in distinct if not self._use(name, tensor, given, named, shown)]
+        if len(rest) == 1 and name in PURE and self._known.derive(func, name, rest, args, kwargs, out):
+            return ()
+        return rest
 
-    def _know(self, tensor: Tensor, placement: Placement) -> None:
-        if tensor.requires_grad and id(tensor) not in self._known:  # else no gradient comes back
-            self._known[id(tensor)] = (tensor, placement)
+    def _use_whole(self, w: Tensor) -> None:
+        self._hooked = w
+        self._watch(w, w, "penalty", Axes("", "abcdefgh"[: w.dim()], "abcdefgh"[: w.dim()], ""), None)
 
-    def _positions(self, tensor: Tensor) -> Tensor:
-        _, placement = self._known[id(tensor)]
-        if placement.positions is not None:
-            return placement.positions
-        if placement.name not in self._whole:
-            kind = torch.int32 if tensor.numel() < 2**31 else torch.int64
-            positions = torch.arange(tensor.numel(), dtype=kind, device=tensor.device)
-            self._whole[placement.name] = positions.view(tensor.shape)
-        return self._whole[placement.name]
+    @contextmanager
+    def _gathering(self, weights: Sequence[Tensor | None], axis: int, backwards: bool) -> Iterator[None]:
+        """Inside, the uses of these weights are the steps of one use, the last first if `backwards`."""
+        names = {
+            p.name for w in weights if w is not None and w in self._known for p in self._known.placements(w)
+        }
+        begun = {name: len(self.uses[name]) for name in names}
+        yield
+        for name, start in begun.items():
+            steps = self.uses[name][start:]
+            if steps:
+                self.uses[name][start:] = [Steps(steps[::-1] if backwards else steps, axis)]
 
-    def _follow_view(self, func: Any, tensor: Tensor, args: Any, kwargs: Any, out: Any) -> bool:
-        rest = list(tensors_in((args[1:], kwargs)))
-        name = name_of(func)
-        if name == "__getitem__" and rest and tensor.dim() == 2 and isinstance(args[1], Tensor):
-            if args[1].dtype in (torch.int64, torch.int32):
-                return self._lookup(tensor, args[1], out, None, name)
-            return False
-        placement = self._known[id(tensor)][1]
-        with torch.no_grad():
-            moved = func(self._positions(tensor), *args[1:], **kwargs)
-        pairs = [(out, moved)] if isinstance(out, Tensor) else list(zip(out, moved, strict=True))
-        for made, positions in pairs:
-            self._know(made, Placement(placement.name, positions, placement.scale))
-        return True
+    def _widen(self, args: Any, out: Any) -> Any:
+        for tensor, use in [self._looked[id(t)] for t in tensors_in(args) if id(t) in self._looked]:
+            if (wide := widened(tensor, use, out)) is not None:
+                self._wider.setdefault(use, []).append(wide)
+                self._hooked = out
+                self._hook(wide)
+        return out
 
-    def _follow_join(self, func: Any, args: Any, kwargs: Any, out: Tensor) -> bool:
-        given = list(args[0] if args else kwargs.get("tensors", ()))
-        names = {self._known[id(t)][1].name for t in given if id(t) in self._known}
-        for name in names:
-            parts, scales = [], set()
-            for tensor in given:
-                mine = id(tensor) in self._known and self._known[id(tensor)][1].name == name
-                if mine:
-                    parts.append(self._positions(tensor).long())
-                    scales.add(self._known[id(tensor)][1].scale)
-                else:
-                    parts.append(torch.full(tensor.shape, -1, dtype=torch.int64, device=tensor.device))
-            if len(scales) != 1 or len(names) != 1:
+    def _view(self, func: Any, tensor: Tensor, args: Any, kwargs: Any, out: Any) -> bool:
+        chosen = args[1] if len(args) > 1 else None
+        if name_of(func) == "__getitem__" and isinstance(chosen, Tensor) and tensor.dim() == 2:
+            if chosen.dtype not in (torch.int64, torch.int32):
                 return False
-            with torch.no_grad():
-                joined = func(parts, *args[1:], **{k: v for k, v in kwargs.items() if k != "tensors"})
-            self._know(out, Placement(name, joined, scales.pop()))
-        return True
+            self._hooked = out
+            return self._lookup(tensor, chosen, out, None, "__getitem__")
+        return self._known.view(func, tensor, args, kwargs, out)
 
     def _use(self, name: str, w: Tensor, args: Any, kwargs: Any, out: Tensor) -> bool:
         get = Arguments(args, kwargs)
+        if out.is_complex():
+            return False
+        if name in CONVOLUTIONS or name in TRANSPOSED:
+            return self._convolution(name, w, get, out)
+        if name in ("_grouped_mm", "grouped_mm"):
+            return self._grouped(name, w, get, out)
         if name == "linear":
             x, weight, bias = get(0, "input"), get(1, "weight"), get(2, "bias")
             if w is bias:
@@ -177,16 +210,16 @@ class Watched(TorchFunctionMode):
         if name == "einsum":
             return self._einsum(w, args, out)
         if name == "embedding":
-            if get(6, "sparse") or get(5, "scale_grad_by_freq"):
-                return False
-            return self._lookup(w, get(0, "input"), out, get(2, "padding_idx"), name)
+            return self._lookup(
+                w, get(0, "input"), out, get(2, "padding_idx"), name, get(5, "scale_grad_by_freq")
+            )
         if name in ("layer_norm", "rms_norm"):
             return self._norm(name, w, get, out)
         if name in ADDS or name in SUBTRACTIONS:
             return self._added(name, w, get, kwargs, out)
         if name in MULS or name in DIVISIONS:
             return self._multiplied(name, w, get, out)
-        return name in NEGATIONS and self._scaled(w, out, -1.0)
+        return name in NEGATIONS and self._known.scaled(w, out, -1.0)
 
     def _added(self, name: str, w: Tensor, get: Arguments, kwargs: Any, out: Tensor) -> bool:
         first = w is get(0, "input", "self")
@@ -195,7 +228,7 @@ class Watched(TorchFunctionMode):
         scale = (-1.0 if negative else 1.0) * (1.0 if first else float(kwargs.get("alpha", 1)))
         # 1 + w and W + BA are still the weight; x + w, of more axes, is a use.
         if out.shape == w.shape and (is_number(other) or other.dim() == w.dim() <= 2):
-            return self._scaled(w, out, scale)
+            return self._known.scaled(w, out, scale)
         return self._add(w, out, name, scale)
 
     def _multiplied(self, name: str, w: Tensor, get: Arguments, out: Tensor) -> bool:
@@ -204,7 +237,7 @@ class Watched(TorchFunctionMode):
         if divided and not first:
             return False
         if is_number(other):
-            return self._scaled(w, out, 1 / float(other) if divided else float(other))
+            return self._known.scaled(w, out, 1 / float(other) if divided else float(other))
         if out.shape == w.shape and w.dim() > 1:
             return False  # a mask over the weight: its rows are no positions
         axes = elementwise_axes(tuple(w.shape), tuple(out.shape))
@@ -217,11 +250,21 @@ class Watched(TorchFunctionMode):
             (lambda: (1 / x.double() if divided else x).expand(out.shape)),
         )
 
-    def _scaled(self, w: Tensor, out: Tensor, factor: float) -> bool:
-        placement = self._known[id(w)][1]
-        if out.shape != w.shape:
+    def _convolution(self, name: str, w: Tensor, get: Arguments, out: Tensor) -> bool:
+        if w is get(2, "bias"):
+            return self._watch(w, out, name, bias_axes(name, out), None)
+        form = convolution_of(name, get, out) if w is get(1, "weight") else None
+        if form is None:
             return False
-        self._know(out, Placement(placement.name, placement.positions, placement.scale * factor))
+        x = as_autocast_hands_it(get(0, "input").detach(), out)
+        self._register(w, Convolution(self._known.placement(w), name, _caller(), x, **form))
+        return True
+
+    def _grouped(self, name: str, w: Tensor, get: Arguments, out: Tensor) -> bool:
+        a, b, ends = get(0, "input", "mat_a"), get(1, "mat2", "mat_b"), get(2, "offs")
+        if w is not b or ends is None or a.dim() != 2 or b.dim() != 3:
+            return False
+        self._register(w, Grouped(self._known.placement(w), name, _caller(), a.detach(), ends.tolist()))
         return True
 
     def _matmul(self, w: Tensor, a: Tensor, b: Tensor, out: Tensor, name: str, alpha: float = 1.0) -> bool:
@@ -234,20 +277,26 @@ class Watched(TorchFunctionMode):
             return False
         operands = list(args[1]) if len(args) == 2 and not isinstance(args[1], Tensor) else list(args[1:])
         if len(operands) != 2:
-            return False
+            return self._einsum_of_more(w, args[0], operands, out)
         mine = 0 if operands[0] is w else 1
         axes = einsum_axes(args[0], [o.dim() for o in operands], mine)
         return axes is not None and self._product(w, operands[1 - mine], axes, out, "einsum")
+
+    def _einsum_of_more(self, w: Tensor, equation: str, operands: list[Tensor], out: Tensor) -> bool:
+        mine = next(i for i, operand in enumerate(operands) if operand is w)
+        found = contracted_axes(equation, len(operands), mine)
+        if found is None:
+            return False
+        with torch.no_grad():
+            kept = torch.einsum(found[0], *(o.detach() for i, o in enumerate(operands) if i != mine))
+        return self._watch(w, out, "einsum", found[1], lambda: kept, kept)
 
     def _product(
         self, w: Tensor, x: Tensor, axes: Axes | None, out: Tensor, name: str, alpha: float = 1.0
     ) -> bool:
         if axes is None or not isinstance(x, Tensor):
             return False
-        kept = x.detach()
-        device = out.device.type
-        if torch.is_autocast_enabled(device) and kept.dtype in (torch.float32, torch.float16, torch.bfloat16):
-            kept = kept.to(torch.get_autocast_dtype(device))
+        kept = as_autocast_hands_it(x.detach(), out)
         return self._watch(w, out, name, axes, lambda: kept, kept, alpha)
 
     def _add(self, w: Tensor, out: Tensor, name: str, scale: float = 1.0) -> bool:
@@ -256,29 +305,21 @@ class Watched(TorchFunctionMode):
         )
 
     def _norm(self, name: str, w: Tensor, get: Arguments, out: Tensor) -> bool:
-        x, shape, weight = get(0, "input"), tuple(get(1, "normalized_shape")), get(2, "weight")
-        if w is not weight:
+        if w is not get(2, "weight"):
             return self._add(w, out, name)
-        kept = x.detach()
-        if name == "layer_norm":
-            eps = get(4, "eps")
-            eps = 1e-5 if eps is None else eps
-            normalised = lambda: F.layer_norm(kept.double(), shape, None, None, eps)  # noqa: E731
-        else:
-            eps = get(3, "eps")
-            eps = torch.finfo(kept.dtype).eps if eps is None else eps
-            normalised = lambda: F.rms_norm(kept.double(), shape, None, eps)  # noqa: E731
-        return self._watch(w, out, name, elementwise_axes(tuple(w.shape), tuple(out.shape)), normalised)
+        x = normalised(name, get)
+        return self._watch(w, out, name, elementwise_axes(tuple(w.shape), tuple(out.shape)), x)
 
-    def _lookup(self, w: Tensor, ids: Tensor, out: Tensor, ignored: Any, name: str) -> bool:
+    def _lookup(
+        self, w: Tensor, ids: Tensor, out: Tensor, ignored: Any, name: str, by_count: Any = False
+    ) -> bool:
         if w.dim() != 2 or not isinstance(ids, Tensor):
             return False
-        if ignored is not None and ignored < 0:
-            ignored += w.shape[0]
-        rows = ids.detach().long().clone()
-        if name == "__getitem__":
-            rows = torch.where(rows < 0, rows + w.shape[0], rows)
-        self._register(Lookup(self._known[id(w)][1], name, _caller(), rows, ignored), out)
+        rows, ignored, shares = looked_up(ids, w.shape[0], ignored, by_count)
+        use = Lookup(self._known.placement(w), name, _caller(), rows, ignored, shares)
+        self._register(w, use)
+        if self._hooked is not None and shares is None and not self._known.others(w):
+            self._looked[id(self._hooked)] = (self._hooked, use)
         return True
 
     def _watch(
@@ -298,23 +339,31 @@ class Watched(TorchFunctionMode):
             for axis, size in zip(axes.x, operand.shape, strict=True):
                 if sizes.setdefault(axis, size) != size:
                     return False  # broadcast batch axes
-        placement = self._known[id(w)][1]
+        placement = self._known.placement(w)
         if scale != 1.0:
-            placement = Placement(placement.name, placement.positions, placement.scale * float(scale))
+            placement = replace(placement, scale=placement.scale * float(scale))
         use = Product(placement, name, _caller(), x, axes.x if x else "", axes.w, axes.y, axes.lead, sizes)
-        self._register(use, out)
+        self._register(w, use, float(scale))
         return True
 
-    def _register(self, use: Use, out: Tensor) -> None:
-        name = use.placement.name
-        use.reduce = self._reduce.get(name)
-        self.uses[name].append(use)
+    def _register(self, w: Tensor, use: Use, scale: float = 1.0) -> None:
+        self.uses[use.placement.name].append(use)
+        self._hook(use)
+        for placement in self._known.others(w):
+            twin = copy.copy(use)
+            twin.placement = replace(placement, scale=placement.scale * scale)
+            self.uses[placement.name].append(twin)
+            self._hook(twin)
+
+    def _hook(self, use: Use) -> None:
+        use.reduce = self._reduce.get(use.placement.name)
 
         def arrived(delta: Tensor) -> None:
             if self.armed:
-                use.receive(delta)
+                use.receive(plain(delta))
 
-        self._handles.append(out.register_hook(arrived))
+        assert self._hooked is not None
+        self._handles.append(self._hooked.register_hook(arrived))
 
 
 def _first(args: tuple[Any, ...]) -> Any:

@@ -26,6 +26,8 @@ class StepContext:
     optimizer: str
     formula: str | None = None
     losses: tuple[float, ...] | None = None
+    apart: bool = False
+    """Whether the losses are of this rank's part of the batch, and the gradient of all (DDP)."""
     whole: bool = False
     """Whether every parameter of the optimizer was looked at."""
     skipped: str | None = None
@@ -44,7 +46,10 @@ class StepContext:
         if self.losses is None:
             return [Line(sentence("step.predicted", language, **values), 2)]
         happened = format_number(self.losses[1] - self.losses[0], sign=True, place="")
-        return [Line(sentence("step.predicted_happened", language, happened=number(happened), **values), 2)]
+        values |= {"happened": number(happened)}
+        if self.apart:
+            return [Line(sentence("step.predicted_apart", language, **values), 2)]
+        return [Line(sentence("step.predicted_happened", language, **values), 2)]
 
 
 _COUNTING = {"adam", "adamw", "adamw-after"}

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from clinometer.gradients.closure import Closure, evaluate
 from clinometer.gradients.finding import EXPLAINED
-from clinometer.gradients.graph import Graph, Node, operation, same_values
+from clinometer.gradients.graph import Graph, Node, leaf_through, operation
 from clinometer.gradients.kinds import MASK, PICK, PRODUCT, RELU, SMOOTH
+from clinometer.gradients.ranks import Ranks
 from clinometer.gradients.subject import Subject
 from clinometer.gradients.tracing import Trace
 from clinometer.gradients.untouched import Before
@@ -35,11 +36,14 @@ _MOST_NODES = 80
 
 
 def explain_lines(
-    subject: Subject, closure: Closure, before: Before, lines: dict[str, Lines]
+    subject: Subject, closure: Closure, before: Before, lines: dict[str, Lines], ranks: Ranks
 ) -> dict[str, Reason]:
-    """Reasons for those tensors whose zero rows or columns some node made; the gradients stay as they are."""
-    # Another rank might not run along, and wait for ever in its collectives.
-    if not lines or (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    """Reasons for those tensors whose zero rows or columns some node made; the gradients stay as they are.
+
+    Nothing of sharded tensors, whose lines no rank has whole while a backward runs.
+    """
+    # Where one rank runs once more all do: what it waits for in the forward, another must send.
+    if ranks.sharded or ranks.unseen or not ranks.any(bool(lines)):
         return {}
     kept = {id(t): (t, t.grad) for t in subject.tensors.values() if t.is_leaf}
     try:
@@ -327,17 +331,6 @@ def _divisors(n: int) -> list[int]:
     return sorted({*small, *(n // d for d in small)})
 
 
-def _leaf(node: Node | None) -> Tensor | None:
-    while node is not None:
-        variable = getattr(node, "variable", None)
-        if variable is not None and not node.next_functions:
-            return variable
-        if not (same_values(node) or operation(node) in ("ToCopy", "Expand")):
-            return None
-        node = node.next_functions[0][0]
-    return None
-
-
 def _leaves(node: Node) -> list[Tensor]:
-    found = (_leaf(below) for below, _ in node.next_functions)
+    found = (leaf_through(below) for below, _ in node.next_functions)
     return [tensor for tensor in found if tensor is not None]

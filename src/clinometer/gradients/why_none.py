@@ -34,6 +34,8 @@ class Reason:
 
 def before_any_run(tensor: Tensor) -> Reason | None:
     """What the tensor itself says."""
+    if tensor.is_meta and tensor.requires_grad and tensor.is_leaf:
+        return Reason("none", "unused", EXPLAINED, "meta", group="meta")
     if not tensor.requires_grad:
         if tensor.is_floating_point() or tensor.is_complex():
             return Reason("none", "frozen", EXPLAINED)

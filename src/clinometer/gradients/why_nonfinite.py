@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from clinometer.gradients.finding import FAULT
-from clinometer.gradients.flow import Event, Flow, largest
+from clinometer.gradients.flow import Event, Flow, largest, plain
 from clinometer.gradients.graph import Node, is_custom, operation
 from clinometer.gradients.source import definition_of
 from clinometer.gradients.subject import Subject
@@ -73,7 +73,9 @@ def read_clue(
     return Clue("backward", "where" if masked else trap or "other")
 
 
-def why_nonfinite(name: str, subject: Subject, flow: Flow, source: Origin | None) -> Reason:
+def why_nonfinite(
+    name: str, subject: Subject, flow: Flow, source: Origin | None, alone: bool = True
+) -> Reason:
     """Why a gradient is not finite: `source` is what the forward's check found, if the loss is not."""
     if source is not None:
         return source.reason()
@@ -82,6 +84,8 @@ def why_nonfinite(name: str, subject: Subject, flow: Flow, source: Origin | None
     for event, position in found:
         if (clue := event.clues.get(position)) is not None:
             return backward_reason(event, clue, flow)
+    if not alone:
+        return Reason("non-finite", "unknown", FAULT, "elsewhere", group=1)
     return Reason("non-finite", "overflow", FAULT, "sum", values={"dtype": str(subject.tensors[name].dtype)})
 
 
@@ -133,8 +137,9 @@ class Finiteness:
     −inf in an attention mask is meant, so a call that writes it begins nothing until a NaN is made of it.
     """
 
-    def __init__(self, subject: Subject) -> None:
+    def __init__(self, subject: Subject, stand_ins: Mapping[int, Tensor] | None = None) -> None:
         self._parameters = {id(tensor): name for name, tensor in subject.tensors.items()}
+        self._parameters |= {k: self._parameters[id(t)] for k, t in (stand_ins or {}).items()}
         self._known: dict[int, tuple[weakref.ref[Tensor], Origin]] = {}
         self._seen: dict[int, weakref.ref[Tensor]] = {}
 
@@ -156,7 +161,7 @@ class Finiteness:
         if size is None or math.isfinite(size):
             self._known.pop(id(out), None)
             return
-        nan = math.isnan(size) or bool(torch.isnan(out).any())
+        nan = math.isnan(size) or bool(torch.isnan(plain(out)).any())
         sources = [t for t in ins if t is not out and not math.isfinite(largest(t) or 0.0)]
         origin = None
         for tensor in sources:
@@ -170,7 +175,7 @@ class Finiteness:
 
     def _from_outside(self, tensor: Tensor, name: str, where: Where | None) -> Origin | None:
         """A value nobody in this forward made: a parameter's own, or the batch's."""
-        nan = bool(torch.isnan(tensor).any())
+        nan = bool(torch.isnan(plain(tensor)).any())
         if id(tensor) in self._parameters:
             return Origin(name, where, nan, "parameter", tensor.dtype, self._parameters[id(tensor)])
         return Origin(name, where, nan, "given" if nan else "mask", tensor.dtype)

@@ -22,6 +22,8 @@ def zero_lines(gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         return (rows if bool(rows.any()) else None), None
     if gradient.layout is not torch.strided or not gradient.is_floating_point() or gradient.dim() == 0:
         return None, None
+    if gradient.is_meta or gradient.is_nested:
+        return None, None
     return tuple(_zero(gradient, dim) if dim < gradient.dim() else None for dim in (0, 1))  # pyright: ignore[reportReturnType]
 
 

@@ -13,7 +13,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from clinometer.gradients.finding import EXPLAINED, FAULT, Severity
 from clinometer.gradients.flow import Event, Flow, Read, largest
-from clinometer.gradients.graph import Node, is_custom, operation, same_values
+from clinometer.gradients.graph import Node, is_custom, leaf_through, operation
 from clinometer.gradients.kinds import (
     CLAMP,
     HINGES,
@@ -264,10 +264,10 @@ def _zero_factor(factor: Node | None, subject: Subject, values: dict[str, Any]) 
     if factor is None:
         return "absent-rows", "inputs", EXPLAINED
     names = {id(tensor): name for name, tensor in subject.tensors.items()}
-    candidates = [_leaf_through(factor)]
+    candidates = [leaf_through(factor)]
     for below in _below(factor):
         if operation(below) in PRODUCT:
-            candidates += [_leaf_through(node) for node, _ in below.next_functions]
+            candidates += [leaf_through(node) for node, _ in below.next_functions]
             break
     for weight in candidates:
         if weight is not None and id(weight) in names and largest(weight.detach()) == 0:
@@ -287,17 +287,6 @@ def _other_factor(node: Node, position: int) -> Node | None:
         edges = edges[:2]
     rest = [i for i in edges if i != position]
     return node.next_functions[rest[0]][0] if rest else None
-
-
-def _leaf_through(node: Node | None) -> Tensor | None:
-    while node is not None:
-        variable = getattr(node, "variable", None)
-        if variable is not None and not node.next_functions:
-            return variable
-        if not (same_values(node) or operation(node) in ("ToCopy", "Expand")):
-            return None
-        node = node.next_functions[0][0]
-    return None
 
 
 def _below(node: Node, most: int = 24) -> list[Node]:

@@ -243,7 +243,7 @@ class RunFile:
     def alerts(
         self, first: int | None = None, last: int | None = None, limit: int = 1000
     ) -> list[dict[str, Any]]:
-        """The newest `limit` alerts that touch a range of steps, the oldest first, as they were reported."""
+        """The newest `limit` alerts that touch a range of steps, the oldest first, as the watch told them."""
         rows = self._connection.execute(
             "SELECT data, until FROM alerts WHERE step <= ? AND (until IS NULL OR until >= ?)"
             " ORDER BY id DESC LIMIT ?",

@@ -87,7 +87,7 @@ def _shares(watched: Watched, weights: Mapping[str, Tensor], shape: torch.Size) 
     """(T, *shape). Of a tensor used twice, or in a way that was not seen, the norm is not the uses' sum."""
     found = torch.full((len(weights), *shape), math.nan)
     for row, name in zip(found, weights, strict=True):
-        uses = watched.uses[name]
+        uses = watched.uses_of(name)
         if len(uses) == 1 and not watched.unseen[name] and uses[0].lead == tuple(shape):
             squared = uses[0].reduced
             if squared is not None:

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from clinometer.gradients.check import check_gradients
 from clinometer.gradients.diagnosis import diagnose
+from clinometer.gradients.overwritten import is_overwritten
 from clinometer.gradients.report import Result
 from clinometer.messages import InputError
 from clinometer.text import sampler
@@ -37,12 +38,14 @@ class Target:
     optimizer: Any = None
     run: tuple[Path, int] | None = None
     """The run it is of, and the step of the checkpoint."""
+    file: Path | None = None
+    """The user's file it is from."""
 
 
 def diagnose_command(console: Console, target: str) -> int:
     """Print the diagnosis; 1 if something is very likely wrong."""
     given = read_target(target, RunDisplay(console))
-    result = diagnose(given.params, given.closure, optimizer=given.optimizer)
+    result = _looked_at(given, lambda: diagnose(given.params, given.closure, optimizer=given.optimizer))
     console.print(result)
     keep(given, result)
     return 0 if result.healthy else 1
@@ -53,10 +56,13 @@ def check_command(console: Console, target: str) -> int:
     display = RunDisplay(console)
     given = read_target(target, display, short=True)
     try:
-        result = check_gradients(
-            given.params,
-            given.closure,
-            progress=lambda done, total: display.progress("demo.check_bar", done, total),
+        result = _looked_at(
+            given,
+            lambda: check_gradients(
+                given.params,
+                given.closure,
+                progress=lambda done, total: display.progress("demo.check_bar", done, total),
+            ),
         )
     finally:
         display.end()
@@ -119,7 +125,8 @@ def _from_file(path: Path, function: str) -> Target:
         )
     given = _run(path, make)
     if isinstance(given, tuple) and len(given) in (2, 3) and callable(given[1]):
-        return Target(params=given[0], closure=given[1], optimizer=given[2] if len(given) == 3 else None)
+        optimizer = given[2] if len(given) == 3 else None
+        return Target(params=given[0], closure=given[1], optimizer=optimizer, file=path)
     raise InputError("instrument.returns", function=function, path=path, type=type(given).__name__)
 
 
@@ -143,7 +150,31 @@ def _run(path: Path, call: Callable[[], Any]) -> Any:
     except InputError:
         raise
     except Exception as error:
-        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
-        line = getattr(error, "lineno", None) or (lines[-1] if lines else "?")
-        kind = type(error).__name__
-        raise InputError("instrument.failed", path=path, line=line, error=f"{kind}: {error}") from error
+        line = getattr(error, "lineno", None) or _line_in(path, error) or "?"
+        raise _failed(path, line, error) from error
+
+
+def _looked_at(target: Target, look: Callable[[], Any]) -> Any:
+    """The result; what the user's closure raises becomes a sentence with its line, or with both lines."""
+    try:
+        return look()
+    except InputError:
+        raise
+    except Exception as error:
+        if is_overwritten(error) and (told := " ".join(getattr(error, "__notes__", ()))):
+            raise InputError("instrument.overwritten", told=told) from error
+        line = None if target.file is None else _line_in(target.file, error)
+        if target.file is None or line is None:  # not the user's
+            raise
+        raise _failed(target.file, line, error) from error
+
+
+def _failed(path: Path, line: Any, error: Exception) -> InputError:
+    return InputError("instrument.failed", path=path, line=line, error=f"{type(error).__name__}: {error}")
+
+
+def _line_in(path: Path, error: BaseException) -> int | None:
+    """The innermost line of a file that an error passed through."""
+    file = str(path.absolute())  # as Python keeps it
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename in (file, str(path))]
+    return lines[-1] if lines else None

@@ -35,7 +35,7 @@ class Display(Protocol):
 
 
 class Record:
-    """What the loop tells the run file; this one listens to nothing (recording.py has the one that writes)."""
+    """What the loop tells the run file; this one writes nothing down (recording.py has the one that does)."""
 
     def before_step(self, loss: float, norm: float, taken: bool) -> None: ...
     def step(self) -> None: ...
