@@ -190,8 +190,8 @@ class Replay:
 
             ∂L/∂W = Σ over tokens of δ xᵀ        "norm": ‖δ‖ ‖x‖,  "share": ‖δ‖ ‖x‖ / ‖∂L/∂W‖
 
-        Tokens pull against each other: shares of one tensor add up to more than 1, and one may be more than 1;
-        it is None where the gradient is zero or not finite. A norm that is not finite counts as the
+        Tokens pull against each other: shares of one tensor add up to more than 1, and one may be more than
+        1; it is None where the gradient is zero or not finite. A norm that is not finite counts as the
         strongest and is inf. Tensors of which it could not be told are left out. None if the replay does not
         say. Raises IndexError for a place the batch has not.
         """
