@@ -172,6 +172,57 @@ def test_a_range_too_wide_to_be_read_row_by_row_is_answered_in_coarser_cells(tmp
     assert run.grid("grad_norm", 100, 200, columns=1280)["stride"] == 1
 
 
+@settings(max_examples=60)
+@given(
+    span=st.integers(1, 200_000),
+    points=st.integers(1, 3000),
+    every=st.sampled_from([1, 3, 12, 16, 50]),
+    first=st.integers(0, 5000),
+)
+def test_a_plan_reads_no_finer_than_a_quarter_under_the_next_level(span, points, every, first):
+    level, stride = cells.plan(
+        first, first + span - 1, points, every=every, row_bytes=10**3, window_bytes=10**2
+    )
+    wanted = max(1, every, -(-span // points))
+    assert stride >= wanted
+    assert stride % level == 0
+    if wanted > every and level < 4096:
+        assert stride / level <= 13 if level > 1 else stride <= 12
+
+
+def test_a_stride_just_under_a_level_is_read_from_that_level_with_the_same_answer(tmp_path):
+    run = RunFile.open(synthetic(tmp_path, steps=3000, layers=1))
+    rows = run.rows(limit=3000)
+    for points, table in ((200, 16), (14, 256)):  # wished: 15 and 215 steps a cell
+        queries = []
+        run._connection.set_trace_callback(queries.append)
+        answer = run.series(range(9), "grad_norm", points=points)
+        run._connection.set_trace_callback(None)
+        assert answer["stride"] == table
+        assert any(f"rollup_{table}" in query for query in queries)
+        expected, starts = plain(rows["step"].tolist(), rows["statistics"][..., 0], table)
+        for part, name in enumerate(("mean", "min", "max")):
+            np.testing.assert_allclose(answer[name].T, expected[part], rtol=1e-5)
+        assert (answer["step"] == np.maximum(starts, 1)).all()
+
+
+@pytest.mark.parametrize("at", [None, 1, 37, 256, 4095, 4096, 4500, 9000])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_the_first_step_that_was_not_finite_is_found_in_any_level(tmp_path, at, value):
+    recorder = begun(tmp_path, tensors=1)
+    for step in range(1, 9001):
+        if step % 3 and step != at:
+            continue  # a step that was not recorded, or logs nothing, is not one that was not finite
+        scalars = {"loss": value if at is not None and step >= at else 1.0} if step % 2 or step == at else {}
+        recorder.step(step, step, scalars, np.ones((1, 8), np.float32))
+    recorder.close()
+    run = RunFile.open(tmp_path)
+    assert run.first_not_finite("loss") == at
+    assert run.first_not_finite("nothing") is None
+    counts = run.scalars(["loss"], points=10_000)["loss"]["count"]
+    assert set(counts) == {0, 1}
+
+
 @pytest.mark.parametrize(
     ("call", "key"),
     [

@@ -202,6 +202,49 @@ def test_a_replay_pruned_while_it_is_looked_at_is_a_key_error(replay):
         found.entry("matrix", (0, 0))
 
 
+def with_shares(path, shares, norms):
+    """A replay of len(shares) tensors, and what each token adds to them."""
+    names = list("abcdefgh")[: len(shares)]
+    tensors = {f"{name}.before": np.zeros(2, np.float32) for name in names}
+    path.mkdir(parents=True)
+    save_file({"shares": np.asarray(shares, np.float32)}, path / "tokens.safetensors")
+    save_file(tensors, path / "tensors.safetensors")
+    files = {p.name: {"bytes": p.stat().st_size} for p in path.iterdir()}
+    told = {"format": 1, "names": names, "files": files}
+    told["tensors"] = {name: {"grad_norm": norm} for name, norm in zip(names, norms, strict=True)}
+    (path / "step.json").write_text(json.dumps(told))
+    return Replay.at(path)
+
+
+def test_a_token_tells_the_tensors_it_added_most_to_strongest_first(tmp_path):
+    shares = np.arange(5 * 2 * 3, dtype=np.float64).reshape(5, 2, 3)
+    shares[0, 1, 2], shares[3, 1, 2] = np.inf, np.nan
+    found = with_shares(tmp_path / "step-00000001", shares, [2.0, 0.0, 34.0, 1.0, "Infinity"])
+    assert found.token(1, 2) == [
+        {"name": "a", "norm": math.inf, "share": None},
+        {"name": "e", "norm": 29.0, "share": None},
+        {"name": "c", "norm": 17.0, "share": 0.5},
+        {"name": "b", "norm": 11.0, "share": None},
+    ]
+    assert [one["name"] for one in found.token(0, 1, most=2)] == ["e", "d"]
+    for place in ((2, 0), (0, 3), (-1, 0), (0, -1)):
+        with pytest.raises(IndexError):
+            found.token(*place)
+
+
+def test_an_earlier_replay_does_not_say_what_a_token_moved_and_half_a_file_is_none(replay, tmp_path):
+    assert not replay[0].by_token
+    assert replay[0].token(0, 0) is None
+    found = with_shares(tmp_path / "step-00000001", np.ones((2, 2, 2)), [1.0, 1.0])
+    tokens = found.path / "tokens.safetensors"
+    tokens.write_bytes(tokens.read_bytes()[:-1])
+    assert Replay.at(found.path) is None
+    tokens.unlink()
+    assert Replay.at(found.path) is None
+    with pytest.raises(KeyError):  # pruned since
+        found.token(0, 0)
+
+
 def test_the_reader_needs_no_torch():
     code = "import sys, clinometer.record.replays; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from clinometer.messages import InputError
 from clinometer.record.replays import Replay, replay_places, replayed_steps
-from clinometer.training import checkpoint, loop, prepare, replay
+from clinometer.training import by_token, checkpoint, loop, prepare, replay
 from clinometer.training.config import OptimConfig
 from clinometer.training.loop import Outcome, train
 from clinometer.training.replay import replay_step
@@ -206,7 +206,7 @@ def test_a_large_vocabulary_is_attributed_though_training_never_holds_its_logits
     from clinometer.lm import model
 
     monkeypatch.setattr(model, "CHUNKED_LOSS_VOCABULARY", 200)
-    monkeypatch.setattr(replay, "CHUNKED_LOSS_VOCABULARY", 200)
+    monkeypatch.setattr(by_token, "CHUNKED_LOSS_VOCABULARY", 200)
     run = trained(small_config(corpus, steps=3), tmp_path / "run")
     path = replay_step(run, 2, unheard)
     assert Replay.at(path).step_info["exact"]

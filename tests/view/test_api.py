@@ -138,6 +138,8 @@ def test_reports_speak_the_language_that_was_asked_for(tmp_path):
         (f"matrix?step=3&tensor={NAME}", "view.no_replay"),
         ("step", "view.needed"),
         ("batch", "view.needed"),
+        ("token?position=0,0", "view.needed"),
+        ("token?step=3&position=0,0", "view.no_replay"),
     ],
 )
 def test_bad_values_get_a_sentence_in_both_languages(client, identity, path, key):

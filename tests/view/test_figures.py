@@ -18,6 +18,7 @@ from clinometer.view.figures import colours
 from clinometer.view.figures.gradient_map import read_map
 from clinometer.view.figures.loss import smooth_out
 from clinometer.view.figures.order import in_order
+from clinometer.view.figures.strip import last_values, strip
 from clinometer.view.figures.style import four, percent, times
 from clinometer.view.figures.words import alert_sentences
 from tests.view.conftest import EVIL, NAME, record
@@ -224,6 +225,26 @@ def test_names_are_text_in_every_figure(tmp_path):
     ]
     for figure in shown:
         assert "<img" not in json.dumps(figure.to_plotly())
+        # A caption is plain text: what it says of a name is the name.
+        assert "&lt;" not in figure.caption
+    other = RunFile.open(record(tmp_path / "s", ["w"], name="short"))
+    assert EVIL in figures.compare([run, other]).caption
+
+
+def test_the_strip_says_not_finite_with_the_first_step_where_it_was(tmp_path):
+    nan, inf = float("nan"), float("inf")
+    for i, (losses, since) in enumerate(
+        [([2.0, nan, 1.8, inf], 2), ([2.0] * 300 + [nan], 301), ([nan] * 300, 1), ([nan, 2.0], None)]
+    ):
+        run = run_of(tmp_path / str(i), losses)
+        loss = strip(run, "en")[0]
+        assert loss["not_finite_since"] == since
+        assert last_values(run)["not_finite_since"] == since
+        if since is None:
+            assert (loss["text"], loss["unit"]) == ("2.000", "")
+        else:
+            assert (loss["text"], loss["unit"]) == ("not finite", f"first at step {since}")
+            assert strip(run, "zh")[0]["text"] == "非有限值"
 
 
 def test_a_weights_waterfall_adds_up_to_what_happened(run):

@@ -262,6 +262,48 @@ def test_the_batch_is_told_token_by_token_in_pages(replayed):
     assert (far["row"], far["rows"]) == (3, 1)
 
 
+def test_a_token_tells_the_ten_tensors_it_moved_most(replayed):
+    client, base, folder = replayed
+    told = client.get(f"{base}/token", params={"step": 9, "position": "2,7"}).json()
+    assert (told["state"], told["step"], told["position"]) == ("ready", 9, [2, 7])
+    assert told["tensors"] == [{**one, "finite": True} for one in Replay.open(folder, 9).token(2, 7)[:10]]
+    assert len(told["tensors"]) == 10
+    for position, status, key in (
+        ("4,0", 404, "view.no_token"),
+        ("0,16", 404, "view.no_token"),
+        ("3", 400, "view.position"),
+        ("", 400, "view.position"),
+        ("1,2,3", 400, "view.too_many"),
+        ("-1,0", 400, "view.between"),
+        ("a,0", 400, "view.between"),
+    ):
+        answer = client.get(f"{base}/token", params={"step": 9, "position": position})
+        assert (answer.status_code, answer.json()["error"]["key"]) == (status, key)
+    assert "4 × 16" in client.get(f"{base}/token", params={"step": 9, "position": "4,0"}).text
+
+
+def test_a_loss_that_is_not_finite_is_told_from_one_that_does_not_count(replayed, monkeypatch):
+    client, base, _ = replayed
+    opened = Replay.open
+
+    def spoilt(folder, step):
+        found = opened(folder, step)
+        batch = found.step_info["batch"]
+        batch["loss"][2][3], batch["loss"][1][0], batch["grad_norm"][1][5] = "NaN", 0.0, "Infinity"
+        batch["targets"][1][0] = -100
+        return found
+
+    monkeypatch.setattr(Replay, "open", spoilt)
+    told = client.get(f"{base}/batch", params={"step": 9, "row": 1, "rows": 2}).json()
+    assert told["loss_per_token"][1][3] is None
+    assert told["loss_per_token"][0][0] is None
+    assert told["loss_not_finite"] == [[2, 3]]
+    assert told["grad_not_finite"] == [[1, 5]]
+    assert told["loss_range"][0] > 0  # the zero of a target that does not count is no loss
+    figure = client.get(f"{base}/figure/batch-loss", params={"step": 9}).json()["figure"]
+    assert min(y for trace in figure["data"] for y in trace["y"] if y is not None) > 0
+
+
 def test_figures_of_a_replay_speak_both_languages(replayed):
     client, base, _ = replayed
     query = {"step": 9, "tensor": TENSOR, "index": "3,5"}

@@ -17,6 +17,7 @@ from clinometer.record.schema import (
     ABSENT,
     HISTOGRAM_KINDS,
     LAST_STEP,
+    LEVELS,
     LOW_EXPONENT,
     STATISTICS,
     WEIGHT_FIELDS,
@@ -77,7 +78,8 @@ def scalars(
     )
     ids = np.array([known[name] for name in logged], dtype=np.int64)
     found = cells.scalars(connection, ids, level, *steps.cells(stride), len(known)).combined(stride)
-    there = found.weights() > 0
+    counts = found.weights()
+    there = counts > 0
     out: dict[str, Any] = {"step": steps.first_steps(found.start, stride), "stride": stride}
     if "time" in names and "time" not in known:
         # The time of a cell is that of its first step.
@@ -85,7 +87,31 @@ def scalars(
     for column, name in enumerate(logged):
         parts = {"mean": found.mean, "min": found.low, "max": found.high}
         out[name] = {key: np.where(there[:, column], part[:, column], np.nan) for key, part in parts.items()}
+        out[name]["count"] = counts[:, column].astype(np.int64)
     return out
+
+
+def first_not_finite(connection: sqlite3.Connection, name: str) -> int | None:
+    """The first step at which a scalar was logged and not finite.
+
+    A window's mean is not finite exactly if one of its values was not: the coarsest windows are asked first,
+    and each level below only inside of the first that was not.
+    """
+    known = scalar_ids(connection)
+    if name not in known:
+        return None
+    first, last = Range(connection, None, None).cells(LEVELS[-1])
+    ids = np.array([known[name]], dtype=np.int64)
+    for level in (*reversed(LEVELS), 1):
+        found = cells.scalars(connection, ids, level, first, last, len(known))
+        bad = np.flatnonzero((found.weights()[:, 0] > 0) & ~np.isfinite(found.mean[:, 0]))
+        if not len(bad):
+            return None
+        at = int(bad[0])
+        first = int(found.start[at])
+        # The run's end may have come from finer windows already; they begin where they begin.
+        last = int(found.start[at + 1]) - 1 if at + 1 < len(found.start) else last
+    return first
 
 
 def series(

@@ -159,9 +159,15 @@ class RunFile:
 
         {"step": int64 (n,), "stride": int, name: {"mean", "min", "max"}: float64 (n,)}; stride 1 means one
         row of the run each, and then the three are the same. A step without a value is NaN; a mean is NaN too
-        where a logged value was. Raises `InputError` for a name that was never logged.
+        where a logged value was, which "count", int64 (n,), tells apart: 0 where there was no value.
+        Raises `InputError` for a name that was never logged.
         """
         return curves.scalars(self._connection, names, first, last, points)
+
+    @_reading
+    def first_not_finite(self, name: str) -> int | None:
+        """The first step at which a scalar was logged as NaN or infinite; None if it never was."""
+        return curves.first_not_finite(self._connection, name)
 
     @_reading
     def series(

@@ -3,6 +3,7 @@
     RUN/replays/step-00000137/
         step.json              the step as a whole, its batch, loss and gradient norm by token
         tensors.safetensors    NAME.before, NAME.after, NAME.grad (before clipping), NAME.exp_avg, …
+        tokens.safetensors     the norm of what each token adds to each gradient: tensor × sequence × position
         weights/<hash>.json    weights that were looked at: anatomy and attribution
 
 A folder that is there is whole: it was written under another name and renamed. Where the run's folder cannot
@@ -26,6 +27,9 @@ from safetensors import SafetensorError, safe_open
 
 FORMAT = 1
 STEP_FILE, TENSORS_FILE, WEIGHTS = "step.json", "tensors.safetensors", "weights"
+TOKENS_FILE, TOKENS = "tokens.safetensors", "shares"
+MOST_MOVED = 100
+"""Tensors that are told of one token."""
 KINDS = ("grad", "weight", "update", "exp_avg", "exp_avg_sq")
 _STATE = {"exp_avg": ("exp_avg", "momentum_buffer"), "exp_avg_sq": ("exp_avg_sq",)}
 _NAME = re.compile(r"step-(\d{8,})")
@@ -78,8 +82,11 @@ class Replay:
         """The replay in the folder `path`; None if it is not one of this format, or a file was cut short."""
         try:
             info = json.loads((path / STEP_FILE).read_text(encoding="utf-8"))
-            written = info["files"][TENSORS_FILE]["bytes"]
-            whole = info["format"] == FORMAT and (path / TENSORS_FILE).stat().st_size == written
+            files = info["files"]
+            names = {TENSORS_FILE, *({TOKENS_FILE} & set(files))}
+            whole = info["format"] == FORMAT and all(
+                (path / name).stat().st_size == files[name]["bytes"] for name in names
+            )
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return cls(path, info) if whole else None
@@ -173,6 +180,38 @@ class Replay:
                     values[key] = float(read(row, row + 1, col, col + 1)[0, 0])
         return values
 
+    @property
+    def by_token(self) -> bool:
+        """Whether it says what each token moved; those of earlier versions do not."""
+        return TOKENS_FILE in self.step_info["files"]
+
+    def token(self, sequence: int, position: int, most: int = MOST_MOVED) -> list[dict[str, Any]] | None:
+        """The tensors whose gradient this token added most to, strongest first, at most `most`.
+
+            ∂L/∂W = Σ over tokens of δ xᵀ        "norm": ‖δ‖ ‖x‖,  "share": ‖δ‖ ‖x‖ / ‖∂L/∂W‖
+
+        Tokens pull against each other: shares of one tensor add up to more than 1, and one may be more than
+        1; it is None where the gradient is zero or not finite. A norm that is not finite counts as the
+        strongest and is inf. Tensors of which it could not be told are left out. None if the replay does not
+        say. Raises IndexError for a place the batch has not.
+        """
+        if not self.by_token:
+            return None
+        with self._tensors(TOKENS_FILE) as file:
+            lazy = file.get_slice(TOKENS)
+            _, sequences, length = lazy.get_shape()
+            if not (0 <= sequence < sequences and 0 <= position < length):
+                raise IndexError(f"the batch is {sequences} × {length}; there is no {sequence}, {position}")
+            norms = lazy[:, sequence : sequence + 1, position : position + 1].astype(np.float64).reshape(-1)
+        found = []
+        for name, norm in zip(self.names, norms.tolist(), strict=True):
+            if math.isnan(norm):
+                continue
+            whole = float(self.step_info["tensors"][name]["grad_norm"])
+            share = norm / whole if whole and math.isfinite(whole) and math.isfinite(norm) else None
+            found.append({"name": name, "norm": norm, "share": share})
+        return sorted(found, key=lambda one: -one["norm"])[:most]
+
     def weight(self, name: str, index: Sequence[int]) -> dict[str, Any] | None:
         """What was told about a weight (or a part of a tensor), if it was asked for."""
         try:
@@ -181,9 +220,9 @@ class Replay:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def _tensors(self) -> Any:
+    def _tensors(self, name: str = TENSORS_FILE) -> Any:
         try:
-            return safe_open(self.path / TENSORS_FILE, framework="numpy")
+            return safe_open(self.path / name, framework="numpy")
         except (OSError, SafetensorError) as error:  # pruned since it was opened, or damaged
             raise KeyError(str(error)) from error
 

@@ -19,14 +19,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from clinometer.gradients.closure import eagerly
-from clinometer.lm import functional
-from clinometer.lm.model import CHUNKED_LOSS_VOCABULARY, TransformerLM
 from clinometer.messages import InputError
 from clinometer.optim.clipping import gradient_norms
 from clinometer.text.shards import find_tokens
 from clinometer.text.tokenizer import Tokenizer
 from clinometer.training import checkpoint
+from clinometer.training.by_token import by_token, piece_size
 from clinometer.training.computation import Computation, first_model, first_optimizers
 from clinometer.training.config import RunConfig, config_from
 from clinometer.training.loop import batch_of, forward_backward, learning_rate, take_step
@@ -100,7 +98,7 @@ def replay_step(path: Path, step: int, progress: Progress, *, inexact: bool = Fa
             loss, norm, _ = take_step(computation, row.lr)
             record.hold(computation.step, loss, norm)
         progress("replay", step - base - 1, total)
-        info, tensors = _take(computation, record)
+        info, tensors, shares = _take(computation, record)
         if step + 1 in rows:
             progress("replay", total - 1, total)
             record.hold(step + 1, *forward_backward(computation))
@@ -116,7 +114,7 @@ def replay_step(path: Path, step: int, progress: Progress, *, inexact: bool = Fa
         "differs": None if difference is None else dataclasses.asdict(difference),
         "from_step": base,
     }
-    return save_replay(folder.path, step, info, tensors)
+    return save_replay(folder.path, step, info, tensors, shares)
 
 
 def recorded(folder: RunFolder) -> dict[int, Row]:
@@ -243,14 +241,16 @@ def _configurations(folder: RunFolder) -> list[RunConfig]:
     return found
 
 
-def _take(computation: Computation, record: _Record) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Take the next step; returns what step.json says of it, and its tensors."""
+def _take(computation: Computation, record: _Record) -> tuple[dict[str, Any], dict[str, Tensor], Tensor]:
+    """Take the next step; returns what step.json says of it, its tensors, and each token's share of them."""
     model, config, choices = computation.model, computation.config, computation.choices
     step = computation.step + 1
     row = record.row(step)
     token_ids, targets = batch_of(computation, computation.step)
     size = piece_size(config, model.config.vocab_size)
-    losses, norms = by_token(model, choices, token_ids, targets, size)
+    losses, norms, shares = by_token(model, choices, token_ids, targets, size)
+    assert norms is not None
+    assert shares is not None
     named = dict(model.named_parameters())
     tensors = {f"{name}.before": p.detach().clone() for name, p in named.items()}
     state, groups = checkpoint.flatten(computation.optimizers)
@@ -267,7 +267,7 @@ def _take(computation: Computation, record: _Record) -> tuple[dict[str, Any], di
     loss, norm, taken = take_step(computation, row.lr, before_clipping=keep_gradients)
     record.hold(step, loss, norm)
     tensors |= {f"{name}.after": p.detach() for name, p in named.items()}
-    loss_after, _ = by_token(model, choices, token_ids, targets, size, gradient=False)
+    loss_after = by_token(model, choices, token_ids, targets, size, gradient=False).losses
     summary = {name: _summary(name, tensors) for name in named}
     max_norm = config.optim.max_norm
     info = {
@@ -297,43 +297,9 @@ def _take(computation: Computation, record: _Record) -> tuple[dict[str, Any], di
         "model": dataclasses.asdict(model.config),
         "choices": dataclasses.asdict(choices),
         "batch": _batch(computation.tokenizer, token_ids, targets)
-        | {"loss": losses.tolist(), "grad_norm": norms.tolist() if norms is not None else None},
+        | {"loss": losses.tolist(), "grad_norm": norms.tolist()},
     }
-    return info, tensors
-
-
-def piece_size(config: RunConfig, vocab_size: int) -> int:
-    """Sequences that are computed at once: all their logits are held here, which training avoids."""
-    return 1 if vocab_size >= CHUNKED_LOSS_VOCABULARY else config.micro_batch_size
-
-
-def by_token(
-    model: TransformerLM,
-    choices: Choices,
-    token_ids: Tensor,
-    targets: Tensor,
-    size: int,
-    *,
-    gradient: bool = True,
-) -> tuple[Tensor, Tensor | None]:
-    """The loss at each position, and ‖∂L/∂x‖ of its embedding x, where L is the mean loss; both (B, S).
-
-    Computed in the run's precision and uncompiled, `size` sequences at a time.
-    """
-    losses, norms = [], []
-    with eagerly(), torch.set_grad_enabled(gradient):
-        for part in range(0, len(token_ids), size):
-            ids, wanted = token_ids[part : part + size], targets[part : part + size]
-            with choices.autocast():
-                x_BSD = functional.embedding(ids, model.token_embeddings.weight).detach()
-                x_BSD.requires_grad_(gradient)
-                logits = functional.linear(model.hidden_from(x_BSD), model.lm_head.weight)
-                loss = functional.cross_entropy(logits, wanted, reduction="none")
-            if gradient:
-                (grad,) = torch.autograd.grad(loss.sum() / targets.numel(), x_BSD)
-                norms.append(torch.linalg.vector_norm(grad, dim=-1).cpu())
-            losses.append(loss.detach().cpu())
-    return torch.cat(losses), torch.cat(norms) if norms else None
+    return info, tensors, shares
 
 
 def _summary(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from clinometer.record.replays import (
     FORMAT,
     STEP_FILE,
     TENSORS_FILE,
+    TOKENS,
+    TOKENS_FILE,
     WEIGHTS,
     Replay,
     replay_places,
@@ -34,8 +36,12 @@ KEPT = 3
 _LEFTOVER_SECONDS = 3600.0
 
 
-def save_replay(run: Path, step: int, info: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
+def save_replay(
+    run: Path, step: int, info: dict[str, Any], tensors: dict[str, Tensor], shares: Tensor
+) -> Path:
     """Write the folder of a replayed step beside the run, or in the user's cache where that cannot be.
+
+    `shares` are each token's norms, float32 (tensors, B, S).
 
     Raises `InputError` if it cannot be written; nothing is left behind then, nor when it is interrupted.
     """
@@ -45,9 +51,9 @@ def save_replay(run: Path, step: int, info: dict[str, Any], tensors: dict[str, T
     try:
         partial.mkdir()
         save_tensors(partial / TENSORS_FILE, {name: t.detach().cpu() for name, t in tensors.items()})
-        told = jsonable(
-            {"format": FORMAT, **info, "files": {TENSORS_FILE: fingerprint(partial / TENSORS_FILE)}}
-        )
+        save_tensors(partial / TOKENS_FILE, {TOKENS: shares.detach().cpu()})
+        files = {name: fingerprint(partial / name) for name in (TENSORS_FILE, TOKENS_FILE)}
+        told = jsonable({"format": FORMAT, **info, "files": files})
         told["sha256"] = digest(told)
         write_whole(partial / STEP_FILE, json.dumps(told, ensure_ascii=False))
         sync_folder(partial)
@@ -63,16 +69,20 @@ def save_replay(run: Path, step: int, info: dict[str, Any], tensors: dict[str, T
 
 
 def find_replay(run: Path, step: int, loss: float, norm: float) -> Replay | None:
-    """The replay of that step that is there already: exact, undamaged, with the numbers now recorded."""
+    """The replay of that step that is there already: exact, undamaged, with the numbers now recorded.
+
+    One that an earlier version left, without the tokens' shares, is to be made again.
+    """
     replay = Replay.open(run, step)
-    if replay is None:
+    if replay is None or not replay.by_token:
         return None
     info = dict(replay.step_info)
     try:
         written = info.pop("sha256", None)
         same = jsonable([loss, norm]) == [info["recorded_loss"], info["recorded_norm"]]
-        whole = (
-            written == digest(info) and fingerprint(replay.path / TENSORS_FILE) == info["files"][TENSORS_FILE]
+        files = (TENSORS_FILE, TOKENS_FILE)
+        whole = written == digest(info) and all(
+            fingerprint(replay.path / name) == info["files"][name] for name in files
         )
         if not (info["exact"] and same and whole):
             return None

@@ -30,10 +30,10 @@ from clinometer.messages import LANGUAGES, InputError
 from clinometer.optim.clipping import clip_grad_norm_
 from clinometer.record.replays import TENSORS_FILE, Replay
 from clinometer.training import checkpoint
+from clinometer.training.by_token import piece_size
 from clinometer.training.computation import first_optimizers
 from clinometer.training.config import config_from
 from clinometer.training.precision import Choices
-from clinometer.training.replay import piece_size
 from clinometer.training.replay_folder import save_weight
 
 Index = tuple[int, ...]

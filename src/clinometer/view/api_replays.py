@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -25,9 +27,12 @@ from clinometer.view.replaying import Replays
 MAX_BODY = 4_096
 MAX_SIDE = 512
 MAX_ROWS = 64
+MAX_MOVED = 10
+"""Tensors that are told of one token."""
 MAX_CELLS = 65_536
 """Tokens in one answer, whatever the context length."""
 BODY_SECONDS = 10.0
+_WORDS = ("NaN", "Infinity", "-Infinity")
 
 
 def routes() -> list[Route]:
@@ -37,6 +42,7 @@ def routes() -> list[Route]:
         route("/api/runs/{id}/entry", entry),
         route("/api/runs/{id}/weight", weight),
         route("/api/runs/{id}/batch", batch),
+        route("/api/runs/{id}/token", token),
         Route("/api/runs/{id}/replay", start, methods=["POST"]),
         route("/api/jobs", jobs),
         route("/api/jobs/{job}", job),
@@ -138,6 +144,7 @@ def batch(call: Call) -> Any:
         return {"state": "none", "step": step}
     info = replay.step_info
     found = info["batch"]
+    losses = _counted(found.get("loss") or [], found.get("targets") or [])
     first, rows = _rows(call, found["token_ids"])
     part = slice(first, first + rows)
     lists = ("token_ids", "targets", "pieces", "target_pieces")
@@ -151,11 +158,35 @@ def batch(call: Call) -> Any:
         "sequences": len(found["token_ids"]),
         "length": max((len(row) for row in found["token_ids"]), default=0),
         **{name: (found.get(name) or [])[part] for name in lists},
-        "loss_per_token": _numbers((found.get("loss") or [])[part]),
+        "loss_per_token": _numbers(losses[part]),
         "grad_norm": _numbers((found.get("grad_norm") or [])[part]),
-        "loss_range": _ends(found.get("loss")),
+        "loss_not_finite": _not_finite(losses[part], first),
+        "grad_not_finite": _not_finite((found.get("grad_norm") or [])[part], first),
+        "loss_range": _ends(losses),
         "grad_range": _ends(found.get("grad_norm")),
     }
+
+
+def token(call: Call) -> Any:
+    """The tensors that one token of a replayed batch moved most."""
+    run = call.run()
+    replay, step = _replay(call, run)
+    place = call.query.wholes("position", 2)
+    if len(place) != 2:
+        raise ApiError(400, "view.position", position=call.query.values.get("position", "")[:60])
+    told: dict[str, Any] = {"state": "older", "step": step, "position": place, "tensors": []}
+    try:
+        found = replay.token(place[0], place[1], MAX_MOVED)
+    except IndexError:
+        sequences = replay.step_info["batch"]["token_ids"]
+        shape = f"{len(sequences)} × {max((len(row) for row in sequences), default=0)}"
+        raise ApiError(404, "view.no_token", position=f"{place[0]},{place[1]}", shape=shape) from None
+    except KeyError:  # removed while it was read
+        raise ApiError(404, "view.no_replay", step=step) from None
+    if found is None:
+        return told
+    tensors = [{**one, "finite": math.isfinite(one["norm"])} for one in found]
+    return {**told, "state": "ready", "tensors": tensors}
 
 
 async def start(request: Request) -> Response:
@@ -266,13 +297,26 @@ def _rows(call: Call, sequences: list[Any]) -> tuple[int, int]:
     return first, max(0, min(rows, len(sequences) - first))
 
 
+def _counted(losses: list[Any], targets: list[Any]) -> list[Any]:
+    """The losses, null where the target is one that does not count: a negative number, such as −100."""
+    return [
+        [None if s < len(wanted) and wanted[s] < 0 else value for s, value in enumerate(row)]
+        for row, wanted in zip_longest(losses, targets[: len(losses)], fillvalue=())
+    ]
+
+
+def _not_finite(rows: list[Any], first: int) -> list[list[int]]:
+    """(sequence, position) of what is NaN or infinite: in the numbers it is null, as is what is not there."""
+    return [[first + b, s] for b, row in enumerate(rows) for s, value in enumerate(row) if value in _WORDS]
+
+
 def _numbers(rows: list[Any]) -> list[Any]:
     """Rows of numbers; the words that stand for not-finite ones become null."""
     return [[_number(value) for value in row] for row in rows]
 
 
 def _number(value: Any) -> Any:
-    return None if value in ("NaN", "Infinity", "-Infinity") else value
+    return None if value in _WORDS else value
 
 
 def _ends(rows: Any) -> list[float] | None:

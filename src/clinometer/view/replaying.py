@@ -236,7 +236,9 @@ def _is_there(job: Job) -> bool:
     replay = Replay.open(job.folder, job.step)
     if replay is None:
         return False
-    return job.tensor is None or replay.weight(job.tensor, job.index or ()) is not None
+    if job.tensor is None:
+        return replay.by_token  # one that an earlier version left is made again
+    return replay.weight(job.tensor, job.index or ()) is not None
 
 
 def _count(value: Any) -> int:

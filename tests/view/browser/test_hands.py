@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import re
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import expect
 
+from clinometer.messages import say
 from tests.view.browser import stage
 from tests.view.browser.conftest import serve, settled
 
@@ -178,6 +180,98 @@ def test_a_step_is_replayed_with_progress_and_can_be_cancelled(own_copy, open_pa
     page.locator(".token").first.wait_for(timeout=60_000)
     expect(page.locator("main")).to_contain_text("the same to the bit")
     expect(page.locator(".step-chooser")).to_contain_text("replayed")
+
+
+@pytest.mark.parametrize(("language", "width"), [("en", 1440), ("zh", 390)])
+def test_a_token_tells_the_tensors_it_moved_most_and_each_is_a_link(open_page, server, language, width):
+    query = f"run={server.ids['trained']}&page=batch&step=9&lang={language}"
+    page = open_page(server, query, width=width).page
+    moved = page.locator(".moved")
+    expect(moved).to_have_text(say("page.moved_hint", language))
+    page.locator(".token[data-at='1:20']").click()
+    expect(moved.locator("tbody tr")).to_have_count(10)
+    place = say("page.moved_unit", language, sequence=1, position=20)
+    expect(moved.locator("h2")).to_have_text(f"{say('page.moved', language)} {place}")
+    assert "token=1:20" in page.url or "token=1%3A20" in page.url
+    expect(moved).to_be_in_viewport()
+    # By keys alone: along the text, into the token, on to the first tensor, and to its page.
+    page.locator(".tokens").focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    expect(moved.locator("h2")).to_contain_text(say("page.moved_unit", language, sequence=1, position=21))
+    page.reload()
+    settled(page)
+    expect(moved.locator("tbody tr")).to_have_count(10)
+    page.locator(".tokens").focus()
+    first = moved.locator("tbody a").first
+    for _ in range(12):  # past the pager
+        page.keyboard.press("Tab")
+        if first.evaluate("one => one === document.activeElement"):
+            break
+    name = first.inner_text()
+    page.keyboard.press("Enter")
+    expect(page.locator("h1")).to_have_text(name)
+    settled(page)
+
+
+def test_a_replay_of_an_earlier_version_is_made_again_for_its_tokens(own_copy, open_page):
+    path = own_copy.root / "again" / "replays" / "step-00000009"
+    told = json.loads((path / "step.json").read_text())
+    del told["files"]["tokens.safetensors"]
+    (path / "step.json").write_text(json.dumps(told))
+    (path / "tokens.safetensors").unlink()
+    page = open_page(own_copy, f"run={own_copy.ids['again']}&page=batch&step=9").page
+    page.locator(".token[data-at='0:3']").click()
+    expect(page.locator(".moved")).to_contain_text("Replay this step again to see this.")
+    page.locator(".moved").get_by_role("button", name="Replay step 9").click()
+    page.locator(".moved tbody tr").first.wait_for(timeout=60_000)
+    expect(page.locator(".moved tbody tr")).to_have_count(10)
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """A run whose loss is NaN from step 60 on, with three alerts."""
+    run = stage.Written(tmp_path / "broken", name="broken")
+    record = run.recorder.step
+
+    def spoilt(step, when, scalars, rows):
+        record(step, when, scalars | ({"loss": float("nan")} if step >= 60 else {}), rows)
+
+    run.recorder.step = spoilt
+    for _ in range(90):
+        run.step()
+    run.alerts()
+    run.close()
+    yield from serve(tmp_path)
+
+
+def test_what_is_not_finite_is_said_with_its_step_and_alerts_are_read_at_their_tick(broken, open_page):
+    page = open_page(broken).page
+    expect(page.locator("[data-cell=loss]")).to_have_text("not finite (step 60)")
+    page.locator(".run-name").click()
+    settled(page)
+    expect(page.locator("[data-number=loss] .strip-value")).to_have_text("not finite first at step 60")
+    expect(page.locator("[data-number=norm] .strip-value")).to_have_text(re.compile(r"^\d"))
+    ticks = page.locator(".alert-tick")
+    expect(ticks).to_have_count(3)
+    seen = ""
+    for tick in ticks.all():
+        tick.click()
+        expect(page.locator(".alert-told li:focus")).to_be_in_viewport()
+        seen += page.locator(".alert-told").inner_text()
+    for words in ("head.weight", "diagnose(model, closure)", "blocks.0.norm.weight", "clip_grad_norm_"):
+        assert words in seen
+    page.locator(".alert-told").get_by_role("button", name="Close").click()
+    expect(page.locator(".alert-told")).to_be_hidden()
+
+
+def test_no_line_of_a_weights_anatomy_is_cut(open_page, server):
+    query = f"run={server.ids['trained']}&page=weight&tensor={WEIGHT}&step=9&index=3,5"
+    for width in (1440, 1200, 390):
+        page = open_page(server, query, width=width).page
+        page.locator(".anatomy pre").wait_for()
+        assert page.locator(".anatomy pre").evaluate("one => one.scrollWidth - one.clientWidth") <= 0
+        expect(page.locator(".anatomy pre")).to_contain_text("√v")
 
 
 def saved(page, chart, kind):

@@ -21,8 +21,11 @@ def batch_loss(run: RunFile, *, step: int, language: str = "en", theme: str = "l
     say = style(language, theme)
     replay = Replay.open(run.folder, step)
     losses = None if replay is None else matrix(replay.step_info["batch"].get("loss"))
+    targets = None if replay is None else matrix(replay.step_info["batch"].get("targets"))
     if losses is None or not losses.size:
         return say.empty("batch", step=f"{step:,}")
+    if targets is not None and targets.shape == losses.shape:
+        losses[targets < 0] = np.nan  # these do not count
     position = np.arange(losses.shape[1])
     with np.errstate(all="ignore"):
         seen = np.isfinite(losses).any(0)

@@ -8,7 +8,7 @@ import numpy as np
 
 from clinometer.record.reader import RunFile
 from clinometer.view.figures.loss import default_smoothing, smooth_out
-from clinometer.view.figures.scalars import escaped, positive, read_scalars
+from clinometer.view.figures.scalars import escaped, positive, read_scalars, shortened
 from clinometer.view.figures.speed import rates
 from clinometer.view.figures.style import Figure, four, line, style
 
@@ -51,7 +51,7 @@ def compare(
             "width": 1.5,
             "dash": _DASHES[i // len(say.series) % len(_DASHES)],
         }
-        data.append(line(found["step"], values, label, "", line=stroke, meta=run.id))
+        data.append(line(found["step"], values, escaped(label), "", line=stroke, meta=run.id))
     if not data:
         return say.empty("compare")
     title = say.say(
@@ -77,9 +77,9 @@ def compare(
 
 
 def _labels(runs: Sequence[RunFile]) -> list[str]:
-    """Names, with the id where two are alike."""
+    """Names as they are, with the id where two are alike: a caption is plain text, a trace's name is not."""
     names = [str(run.info()["name"]) for run in runs]
     return [
-        escaped(name if names.count(name) == 1 else f"{name} ({run.id[:6]})", 60)
+        shortened(name) if names.count(name) == 1 else f"{shortened(name)} ({run.id[:6]})"
         for name, run in zip(names, runs, strict=True)
     ]

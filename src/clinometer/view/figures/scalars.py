@@ -70,8 +70,11 @@ def ticks_axis() -> dict[str, Any]:
 
 def escaped(text: str, limit: int = 200) -> str:
     """Text from a run as Plotly shows it: its labels read a few HTML tags, and a name must not be one."""
-    text = text if len(text) <= limit else text[: limit - 1] + "…"
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return shortened(text, limit).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def shortened(text: str, limit: int = 60) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def positive(values: np.ndarray) -> np.ndarray:

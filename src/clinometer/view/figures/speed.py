@@ -23,6 +23,22 @@ def recent(run: RunFile, names: list[str], steps: int = RECENT) -> dict[str, np.
     return {"step": found["step"], **{name: found[name]["mean"] for name in wanted}}
 
 
+def newest(run: RunFile, name: str, steps: int = RECENT) -> tuple[float | None, int | None]:
+    """The newest value of a scalar and, if that is not finite, the first step of the run where one was not.
+
+    (None, None) where nothing was logged in the last `steps` steps.
+    """
+    last = run.info()["last_step"]
+    if last is None or name not in run.scalar_names():
+        return None, None
+    found = run.scalars([name], first=max(0, last - steps + 1), last=last, points=steps)[name]
+    values = found["mean"][found["count"] > 0]
+    if not len(values):
+        return None, None
+    value = float(values[-1])
+    return value, None if np.isfinite(value) else run.first_not_finite(name)
+
+
 def rate(amount: np.ndarray | None, seconds: np.ndarray | None) -> float | None:
     """Σ amount / Σ seconds over the steps that have both."""
     if amount is None or seconds is None:
@@ -36,14 +52,6 @@ def rates(amount: np.ndarray, seconds: np.ndarray) -> np.ndarray:
     """amount / seconds for each step, NaN where there is no time."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(seconds > 0, amount / seconds, np.nan)
-
-
-def last_finite(values: np.ndarray | None) -> float | None:
-    """The newest number of a scalar, None where there is none."""
-    if values is None:
-        return None
-    finite = values[np.isfinite(values)]
-    return float(finite[-1]) if len(finite) else None
 
 
 def summary(found: dict[str, Any]) -> tuple[float | None, float | None]:

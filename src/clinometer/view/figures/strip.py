@@ -8,7 +8,7 @@ import numpy as np
 
 from clinometer.messages import say
 from clinometer.record.reader import RunFile
-from clinometer.view.figures.speed import last_finite, rates, recent, summary
+from clinometer.view.figures.speed import newest, rates, recent, summary
 from clinometer.view.figures.style import four, listed
 
 SPARK_POINTS = 100
@@ -22,8 +22,10 @@ def last_values(run: RunFile) -> dict[str, Any]:
     if "loss" in found:
         spark = listed(run.scalars(["loss"], points=SPARK_POINTS)["loss"]["mean"])
         spark = spark[:: max(1, -(-len(spark) // SPARK_POINTS))]
+    loss, since = newest(run, "loss")
     return {
-        "loss": last_finite(found.get("loss")),
+        "loss": loss,
+        "not_finite_since": since,
         "speed": speed,
         "steps_per_second": steps_per_second,
         "spark": spark,
@@ -31,7 +33,10 @@ def last_values(run: RunFile) -> dict[str, Any]:
 
 
 def strip(run: RunFile, language: str) -> list[dict[str, Any]]:
-    """Loss, total gradient norm, speed, alerts: value, text and the last 100 steps."""
+    """Loss, total gradient norm, speed, alerts: value, text and the last 100 steps.
+
+    A value that is not finite is said to be, with the first step where that happened.
+    """
     found = recent(run, ["loss", "total_norm", "tokens", "seconds"])
     speed, steps_per_second = summary(found)
     seconds = found.get("seconds")
@@ -40,20 +45,29 @@ def strip(run: RunFile, language: str) -> list[dict[str, Any]]:
     speeds = None if amount is None or seconds is None else rates(amount, seconds)
     info = run.info()
 
-    def number(name: str, value: float | None, values: np.ndarray | None, unit: str) -> dict[str, Any]:
+    def number(
+        name: str, value: float | None, values: np.ndarray | None, unit: str, since: int | None = None
+    ) -> dict[str, Any]:
+        text = four(value) if name != "alerts" else f"{value:,}"
+        told = unit and say(f"figure.strip.{unit}", language)
+        if since is not None:
+            text = say("figure.strip.not_finite", language)
+            told = say("figure.strip.since", language, step=f"{since:,}")
         return {
             "name": name,
             "label": say(f"figure.strip.{name}", language),
-            "unit": unit and say(f"figure.strip.{unit}", language),
+            "unit": told,
             "value": value,
-            "text": four(value) if name != "alerts" else f"{value:,}",
+            "not_finite_since": since,
+            "text": text,
             "spark": [] if values is None else listed(values),
             "step": [] if values is None else found["step"].tolist(),
         }
 
+    loss, norm = newest(run, "loss"), newest(run, "total_norm")
     return [
-        number("loss", last_finite(found.get("loss")), found.get("loss"), ""),
-        number("norm", last_finite(found.get("total_norm")), found.get("total_norm"), ""),
+        number("loss", loss[0], found.get("loss"), "", loss[1]),
+        number("norm", norm[0], found.get("total_norm"), "", norm[1]),
         number(
             "speed",
             speed if with_tokens else steps_per_second,

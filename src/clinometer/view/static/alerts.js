@@ -7,18 +7,21 @@ import { address, altered, go } from "./url.js";
 import { say } from "./words.js";
 
 const RIGHT = 24;
+const TOLD = 4;   // alerts of one tick that are read at once
 const NEAR = 7;   // pixels within which alerts share a tick
 
 const SEVERITY = { fault: "page.severity_fault", warning: "page.severity_warning", explained: "page.severity_explained" };
 const WORST = ["explained", "warning", "fault"];
 
 export class AlertStrip {
-  constructor(axis) {
-    this.axis = axis;
+  // `list`: the AlertList below, which words an alert.
+  constructor(axis, list) {
+    Object.assign(this, { axis, list, told: [] });
     this.alerts = [];
     this.hair = h("div", { class: "hair", hidden: true });
     this.ticks = h("div", { class: "alert-ticks" });
     this.element = h("div", { class: "alert-strip" }, h("span", { class: "alert-name" }, say("page.alerts")), this.ticks, this.hair);
+    this.panel = h("div", { class: "alert-told", "aria-live": "polite", hidden: true });
     axis.members.add(this);
     this.watch = new ResizeObserver(() => this.draw());
     this.watch.observe(this.element);
@@ -30,6 +33,25 @@ export class AlertStrip {
     this.shown = now;
     this.alerts = alerts;
     this.draw();
+    this.tell();
+  }
+
+  // Text and remedy of a tick's alerts, right under it.
+  tell() {
+    const rows = this.alerts.filter((alert) => this.told.includes(alert.id));
+    const focused = this.panel.contains(document.activeElement);
+    this.panel.hidden = !rows.length;
+    replace(this.panel, rows.length ? [h("ol", {}, rows.slice(0, TOLD).map((alert) => this.list.row(alert))),
+      rows.length > TOLD ? h("p", { class: "quiet" }, say("page.and_more", { n: rows.length - TOLD })) : null,
+      h("button", { type: "button", onclick: () => this.open([]) }, say("page.close"))] : null);
+    if (focused) this.panel.querySelector("li")?.focus();
+  }
+
+  open(ids) {
+    this.told = ids;
+    this.tell();
+    this.panel.querySelector("li")?.focus({ preventScroll: true });
+    this.panel.scrollIntoView({ block: "nearest" });
   }
 
   pixel(step) {
@@ -62,8 +84,8 @@ export class AlertStrip {
       const worst = WORST[Math.max(...alerts.map((alert) => WORST.indexOf(alert.severity)))];
       const text = alerts.length === 1 ? alerts[0].text
         : say("page.alerts_here", { n: alerts.length, first: count(alerts[0].step), last: count(alerts.at(-1).step) });
-      const tick = h("a", { class: `alert-tick ${worst}`, href: `#alert-${alerts[0].id}`, title: text, "aria-label": text,
-        onclick: (event) => { event.preventDefault(); reveal(alerts[0].id); } });
+      const tick = h("a", { class: `alert-tick ${worst}`, href: "#alerts", title: text, "aria-label": text,
+        onclick: (event) => { event.preventDefault(); this.open(alerts.map((alert) => alert.id)); } });
       tick.style.left = `${at}px`;
       return tick;
     }));
@@ -78,14 +100,6 @@ export class AlertStrip {
     this.watch.disconnect();
     this.axis.members.delete(this);
   }
-}
-
-function reveal(id) {
-  const row = document.getElementById(`alert-${id}`);
-  if (!row) return;
-  row.closest("details")?.setAttribute("open", "");
-  row.scrollIntoView({ block: "center" });
-  row.focus();
 }
 
 export class AlertList {
@@ -119,7 +133,7 @@ export class AlertList {
       const wide = Math.max(20, (alert.until ?? alert.step) - alert.step);
       go(altered({ from: Math.max(0, alert.step - wide), to: (alert.until ?? alert.step) + wide }));
     } }, steps);
-    return h("li", { id: `alert-${alert.id}`, tabindex: "-1", class: alert.severity },
+    return h("li", { tabindex: "-1", class: alert.severity },
       h("span", { class: "alert-when" }, zoom, open ? h("span", { class: "quiet" }, " ", say("page.still")) : null),
       h("span", { class: `alert-severity ${alert.severity}` }, say(SEVERITY[alert.severity])),
       h("div", {}, h("p", {}, alert.text), alert.remedy && h("p", { class: "quiet" }, alert.remedy),

@@ -4,6 +4,7 @@ import { get, ofRun } from "./api.js";
 import { Chart } from "./chart.js";
 import { h, replace } from "./dom.js";
 import { number } from "./number.js";
+import { Moved } from "./moved.js";
 import { replayOffer, stepChooser } from "./replay.js";
 import { notice } from "./states.js";
 import { TokenText, pager, quoted } from "./tokens.js";
@@ -14,7 +15,8 @@ const ROWS = 8;
 
 export async function batchPage({ main, state, info, signal, frame }) {
   const step = state.step ?? info.replays.at(-1) ?? info.last_step;
-  const asked = /^\d+:\d+$/.test(state.token ?? "") ? state.token.split(":").map(Number) : null;
+  const chosen = () => (/^\d+:\d+$/.test(state.token ?? "") ? state.token.split(":").map(Number) : null);
+  const asked = chosen();
   let row = asked ? Math.floor(asked[0] / ROWS) * ROWS : 0;
   let batch = null;
   let text = null;
@@ -29,6 +31,8 @@ export async function batchPage({ main, state, info, signal, frame }) {
   replace(main, h("div", { class: "page-batch" }, h("div", { class: "tensor-head" }, h("h1", {}, say("page.batch_at", { step })),
     stepChooser(info, step, (one) => go(altered({ step: one, token: null })))), content));
 
+  const moved = new Moved(info, step, signal);
+
   async function load() {
     batch = await get(ofRun(info.id, "batch"), { step, row, rows: ROWS }, signal);
     if (batch.state !== "ready") {
@@ -36,7 +40,7 @@ export async function batchPage({ main, state, info, signal, frame }) {
       return;
     }
     draw();
-    await chart.load(signal);
+    await Promise.all([chart.load(signal), chosen() && moved.show(...chosen())]);
   }
 
   function draw() {
@@ -47,29 +51,36 @@ export async function batchPage({ main, state, info, signal, frame }) {
       const [low, high] = batch.grad_range.map((n) => Math.log10(Math.max(n, 1e-30)));
       return v > 0 ? (Math.log10(v) - low) / (high - low || 1) : 0;
     };
+    const bad = { loss: new Set(batch.loss_not_finite.map((place) => place.join(":"))), grad: new Set(batch.grad_not_finite.map((place) => place.join(":"))) };
     const tell = (b, s) => {
       const at = b - batch.row;
+      const loss = batch.loss_per_token[at]?.[s] ?? null;
+      const shown = (number_, of) => bad[of].has(`${b}:${s}`) ? say("page.not_finite") : number(number_);
       replace(read, quoted(batch.pieces[at][s]), ` ${b}:${s} `, say("page.then"), " ", quoted(batch.target_pieces?.[at]?.[s] ?? ""), "  ",
-        say("page.token_loss", { value: number(batch.loss_per_token[at]?.[s] ?? null) }), "  ",
-        say("page.token_grad", { value: number(batch.grad_norm?.[at]?.[s] ?? null) }));
+        loss === null && !bad.loss.has(`${b}:${s}`) ? say("page.token_ignored") : say("page.token_loss", { value: shown(loss, "loss") }), "  ",
+        say("page.token_grad", { value: shown(batch.grad_norm?.[at]?.[s] ?? null, "grad") }));
     };
     text = new TokenText({ pieces: batch.pieces, first: batch.row, label: say("page.batch_text"),
-      paint: (b, s) => { const v = value(b, s); return v === null ? null : [by() === "grad" ? "accent" : "raise", place(v)]; },
-      told: tell, open: (b, s) => go(altered({ token: `${b}:${s}` }), { quietly: true }) });
+      paint: (b, s) => { const v = value(b, s); return bad[by()].has(`${b}:${s}`) ? ["alarm", 0] : v === null ? null : [by() === "grad" ? "accent" : "raise", place(v)]; },
+      told: tell, open: (b, s) => { go(altered({ token: `${b}:${s}` }), { quietly: true }); moved.show(b, s); } });
+    const finite = (value_) => (value_ === null ? h("span", { class: "alarm" }, say("page.not_finite")) : number(value_));
     const fact = (label, text_) => h("div", {}, h("dt", {}, label), h("dd", {}, text_));
     replace(content,
-      h("dl", { class: "fact-line" }, fact(say("page.loss"), number(batch.loss)),
-        fact(say("page.recorded"), h("span", {}, number(batch.recorded_loss), " ", batch.exact ? h("span", { class: "good" }, say("page.exact"))
+      h("dl", { class: "fact-line" }, fact(say("page.loss"), finite(batch.loss)),
+        fact(say("page.recorded"), h("span", {}, finite(batch.recorded_loss), " ", batch.exact ? h("span", { class: "good" }, say("page.exact"))
           : h("span", { class: "warning" }, say("page.inexact")))),
-        fact(say("page.norm"), number(batch.total_norm)),
+        fact(say("page.norm"), finite(batch.total_norm)),
         batch.clip === null || batch.clip === undefined ? null : fact(say("page.clip"), `× ${number(batch.clip)}`),
         fact(say("page.lr"), number(batch.lr)), fact(say("page.sequences_n"), `${batch.sequences} × ${batch.length}`)),
       chart.element,
       h("div", { class: "choice", role: "group", "aria-label": say("page.coloured_by") }, [["loss", say("page.by_loss")], ["grad", say("page.by_grad")]].map(([key, label]) =>
         h("button", { type: "button", "data-kind": key, "aria-pressed": String(key === by()), onclick: () => go(altered({ kind: key }), { quietly: true }) }, label))),
       h("p", { class: "caption" }, by() === "grad" ? say("page.by_grad_line") : say("page.by_loss_line")),
-      read, text.element, pager({ row: batch.row, rows: ROWS, sequences: batch.sequences, turn: (next) => { row = next; load(); } }));
-    if (asked && asked[0] >= batch.row && asked[0] < batch.row + ROWS) text.choose(...asked);
+      h("div", { class: "text-columns" },
+        h("div", {}, read, text.element, pager({ row: batch.row, rows: ROWS, sequences: batch.sequences, turn: (next) => { row = next; load(); } })),
+        moved.element));
+    const at = chosen();
+    if (at && at[0] >= batch.row && at[0] < batch.row + ROWS) text.choose(...at);
   }
 
   await load();

@@ -3,8 +3,8 @@
 import { get, ofRun } from "./api.js";
 import { Chart } from "./chart.js";
 import { h, replace } from "./dom.js";
-import { count, number, size } from "./number.js";
-import { notice, stateMark } from "./states.js";
+import { count, size } from "./number.js";
+import { lastLoss, notice, stateMark } from "./states.js";
 import { TimeAxis } from "./timeaxis.js";
 import { address, altered, go } from "./url.js";
 import { say } from "./words.js";
@@ -68,7 +68,7 @@ function table(infos) {
   const line = (label, cell) => h("tr", {}, h("th", { scope: "row" }, label), infos.map((info, k) => h("td", {}, cell(info, k))));
   return h("section", { class: "compare-table" }, h("h2", {}, say("page.differences")), h("div", { class: "scroll-x" }, h("table", {},
     h("thead", {}, h("tr", {}, h("td"), infos.map((info) => h("th", { scope: "col" }, h("a", { href: address({ run: info.id }) }, info.name))))),
-    h("tbody", {}, line(say("page.state"), stateMark), line(say("page.loss"), (info) => number(info.loss)), line(say("page.steps"), (info) => count(info.last_step)),
+    h("tbody", {}, line(say("page.state"), stateMark), line(say("page.loss"), lastLoss), line(say("page.steps"), (info) => count(info.last_step)),
       line(say("page.size"), (info) => size(info.numel)), line(say("page.alerts"), (info) => count(info.alert_count)),
       names.map((name) => line(h("span", { class: "mono" }, name), (info, k) => h("span", { class: "mono" }, configs[k][name] ?? "\u2013")))))),
   names.length ? null : h("p", { class: "quiet" }, say("page.no_differences")));

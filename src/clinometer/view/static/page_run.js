@@ -40,8 +40,8 @@ export async function runPage({ main, state, info, signal, frame, told, again })
   const heading = h("div", { class: "run-head" });
   const end = h("div");
   const zoomed = h("div", { class: "zoomed", "aria-live": "polite" });
-  const alertStrip = new AlertStrip(axis);
   const alertList = new AlertList(info.id);
+  const alertStrip = new AlertStrip(axis, alertList);
   const tensorAddress = (tensor, step = undefined) => address({ run: info.id, page: "tensor", tensor: tensor.name, step, stat: state.stat });
   const tree = new Tree({ tensors: info.tensors, filter: state.filter ?? "", address: (tensor) => tensorAddress(tensor),
     filtered: (text) => {
@@ -64,8 +64,8 @@ export async function runPage({ main, state, info, signal, frame, told, again })
     }
     replace(zoomed, axis.zoomed ? [say("page.zoomed", { first: count(axis.first), last: count(axis.last), of: count(info.last_step ?? 0) }), " ",
       h("button", { type: "button", onclick: () => axis.onZoom(null, null) }, say("page.whole_run")), " ", h("kbd", {}, "0")] : null);
-    alertStrip.show(info.alerts);
     alertList.show(info.alerts, known);
+    alertStrip.show(info.alerts);
   }
 
   async function loadMap() {
@@ -88,7 +88,7 @@ export async function runPage({ main, state, info, signal, frame, told, again })
   } else {
     replace(main, h("div", { class: "page-run" }, heading, end, strip, zoomed,
       h("div", { class: "run-columns" },
-        h("div", { class: "run-main" }, loss.element, map.element, alertStrip.element, ...[...small, ...noise].map((chart) => chart.element),
+        h("div", { class: "run-main" }, loss.element, map.element, alertStrip.element, alertStrip.panel, ...[...small, ...noise].map((chart) => chart.element),
           alertList.element, about(info)),
         tree.element)));
     tree.lay();

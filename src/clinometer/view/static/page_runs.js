@@ -5,7 +5,7 @@ import { h, replace } from "./dom.js";
 import { matcher } from "./groups.js";
 import { count, number, size } from "./number.js";
 import { drawSpark, sparkline } from "./spark.js";
-import { notice, stateMark } from "./states.js";
+import { lastLoss, notice, stateMark } from "./states.js";
 import { address, altered, go } from "./url.js";
 import { ago, clock, say } from "./words.js";
 
@@ -55,7 +55,7 @@ export async function runsPage({ main, state, signal }) {
     const speed = run.speed ?? run.steps_per_second;
     replace(cells.state, stateMark(run));
     replace(cells.steps, run.state === "empty" ? "\u2013" : count(run.last_step));
-    replace(cells.loss, number(run.loss));
+    replace(cells.loss, lastLoss(run));
     replace(cells.speed, speed === null || speed === undefined ? "\u2013"
       : `${number(speed)} ${run.speed ? say("page.tokens_s") : say("page.steps_s")}`);
     replace(cells.alerts, count(run.alert_count));

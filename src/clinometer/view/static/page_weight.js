@@ -47,7 +47,7 @@ export async function weightPage({ main, state, info, signal, frame }) {
       exp_avg: say("page.kind_exp_avg"), exp_avg_before: say("page.kind_exp_avg"), exp_avg_sq: say("page.v"), exp_avg_sq_before: say("page.v") };
     replace(entry, Object.entries(labels).filter(([key]) => values[key] !== undefined && values[key] !== null)
       .map(([key, label]) => h("div", { "data-entry": key }, h("dt", {}, label), h("dd", {}, signed(values[key])))));
-    replace(anatomy, answer.anatomy_text ? h("pre", {}, answer.anatomy_text) : null);
+    replace(anatomy, answer.anatomy_text ? h("pre", {}, answer.anatomy_text.split("\n").map((line) => h("span", { class: "line" }, line || " "))) : null);
     if (answer.state === "ready") replace(offer);
     else {
       replace(offer, replayOffer(info, { run: info.id, step, tensor: tensor.name, index, signal, done: async () => {
@@ -68,9 +68,9 @@ export async function weightPage({ main, state, info, signal, frame }) {
     const shown = new TokenText({ pieces: answer.pieces, first: answer.row, label: say("page.batch_text"),
       paint: (b, s) => {
         const value = share(b, s);
-        return value === null ? null : [value > 0 ? "raise" : "lower", Math.sqrt(Math.abs(value) / (largest || 1))];
+        return value === null ? ["alarm", 0] : [value > 0 ? "raise" : "lower", Math.sqrt(Math.abs(value) / (largest || 1))];
       },
-      told: (b, s) => replace(read, quoted(answer.pieces[b - answer.row]?.[s] ?? ""), ` ${b}:${s}  ${signed(share(b, s))}  `,
+      told: (b, s) => replace(read, quoted(answer.pieces[b - answer.row]?.[s] ?? ""), ` ${b}:${s}  ${share(b, s) === null ? say("page.not_finite") : signed(share(b, s))}  `,
         share(b, s) > 0 ? say("page.raises") : share(b, s) < 0 ? say("page.lowers") : ""),
       open: (b, s) => go(address({ run: info.id, page: "batch", step, token: `${b}:${s}` })) });
     const total = answer.attribution?.gradient;

@@ -1,6 +1,7 @@
 // What a page shows when it has nothing to show yet, nothing at all, or something broken.
 
 import { h } from "./dom.js";
+import { count, number } from "./number.js";
 import { ago, clock, say } from "./words.js";
 
 export function skeleton(...frames) {
@@ -29,6 +30,13 @@ const STATES = {
 export function stateMark(info) {
   return h("span", { class: `state ${info.state}`, title: info.since ? clock(info.since) : null },
     say(STATES[info.state]));
+}
+
+// A run's last loss; one that is not finite with the step where that began.
+export function lastLoss(run) {
+  const since = run.not_finite_since;
+  if (since === null || since === undefined) return number(run.loss);
+  return h("span", { class: "alarm" }, say("page.not_finite_at", { step: count(since) }));
 }
 
 // A run that has died says since when, and what to do.

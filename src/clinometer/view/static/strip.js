@@ -8,9 +8,10 @@ export function drawStrip(element, numbers) {
   replace(element, numbers.map((item) => {
     const spark = sparkline(112, 28);
     drawSpark(spark, item.spark ?? [], { ink: item.name === "alerts" && item.value ? "warning" : "accent" });
+    const broken = item.not_finite_since !== null && item.not_finite_since !== undefined;
     return h("div", { class: "strip-number", "data-number": item.name },
-      h("div", { class: "strip-label" }, item.label), h("div", { class: "strip-value" },
-        h("span", { class: item.name === "alerts" && item.value ? "warning" : null }, item.text ?? number(item.value)),
+      h("div", { class: "strip-label" }, item.label), h("div", { class: broken ? "strip-value broken" : "strip-value" },
+        h("span", { class: broken ? "alarm" : item.name === "alerts" && item.value ? "warning" : null }, item.text ?? number(item.value)),
         item.unit ? h("span", { class: "quiet small" }, " ", item.unit) : null), spark);
   }));
 }
