@@ -14,7 +14,7 @@ test: .venv/.installed-dev
 
 # Through every page in Chromium; here a missing browser is a failure and not a skip.
 browser: .venv/.installed-dev
-	CLINOMETER_REQUIRE_BROWSER=1 $(BIN)/python -m pytest -m browser tests/view
+	CLINOMETER_REQUIRE_BROWSER=1 $(BIN)/python -m pytest -m "browser and not soak" tests/view
 
 coverage: .venv/.installed-dev
 	$(BIN)/python -m pytest --cov --cov-report=term --cov-report=html
