@@ -7,8 +7,9 @@ import io
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -266,15 +267,25 @@ def demo(*, run: Path | None = None, quick: bool = False) -> int:
 @contextmanager
 def _page_beside() -> Iterator[Callable[[Path], None]]:
     """Gives what opens the microscope on a run in a process of its own; it stays until Ctrl-C."""
-    pages: list[subprocess.Popen[bytes]] = []
+    pages: list[subprocess.Popen[str]] = []
 
     def began(run: Path) -> None:
-        pages.append(subprocess.Popen([sys.executable, "-m", "clinometer", "view", str(run)]))
+        command = [sys.executable, "-m", "clinometer", "view", str(run)]
+        page = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+        pages.append(page)
+        assert page.stdout is not None
+        for line in page.stdout:  # its address, before the training's own line begins to move
+            print(line, end="", flush=True)
+            if "http" in line:
+                break
+        threading.Thread(target=page.stdout.read, daemon=True).start()
 
     try:
         yield began
-        for page in pages:
-            page.wait()
+        if pages and pages[0].poll() is None:
+            print(say("view.stop_with"), flush=True)
+            with suppress(KeyboardInterrupt):  # the training is done: to close the page is no failure
+                pages[0].wait()
     finally:
         for page in pages:
             page.terminate()

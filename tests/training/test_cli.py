@@ -1,11 +1,13 @@
 """The command line as a user meets it: what it says, its exit codes, and what it leaves behind."""
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 
 import pytest
 
@@ -275,3 +277,32 @@ def test_a_signal_writes_a_checkpoint_and_the_run_goes_on_from_it(tmp_path, corp
     step = int(re.search(r"Stopped at step ([\d,]+)", out)[1].replace(",", ""))
     assert checkpoint.step_of(checkpoint.checkpoints(run / "checkpoints")[-1]) == step
     assert "--resume" in out
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_the_page_opens_beside_the_training_and_stays_until_ctrl_c(tmp_path, corpus):
+    train = ["train", "--view", "--corpus", corpus, "--run", "run", "--training.steps=4", *SMALL]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "clinometer", *map(str, train)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "300", "BROWSER": "true"},
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    try:
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if line.startswith("Ctrl-C") and "Done:" in "".join(said):
+                break
+        address = re.search(r"(http://127\.0\.0\.1:\d+)/\?run=(\w+)", "".join(said))
+        assert address is not None, "".join(said)
+        with urllib.request.urlopen(f"{address[1]}/api/runs/{address[2]}") as answer:
+            run = json.load(answer)
+        assert (run["state"], run["last_step"], run["tensor_count"]) == ("done", 4, 12)
+    finally:
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to both
+        process.communicate(timeout=60)
+    assert process.returncode == 0

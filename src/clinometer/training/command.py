@@ -49,9 +49,7 @@ def train_command(
             console.print(say("train.interrupted_early", run=run), highlight=False)
         raise
     try:
-        if began is not None:
-            began(session.folder.path)
-        return run_session(session, display)
+        return run_session(session, display, began)
     except KeyboardInterrupt:  # the second one: it did not wait for the step in hand
         if saved := checkpoints(session.folder.checkpoints):
             path = session.folder.path
@@ -61,7 +59,7 @@ def train_command(
         session.close()
 
 
-def run_session(session: Session, display: RunDisplay) -> int:
+def run_session(session: Session, display: RunDisplay, began: Callable[[Path], None] | None = None) -> int:
     """Say what is about to happen, train, and say how it ended."""
     config, model, header = session.config, session.model.config, session.data.header
     path, steps = session.folder.path, config.training.steps
@@ -96,6 +94,9 @@ def run_session(session: Session, display: RunDisplay) -> int:
     if checkpoints(session.folder.checkpoints):
         display.notice("train.resumed", path=path, step=session.step, steps=steps)
 
+    record = open_record(session, display)
+    if began is not None:
+        began(path)
     display.begin(
         step=session.step,
         steps=steps,
@@ -103,8 +104,7 @@ def run_session(session: Session, display: RunDisplay) -> int:
         flops_per_token=model.flops_per_token(),
         peak=matmul_rate(torch.device(choices.device), choices.precision),
     )
-    before, began = session.step, time.perf_counter()
-    record = open_record(session, display)
+    before, started = session.step, time.perf_counter()
     try:
         outcome = train(session, display, record)
     except BaseException as error:
@@ -113,7 +113,7 @@ def run_session(session: Session, display: RunDisplay) -> int:
     finally:
         display.end()
     record.close(outcome)
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - started
     _say_outcome(session, display, outcome, seconds, (session.step - before) * tokens_per_step / seconds)
     return outcome.value
 
