@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from clinometer.gradients.closure import eagerly, evaluate, replay
-from clinometer.gradients.randomness import RandomState, same_random_numbers
+from clinometer.gradients.randomness import RandomState
 from clinometer.messages import InputError
 
 LOSS = torch.tensor(2.5)
@@ -91,20 +91,6 @@ def test_a_replay_draws_the_same_masks_every_time():
     again = replay(closure)
     assert again().item() == again().item() == again().item()
     assert evaluate(closure).item() != evaluate(closure).item()
-
-
-def test_blocks_of_same_random_numbers_draw_the_same_also_after_an_exception():
-    drawn = []
-
-    def draw_and_fail():
-        with same_random_numbers():
-            drawn.append((torch.rand(()).item(), random.random(), numpy.random.rand()))
-            raise RuntimeError
-
-    for _ in range(3):
-        with pytest.raises(RuntimeError):
-            draw_and_fail()
-    assert len(set(drawn)) == 1
 
 
 def test_a_random_state_can_be_restored_more_than_once():

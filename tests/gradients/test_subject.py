@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from clinometer.gradients.subject import Subject, UnknownName, clean_name, named_tensors
+from clinometer.gradients.subject import Subject, UnknownName, clean_name
 from clinometer.messages import InputError
 
 
@@ -28,17 +28,17 @@ def test_a_module_a_mapping_and_pairs_give_the_same_tensors_in_their_order():
     for params in (model, dict(model.named_parameters()), model.named_parameters(), model._parameters | {}):
         if not params:
             continue
-        tensors = named_tensors(params)
+        tensors = Subject.of(params).tensors
         assert list(tensors) == names
         assert tensors["2.weight"] is model[2].weight
     reverse = dict(reversed(list(model.named_parameters())))
-    assert list(named_tensors(reverse)) == names[::-1]
+    assert list(Subject.of(reverse).tensors) == names[::-1]
     assert Subject.of(model).size == 6 + 3 + 3 + 1
 
 
 def test_bare_tensors_are_numbered():
     model = nn.Linear(2, 2)
-    assert list(named_tensors(model.parameters())) == ["0", "1"]
+    assert list(Subject.of(model.parameters()).tensors) == ["0", "1"]
 
 
 def test_a_subject_is_taken_as_it_is():
@@ -59,7 +59,7 @@ def test_a_tied_tensor_is_one_subject_under_its_first_name():
 def test_one_name_for_two_tensors_is_refused_and_for_one_tensor_is_not():
     a, b = torch.ones(1), torch.ones(1)
     assert key_of([("w", a), ("w", b)]) == "same_name"
-    assert list(named_tensors([("w", a), ("w", a)])) == ["w"]
+    assert list(Subject.of([("w", a), ("w", a)]).tensors) == ["w"]
     assert Subject.of([("w", a), ("w", a)]).aliases == {}
 
 
@@ -112,7 +112,7 @@ def test_prefixes_of_wrappers_are_stripped_and_the_eager_module_is_found():
 
 def test_a_compiled_part_makes_the_whole_compiled():
     model = nn.Sequential(torch.compile(nn.Linear(2, 2)), nn.ReLU())
-    assert list(named_tensors(model)) == ["0.weight", "0.bias"]
+    assert list(Subject.of(model).tensors) == ["0.weight", "0.bias"]
     assert Subject.of(model).compiled
     in_place = nn.Linear(2, 2)
     assert not Subject.of(in_place).compiled
@@ -123,29 +123,21 @@ def test_a_compiled_part_makes_the_whole_compiled():
 def test_a_child_that_is_merely_called_module_keeps_its_name():
     outer = nn.Module()
     outer.module = nn.Linear(2, 2)
-    assert list(named_tensors(outer)) == ["module.weight", "module.bias"]
-    assert list(named_tensors(dict(outer.named_parameters()))) == ["module.weight", "module.bias"]
+    assert list(Subject.of(outer).tensors) == ["module.weight", "module.bias"]
+    assert list(Subject.of(dict(outer.named_parameters())).tensors) == ["module.weight", "module.bias"]
     assert clean_name("a._orig_mod.b._checkpoint_wrapped_module.w") == "a.b.w"
 
 
 def test_names_that_would_become_one_stay_apart():
     a, b = torch.ones(1), torch.zeros(1)
-    tensors = named_tensors({"w": a, "_orig_mod.w": b})
+    tensors = Subject.of({"w": a, "_orig_mod.w": b}).tensors
     assert list(tensors) == ["w", "_orig_mod.w"]
     assert tensors["_orig_mod.w"] is b
 
 
 def test_a_scripted_module_is_a_subject():
     scripted = torch.jit.script(nn.Linear(2, 2))
-    assert list(named_tensors(scripted)) == ["weight", "bias"]
-
-
-def test_the_path_of_the_owner_leaves_parametrizations_out():
-    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
-    subject = Subject.of(model)
-    assert subject.module_path_of("0.parametrizations.weight.original0") == "0"
-    assert subject.module_path_of("0.bias") == "0"
-    assert Subject.of(nn.Linear(1, 1)).module_path_of("weight") == ""
+    assert list(Subject.of(scripted).tensors) == ["weight", "bias"]
 
 
 def test_an_unknown_name_is_a_key_error_that_names_the_nearest():

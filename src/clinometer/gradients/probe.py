@@ -17,8 +17,6 @@ from clinometer.gradients.forward_mode import ForwardMode, by_forward_mode
 from clinometer.gradients.graph import Graph
 from clinometer.messages import InputError
 
-Mask = Callable[[Tensor], Tensor]
-
 
 class NotRepeatable(Exception):
     """Two runs at the same point gave two values."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,16 +33,6 @@ class RandomState:
         random.setstate(self._python)
         if self._numpy is not None and (numpy := _numpy()):
             numpy.random.set_state(self._numpy)
-
-
-@contextmanager
-def same_random_numbers() -> Iterator[None]:
-    """Blocks that follow each other draw the same numbers: each puts the generators back where it began."""
-    state = RandomState()
-    try:
-        yield
-    finally:
-        state.restore()
 
 
 def _numpy() -> Any:

@@ -106,21 +106,11 @@ class Subject:
             raise UnknownName(name, self.tensors)
         return found
 
-    def module_path_of(self, name: str) -> str:
-        """The dotted path of the module that holds a tensor; "" for the module itself."""
-        parts = self.name_of(name).split(".")[:-1]
-        return ".".join(parts[: parts.index("parametrizations")] if "parametrizations" in parts else parts)
-
     def module_paths(self) -> dict[nn.Module, str]:
         """Every module and its dotted path, without wrappers' prefixes; empty when none was given."""
         if self.module is None:
             return {}
         return {m: clean_name(path, self.module) for path, m in self.module.named_modules()}
-
-
-def named_tensors(params: Any) -> dict[str, Tensor]:
-    """The tensors `params` means, by name, tied ones once; raises what `Subject.of` raises."""
-    return Subject.of(params).tensors
 
 
 def clean_name(raw: str, module: nn.Module | None = None) -> str:

@@ -60,9 +60,6 @@ class OfWeight(NamedTuple):
     update_norm: float
 
 
-NO_GRADIENT = OfGradient(math.nan, math.nan, math.nan, math.nan, math.nan, math.nan)
-
-
 class Scratch:
     """Room for one piece in each precision, made once."""
 

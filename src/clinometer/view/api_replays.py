@@ -14,14 +14,14 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from clinometer.record.reader import RunFile
-from clinometer.record.replays import Replay, replayed_steps
+from clinometer.record.replays import KINDS, Replay, replayed_steps
 from clinometer.view.answers import json_answer
 from clinometer.view.calls import Call, route
 from clinometer.view.errors import ApiError
 from clinometer.view.figures.batch import matrix as as_matrix
 from clinometer.view.figures.style import packed
 from clinometer.view.figures.weight import pinned_row
-from clinometer.view.query import LAST_STEP, MATRIX_KINDS, Query
+from clinometer.view.query import LAST_STEP, Query
 from clinometer.view.replaying import Replays
 
 MAX_BODY = 4_096
@@ -62,7 +62,7 @@ def matrix(call: Call) -> Any:
     try:
         found = replay.matrix(
             tensor["name"],
-            query.choice("kind", MATRIX_KINDS, "grad"),
+            query.choice("kind", KINDS, "grad"),
             query.range("rows"),
             query.range("cols"),
             query.whole("height", 1, MAX_SIDE, 256) or 256,

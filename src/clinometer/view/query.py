@@ -11,8 +11,6 @@ from clinometer.view.errors import ApiError
 
 LAST_STEP = 2**53
 """JavaScript counts no further."""
-STATISTIC_NAMES = 64
-MATRIX_KINDS = ("grad", "weight", "update", "exp_avg", "exp_avg_sq")
 HISTOGRAM_KINDS = ("grad", "weight", "update")
 
 
