@@ -158,6 +158,17 @@ def test_a_step_that_is_not_taken_is_there_and_marked(config, tmp_path):
     assert file.info()["last_step"] == 20
 
 
+def test_the_batch_that_is_not_finite_is_diagnosed_and_changes_no_bit(corpus, tmp_path):
+    for every in (0, 1):
+        config = small_config(corpus, micro_batch_size=2, watch_every=every)
+        run(config, tmp_path / f"run{every}", spoil={3})
+    (report,) = RunFile.open(tmp_path / "run1").events("report")
+    assert report["step"] in (3, 4)  # in the middle of the fourth
+    assert "result * value" in report["data"]["text"]["en"]
+    a, b = final_bits(tmp_path / "run0"), final_bits(tmp_path / "run1")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 @pytest.mark.parametrize("kind", ["adamw", "sgd", "clipped"])
 def test_the_replayed_steps_pinned_weights_are_the_live_ones_bit_for_bit(corpus, tmp_path, kind):
     config = replace(small_config(corpus, micro_batch_size=2), optim=KINDS[kind])

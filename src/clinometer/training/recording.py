@@ -6,6 +6,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from clinometer.gradients.report import Result
 from clinometer.messages import InputError
 from clinometer.monitoring.alerts import render
@@ -14,7 +17,7 @@ from clinometer.monitoring.watcher import watch
 from clinometer.record.reader import RunFile
 from clinometer.record.recorder import Recorder
 from clinometer.record.schema import FILE_NAME
-from clinometer.training.loop import Display, Outcome, Record
+from clinometer.training.loop import Display, Outcome, Record, batch_of
 from clinometer.training.prepare import Session
 
 PINNED = ("attn.q_proj", "attn.v_proj", "attn.output_proj", "ffn.w1", "ffn.w2")
@@ -63,6 +66,7 @@ class Recording(Record):
         )
         self.watch.step = session.step
         self.watch.on_alert = self._show
+        self.watch.closure = self._loss_in_hand
         layer = config.model.num_layers // 2
         for kind in PINNED:
             self.watch.pin(f"layers.{layer}.{kind}.weight", (0, 0))
@@ -89,6 +93,19 @@ class Recording(Record):
 
     def close(self, outcome: Outcome | None) -> None:
         self.watch.close("failed" if outcome is None else _STATES[outcome])
+
+    def _loss_in_hand(self) -> Tensor:
+        """The loss of the step that is being taken, for a diagnosis: of its first part that is not finite."""
+        session, size = self._session, self._session.config.micro_batch_size
+        token_ids, targets = batch_of(session, session.step)
+        parts = list(zip(token_ids.split(size), targets.split(size), strict=True))
+        with session.choices.autocast():
+            for part in parts[:-1]:
+                with torch.no_grad():
+                    finite = bool(torch.isfinite(session.model.loss(*part)))
+                if not finite:
+                    return session.model.loss(*part)
+            return session.model.loss(*parts[-1])
 
     def _show(self, alert: dict[str, Any]) -> None:
         if alert["until"] is None and alert["id"] not in self._shown:
