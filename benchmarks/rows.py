@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-UNITS = ("s", "ms", "µs", "tokens/s", "MB/s", "GB/s", "TFLOP/s", "GB", "MB", "loss", "exponent", "cores")
+from benchmarks.catalogue import catalogue
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +52,13 @@ class Row:
     points: tuple[tuple[float, float], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.unit not in UNITS:
-            raise ValueError(f"{self.name}: the unit {self.unit!r} is none of {', '.join(UNITS)}")
+        entry = catalogue().get(self.name)
+        if entry is None:
+            raise ValueError(f"{self.name!r} is no row of benchmarks/catalogue.toml")
+        if self.unit != entry.unit:
+            raise ValueError(f"{self.name} is kept in {entry.unit}, not in {self.unit}")
+        if self.ratio is None and entry.shown != "own":
+            raise ValueError(f"{self.name} is judged by its ratio, and has none")
         if (self.theirs is None) != (not self.peer):
             raise ValueError(f"{self.name}: a peer's name and its figure come together")
         if self.rounds < 1:

@@ -26,31 +26,34 @@ def test_rounds_that_do_not_pair_up_are_refused():
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"unit": "furlongs"},
-        {"unit": "s", "peer": "torch"},
-        {"unit": "s", "theirs": 1.0},
-        {"unit": "s", "rounds": 0},
+        {"name": "no-such-row", "unit": "s"},
+        {"name": "record", "unit": "s"},
+        {"name": "adamw-20m", "unit": "s"},
+        {"name": "record", "unit": "µs", "peer": "SQLite"},
+        {"name": "record", "unit": "µs", "theirs": 1.0},
+        {"name": "record", "unit": "µs", "rounds": 0},
     ],
+    ids=["unknown", "another unit", "no ratio", "a peer without a figure", "a figure of nobody", "no round"],
 )
 def test_a_row_that_says_too_little_is_refused(wrong):
-    with pytest.raises(ValueError):
-        rows.Row(name="adamw-20m", ours=1.0, **wrong)
+    with pytest.raises(ValueError, match=r"."):
+        rows.Row(ours=1.0, **wrong)
 
 
 def test_one_benchmark_repeated_alone_leaves_the_other_rows(tmp_path):
     file = tmp_path / "machine.json"
-    rows.keep(file, [rows.alone("record", [41e-6, 43e-6, 42e-6], "s")])
+    rows.keep(file, [rows.alone("record", [41.0, 43.0, 42.0], "µs")])
     rows.keep(file, [rows.paired("adamw-20m", "torch", [1.0], [2.0], "s")])
     rows.keep(file, [rows.paired("adamw-20m", "torch", [3.0], [4.0], "s")])
     kept = rows.read(file)["rows"]
-    assert kept["record"]["ours"] == 42e-6
+    assert kept["record"]["ours"] == 42.0
     assert kept["adamw-20m"]["ratio"] == 0.75
     assert {"date", "commit", "command", "torch"} <= kept["adamw-20m"].keys()
 
 
 def test_what_is_missing_is_named_and_takes_no_figure_away(tmp_path, capsys):
     file = tmp_path / "machine.json"
-    rows.keep(file, [rows.alone("record", [1.0], "s")], missing={"watch-large-cockpit": "Cockpit"})
+    rows.keep(file, [rows.alone("record", [1.0], "µs")], missing={"watch-large-cockpit": "Cockpit"})
     rows.keep(file, missing={"record": "numpy"})
     kept = rows.read(file)
     assert kept["missing"] == {"watch-large-cockpit": "Cockpit"}
@@ -62,17 +65,17 @@ def test_what_is_missing_is_named_and_takes_no_figure_away(tmp_path, capsys):
 
 def test_a_file_of_another_machine_is_refused_and_left_as_it_was(tmp_path):
     file = tmp_path / "machine.json"
-    rows.keep(file, [rows.alone("record", [1.0], "s")])
+    rows.keep(file, [rows.alone("record", [1.0], "µs")])
     other = rows.read(file)
     other["machine"]["processor"] = "Abacus"
     rows.write(file, other)
     with pytest.raises(SystemExit, match="Abacus"):
-        rows.keep(file, [rows.alone("record", [2.0], "s")])
+        rows.keep(file, [rows.alone("record", [2.0], "µs")])
     assert rows.read(file) == other
 
 
 def test_without_a_file_nothing_is_kept_and_what_is_missing_is_still_said(capsys):
-    rows.keep(None, [rows.alone("record", [1.0], "s")], missing={"loss-cold": "nanoGPT"})
+    rows.keep(None, [rows.alone("record", [1.0], "µs")], missing={"loss-cold": "nanoGPT"})
     assert "loss-cold (nanoGPT is missing)" in capsys.readouterr().out
 
 
@@ -88,8 +91,16 @@ def test_points_come_back_and_stand_on_one_line_each(tmp_path):
 
 def test_the_command_says_no_path_of_this_machine():
     said = rows.command(
-        ["/somewhere/benchmarks/training.py", "--nanogpt", "/home/me/nanoGPT", "--text=/tmp/x.txt"]
-        + ["--rounds", "2", "--json", "/tmp/rows.json"]
+        [
+            "/a/benchmarks/training.py",
+            "--nanogpt",
+            "/b/nanoGPT",
+            "--text=/c/x.txt",
+            "--rounds",
+            "2",
+            "--json",
+            "d",
+        ]
     )
     assert said == "python -m benchmarks.training --nanogpt PATH --text=PATH --rounds 2"
     assert (
