@@ -2,9 +2,9 @@
 
     python -m benchmarks [--nanogpt DIR] [--text FILE] [--only watching,training] [--quick] [--publish]
 
-Rows are kept in benchmarks/results, a file a machine. The pages (docs/*/performance.md, the READMEs) speak of the
-published machine: run there, they are written anew; elsewhere only with --publish. --quick takes few rounds, to
-see that everything runs: its figures mean little and go to build/bench.
+Rows are kept in benchmarks/results, a file a machine. The pages (docs/*/performance.md, the READMEs) speak of
+the published machine: run there, they are written anew; elsewhere only with --publish. --quick takes few
+rounds, to see that everything runs: its figures mean little and go to build/bench.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Commands = list[list[str]]
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """One module, the minutes it took on two cores, and what it is called with, in full and in the quick form.
+    """One module, the minutes it took on two cores, and what it is called with, in full and quick.
 
     `needs` are the options without which nothing of it can run.
     """
@@ -44,6 +44,8 @@ def _training(given: argparse.Namespace, *more: str) -> list[str]:
 def _text(given: argparse.Namespace) -> list[str]:
     return ["--text", str(given.text)] if given.text else []
 
+
+_WATCHERS = ["--wandb", "--tensorboard", "--cockpit"]
 
 BENCHMARKS = [
     Benchmark(
@@ -67,8 +69,11 @@ BENCHMARKS = [
     Benchmark(
         name="watching",
         minutes=3,
-        full=lambda given: [["--shape", "small", "--rounds", "96"], ["--shape", "large", "--rounds", "16"]],
-        quick=lambda given: [["--shape", "small", "--rounds", "4"]],
+        full=lambda given: [
+            ["--shape", "small", "--rounds", "96", *_WATCHERS],
+            ["--shape", "large", "--rounds", "16", *_WATCHERS],
+        ],
+        quick=lambda given: [["--shape", "small", "--rounds", "4", *_WATCHERS]],
     ),
     Benchmark(
         name="diagnosis",
@@ -116,7 +121,9 @@ def main() -> int:
     )
     names = [benchmark.name for benchmark in BENCHMARKS]
     parser.add_argument("--nanogpt", type=Path, help="a checkout of karpathy/nanoGPT")
-    parser.add_argument("--text", type=Path, help="tinyshakespeare's input.txt, for training and the tokenizer")
+    parser.add_argument(
+        "--text", type=Path, help="tinyshakespeare's input.txt, for training and the tokenizer"
+    )
     parser.add_argument("--only", default="", help=f"of {', '.join(names)}, those")
     parser.add_argument("--quick", action="store_true", help="a few rounds of each, kept apart")
     parser.add_argument("--publish", action="store_true", help="let the pages speak of this machine")
@@ -173,7 +180,9 @@ def publish(kept: dict, results: Path, here: bool) -> None:
         (table.RESULTS / "published").write_text(f"{results.name}\n", encoding="utf-8")
     if table.published() != results:
         other = rows.identity(rows.read(table.published())["machine"])
-        print(f"The pages stay: they speak of {other}. --publish (make bench PUBLISH=1) lets them speak of this one.")
+        print(
+            f"The pages stay: they speak of {other}. PUBLISH=1 (--publish) lets them speak of this machine."
+        )
         return
     for path in table.write_pages(kept):
         print(f"written: {path.relative_to(table.ROOT)}")

@@ -1,4 +1,4 @@
-"""Which rows there are and what was asked for (`catalogue.toml`), and the words around them (`words.toml`)."""
+"""Which rows there are and what was asked for (`catalogue.toml`), and the words around (`words.toml`)."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Entry:
         return self.at_most if self.at_most is not None else self.at_least
 
     def reached(self, row: Mapping[str, Any]) -> bool | None:
-        """Whether the row's own figure, not its rounded form, is within the target; None where none was set."""
+        """Whether the figure itself, not its rounded form, is within the target; None where none was set."""
         value = row["ours"] if self.shown == "own" else row["ratio"]
         if self.at_most is not None:
             return value <= self.at_most

@@ -12,12 +12,14 @@ from __future__ import annotations
 import argparse
 import platform
 import resource
+import statistics
 import time
 import warnings
 
 import torch
 from torch import Tensor
 
+from benchmarks import rows
 from clinometer.gradients.check import check_gradients
 from clinometer.lm.config import TransformerConfig
 from clinometer.lm.functional import cross_entropy, transformer_lm
@@ -81,19 +83,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--gpt2", action="store_true")
     parser.add_argument("--only", choices=["small", "10m", "gpt2"])
+    parser.add_argument("--rounds", type=int, default=2, help="of the small model, both sides taking turns")
+    rows.options(parser)
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}")
     if args.only in (None, "small"):
         small = {"vocab_size": 62, "d_model": 16, "num_layers": 3, "num_heads": 2, "d_ff": 17}
         assert sum(p.numel() for p in model_and_closure(16, **small)[0].parameters()) == 7_616
-        one = ours("check_gradients", 16, **small)
-        fast = gradcheck("gradcheck, fast mode", True, 16, **small)
-        slow = gradcheck("gradcheck, slow mode", False, 16, **small)
-        print(f"gradcheck took {fast / one:.2f} × (fast) and {slow / one:.2f} × (slow) the time")
+        one, fast, slow = [], [], []
+        for _ in range(args.rounds):
+            one.append(ours("check_gradients", 16, **small))
+            fast.append(gradcheck("gradcheck, fast mode", True, 16, **small))
+            slow.append(gradcheck("gradcheck, slow mode", False, 16, **small))
+        a, b, c = map(statistics.median, (one, fast, slow))
+        print(f"gradcheck took {b / a:.2f} × (fast) and {c / a:.2f} × (slow) the time")
+        rows.keep(args.json, [rows.paired("check-small", "gradcheck, slow mode", one, slow, "s")])
     if args.only in (None, "10m"):
         ours("10 M", 32, vocab_size=8_192, d_model=256, num_layers=8, num_heads=8, d_ff=684)
     if args.gpt2 or args.only == "gpt2":
-        ours("GPT-2's size", 32, vocab_size=50_257, d_model=768, num_layers=12, num_heads=12, d_ff=2_048)
+        seconds = ours(
+            "GPT-2's size", 32, vocab_size=50_257, d_model=768, num_layers=12, num_heads=12, d_ff=2_048
+        )
+        peak = peak_gib() * 2**30 / 1e9
+        kept = [rows.alone("check-gpt2", [seconds], "s"), rows.alone("check-gpt2-memory", [peak], "GB")]
+        rows.keep(args.json, kept)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """What a diagnosis costs, in training steps and in memory of the same model: diagnose() against one step.
 
-    python benchmarks/diagnosis.py [--width 768] [--layers 12]
+    python -m benchmarks.diagnosis [--width 768] [--layers 12] [--rounds 3]
 
-Each side runs in a process of its own, because a peak of memory is a property of a process. The step is
-forward, backward and torch's fused AdamW, whose state it therefore holds; the diagnosis is given that
+Each side runs in processes of its own, because a peak of memory is a property of a process; they take turns. The
+step is forward, backward and torch's fused AdamW, whose state it therefore holds; the diagnosis is given that
 optimizer too when `--optimizer` is set.
 """
 
@@ -18,6 +18,7 @@ import time
 
 import torch
 
+from benchmarks import rows
 from clinometer.lm.config import TransformerConfig
 from clinometer.lm.functional import cross_entropy
 from clinometer.lm.model import TransformerLM
@@ -32,25 +33,36 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--optimizer", action="store_true")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="of both sides, taking turns")
+    rows.options(parser)
     parser.add_argument("--side", choices=["step", "diagnose"])
     options = parser.parse_args()
     if options.side:
         seconds, peak, parameters = run(options)
         print(f"{seconds} {peak} {parameters}")
         return
-    results = {}
-    for side in ("step", "diagnose"):
-        command = [sys.executable, *sys.argv, "--side", side]
-        seconds, peak, parameters = subprocess.run(
-            command, check=True, capture_output=True, text=True
-        ).stdout.split()
-        results[side] = float(seconds), float(peak), int(parameters)
-        size = f"{int(parameters):,} parameters"
-        print(f"{side:<9} {float(seconds):6.2f} s   peak {float(peak):7.0f} MB   {size}")
-    time_ratio = results["diagnose"][0] / results["step"][0]
-    peak_ratio = results["diagnose"][1] / results["step"][1]
-    print(f"a diagnosis costs {time_ratio:.2f} steps and {peak_ratio:.2f} of a step's peak memory")
+    command = [sys.executable, "-m", "benchmarks.diagnosis", *sys.argv[1:]]
+    sides: dict[str, list[tuple[float, float]]] = {"step": [], "diagnose": []}
+    parameters = "0"
+    for _ in range(options.rounds):
+        for side, found in sides.items():
+            done = subprocess.run([*command, "--side", side], check=True, capture_output=True, text=True)
+            seconds, peak, parameters = done.stdout.split()
+            found.append((float(seconds), float(peak)))
+    print(f"{int(parameters):,} parameters, medians of {options.rounds} rounds of {options.repeat}")
+    times = {side: [seconds for seconds, _ in found] for side, found in sides.items()}
+    peaks = {side: [peak / 1000 for _, peak in found] for side, found in sides.items()}
+    for side in sides:
+        seconds, peak = statistics.median(times[side]), statistics.median(peaks[side])
+        print(f"{side:<9} {seconds:6.2f} s   peak {peak:6.2f} GB")
+    time_row = rows.paired("diagnose-gpt2", "one training step", times["diagnose"], times["step"], "s")
+    peak_row = rows.paired(
+        "diagnose-gpt2-memory", "one training step", peaks["diagnose"], peaks["step"], "GB"
+    )
+    print(f"a diagnosis costs {time_row.ratio:.2f} steps and {peak_row.ratio:.2f} of a step's peak memory")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s)")
+    if int(parameters) > 100e6:
+        rows.keep(options.json, [time_row, peak_row])
 
 
 def run(options: argparse.Namespace) -> tuple[float, float, int]:
@@ -96,7 +108,7 @@ def run(options: argparse.Namespace) -> tuple[float, float, int]:
         begun = time.perf_counter()
         work()
         times.append(time.perf_counter() - begun)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
     return statistics.median(times), peak, sum(p.numel() for p in model.parameters())
 
 

@@ -23,6 +23,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from torch import Tensor
 
+from benchmarks import rows
 from clinometer.lm.config import TransformerConfig
 from clinometer.lm.export import export_llama
 from clinometer.lm.generate import generate
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--batches", default="1,32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    rows.options(parser)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
 
@@ -76,16 +78,22 @@ def main() -> None:
         if batch == 1:  # uncached, a batch of 32 takes minutes a run
             others["uncached"] = uncached
         for name, other in others.items():
-            fast, slow = compare(cached, other, prompt, given.tokens, given.rounds)
+            times = compare(cached, other, prompt, given.tokens, given.rounds)
+            fast, slow = map(statistics.median, times)
             made = batch * given.tokens
             print(
                 f"{batch:>5}  {made / fast:>16,.0f}  {name:>12} {made / slow:>9,.0f}   {slow / fast:.2f}×",
                 flush=True,
             )
+            if name == "transformers" and batch in (1, 32):
+                ours, theirs = ([made / seconds for seconds in one] for one in times)
+                rows.keep(given.json, [rows.paired(f"generation-{batch}", name, ours, theirs, "tokens/s")])
 
 
-def compare(first: Side, second: Side, prompt: Tensor, count: int, rounds: int) -> tuple[float, float]:
-    """Median seconds of each, alternating; both must make the same tokens."""
+def compare(
+    first: Side, second: Side, prompt: Tensor, count: int, rounds: int
+) -> tuple[list[float], list[float]]:
+    """Seconds of each in each round, alternating; both must make the same tokens."""
     times: tuple[list[float], list[float]] = ([], [])
     for side in (first, second):
         side(prompt, 8)  # first calls choose kernels
@@ -97,7 +105,7 @@ def compare(first: Side, second: Side, prompt: Tensor, count: int, rounds: int) 
             kept.append(time.perf_counter() - begin)
         if not torch.equal(made[0], made[1]):
             raise SystemExit("the two sides made different tokens: nothing to compare")
-    return statistics.median(times[0]), statistics.median(times[1])
+    return times
 
 
 def machine() -> str:

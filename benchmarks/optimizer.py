@@ -16,11 +16,13 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import rows
 from clinometer.optim.adamw import AdamW
 from clinometer.optim.clipping import gradient_norms
 
 _BYTES_OF_A_STEP = 28
 _BYTES_OF_A_NORM = 4
+_ROWS = {20_000_000: "adamw-20m", 124_000_000: "adamw-124m"}
 
 
 def language_model(parameters: float) -> list[torch.nn.Parameter]:
@@ -72,11 +74,13 @@ def machine() -> str:
     return f"{processor}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-def copy_bandwidth(rounds: int) -> float:
-    """Bytes per second, read and written, of copying 80 MB."""
-    source, target = torch.ones(20_000_000), torch.empty(20_000_000)
-    times = interleaved({"copy": lambda: target.copy_(source)}, rounds)["copy"]
-    return 2 * 4 * source.numel() / statistics.median(times)
+_COPIED = 20_000_000
+
+
+def copying() -> Callable[[], object]:
+    """Copies 80 MB: reads and writes 160 MB."""
+    source, target = torch.ones(_COPIED), torch.empty(_COPIED)
+    return lambda: target.copy_(source)
 
 
 def main() -> None:
@@ -84,21 +88,33 @@ def main() -> None:
     parser.add_argument("--params", type=float, default=20e6)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--slow-rounds", type=int, default=5, help="rounds with the single-tensor forms")
+    rows.options(parser)
     arguments = parser.parse_args()
 
     weights = language_model(arguments.params)
     count = sum(weight.numel() for weight in weights)
     print(machine())
-    bandwidth = copy_bandwidth(arguments.rounds) / 1e9
-    print(f"{count / 1e6:.1f} M parameters in {len(weights)} tensors; copy {bandwidth:.1f} GB/s\n")
-
     steps: dict[str, Callable[[], object]] = {
         "clinometer AdamW": AdamW(weights).step,
         "torch AdamW fused": torch.optim.AdamW(weights, fused=True).step,
         "torch AdamW foreach": torch.optim.AdamW(weights, foreach=True).step,
     }
     traffic = _BYTES_OF_A_STEP * count
-    print(table("one step", interleaved(steps, arguments.rounds), "torch AdamW fused", traffic), "\n")
+    taken = interleaved({**steps, "copy": copying()}, arguments.rounds)
+    copied = [2 * 4 * _COPIED / seconds / 1e9 for seconds in taken.pop("copy")]
+    copy = statistics.median(copied)
+    print(f"{count / 1e6:.1f} M parameters in {len(weights)} tensors; copy {copy:.1f} GB/s\n")
+    print(table("one step", taken, "torch AdamW fused", traffic), "\n")
+    if name := _ROWS.get(round(arguments.params)):
+        ours, peer = taken["clinometer AdamW"], taken["torch AdamW fused"]
+        moved = [traffic / seconds / 1e9 for seconds in ours]
+        rows.keep(
+            arguments.json,
+            [
+                rows.paired(name, "torch AdamW fused", ours, peer, "s"),
+                rows.paired(f"{name}-bandwidth", "copying 80 MB", moved, copied, "GB/s"),
+            ],
+        )
 
     slow: dict[str, Callable[[], object]] = {
         "clinometer AdamW, reference": AdamW(weights, fused=False).step,

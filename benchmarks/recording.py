@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from tests.record.synthetic import KINDS, synthetic, tensor_list
 
+from benchmarks import rows as kept_rows
 from benchmarks.optimizer import machine
 from clinometer.record.reader import RunFile
 from clinometer.record.recorder import Recorder
@@ -34,7 +35,8 @@ def bare(path: Path, statement: str) -> sqlite3.Connection:
     return connection
 
 
-def writing(steps: int) -> None:
+def writing(steps: int) -> dict[str, list[float]]:
+    """Seconds of each step of each contender."""
     tensors = tensor_list(43)[:300]
     rows = np.random.default_rng(0).random((64, len(tensors), 8), dtype=np.float32)
     with tempfile.TemporaryDirectory() as folder:
@@ -77,6 +79,7 @@ def writing(steps: int) -> None:
         p50, p99 = np.percentile(wall[name], [50, 99]) * 1e6
         mean, busy = np.mean(wall[name]) * 1e6, np.array(cpu[name]) * 1e6
         print(f"{name:<30}{p50:>8.0f}{p99:>8.0f}{mean:>8.0f}{np.median(busy):>9.0f}{busy.mean():>9.0f}")
+    return wall
 
 
 def questions(run: RunFile, steps: int) -> dict[str, Callable[[], object]]:
@@ -128,9 +131,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--full", action="store_true", help="read a run of 100,000 steps (1.3 GB)")
     parser.add_argument("--steps", type=int, default=4000, help="steps to write")
+    kept_rows.options(parser)
     given = parser.parse_args()
     print(machine())
-    writing(given.steps)
+    wall = writing(given.steps)
+    ours, bare_insert = ([1e6 * s for s in wall[name]] for name in ("Recorder.step", "one bare insert"))
+    kept_rows.keep(given.json, [kept_rows.paired("record", "one bare insert", ours, bare_insert, "µs")])
     steps = 100_000 if given.full else 10_000
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()

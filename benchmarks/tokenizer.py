@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import rows
 from clinometer.text.corpus import END_OF_TEXT, open_corpus
 from clinometer.text.encoding import encode_corpus
 from clinometer.text.tokenizer import train_bpe
@@ -30,6 +31,7 @@ def main() -> None:
     )
     parser.add_argument("--vocab-size", type=int, default=8192)
     parser.add_argument("--rounds", type=int, default=3)
+    rows.options(parser)
     options = parser.parse_args()
 
     import tiktoken
@@ -98,6 +100,12 @@ def main() -> None:
         print(
             f"{name:28} {value:7.2f} s   {megabytes / value:6.2f} MB/s   ours: {value / ours:5.2f} × as fast"
         )
+    kept = []
+    for work in ("training", "encoding"):
+        peers = [name for name in median if name.startswith(work) and not name.endswith("ours")]
+        best = min(peers, key=lambda name: median[name])
+        kept.append(rows.paired(f"tokenizer-{work}", best, seconds[f"{work}, ours"], seconds[best], "s"))
+    rows.keep(options.json, kept)
     # A document cut in two by the split, or a word by it, may cost ours a token more.
     print("tokens:", ", ".join(f"{name} {count:,}" for name, count in ids.items()))
 

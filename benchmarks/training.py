@@ -24,6 +24,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks import rows
+
 TARGET = 1.8857
 NANOGPT_COMMAND = (
     "train.py config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 "
@@ -60,19 +62,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--only", default="loss,speed,memory")
     parser.add_argument("--large", action="store_true")
+    rows.options(parser)
     arguments = parser.parse_args()
     wanted = set(arguments.only.split(","))
     print(machine())
     if "loss" in wanted:
         if arguments.text is None:
             parser.error("--text FILE is needed for the race to the loss")
-        race(arguments.nanogpt, arguments.text, arguments.rounds)
+        rows.keep(arguments.json, race(arguments.nanogpt, arguments.text, arguments.rounds))
     if wanted & {"speed", "memory"}:
-        throughput(arguments.nanogpt, arguments.rounds, arguments.steps, LARGE if arguments.large else SHAPE)
+        shape = LARGE if arguments.large else SHAPE
+        rows.keep(arguments.json, throughput(arguments.nanogpt, arguments.rounds, arguments.steps, shape))
 
 
-def race(nanogpt: Path, text: Path, rounds: int) -> None:
-    """Wall time of whole processes to the validation loss."""
+def race(nanogpt: Path, text: Path, rounds: int) -> list[rows.Row]:
+    """Wall time of whole processes to the validation loss; no row where the loss was not reached."""
     ours, theirs, our_losses, their_losses = [], [], [], []
     with tempfile.TemporaryDirectory() as scratch:
         checkout = Path(scratch, "nanoGPT")
@@ -103,17 +107,18 @@ def race(nanogpt: Path, text: Path, rounds: int) -> None:
             ]
             run([*command, *OUR_SETTINGS], env=cold)
             ours.append(time.perf_counter() - start)
-            rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-            our_losses.append([r["validation_loss"] for r in rows if "validation_loss" in r][-1])
+            lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            our_losses.append([r["validation_loss"] for r in lines if "validation_loss" in r][-1])
     print(f"\nWhole process to validation loss {TARGET} ({text.name}, {rounds} rounds, medians)")
     print(f"  nanoGPT     {statistics.median(theirs):7.1f} s   loss {statistics.median(their_losses):.4f}")
     print(f"  clinometer  {statistics.median(ours):7.1f} s   loss {statistics.median(our_losses):.4f}")
     ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
     reached = max(our_losses) <= TARGET
     print(f"  ratio {ratio:.3f} (1/{1 / ratio:.1f}); target loss {'reached' if reached else 'NOT reached'}")
+    return [rows.paired("loss-cold", "nanoGPT", ours, theirs, "s")] if reached else []
 
 
-def throughput(nanogpt: Path, rounds: int, steps: int, shape: dict[str, int]) -> None:
+def throughput(nanogpt: Path, rounds: int, steps: int, shape: dict[str, int]) -> list[rows.Row]:
     """Tokens a second and peak memory of the same training step."""
     sides = {
         "nanoGPT eager": ["nanogpt", "float32", "eager"],
@@ -147,6 +152,18 @@ def throughput(nanogpt: Path, rounds: int, steps: int, shape: dict[str, int]) ->
     print(
         f"  clinometer bf16 / nanoGPT bf16 compiled: {ratio('clinometer bf16', 'nanoGPT bf16 compiled'):.2f}×"
     )
+
+    def row(name: str, ours: str, peer: str, measured: str, unit: str) -> rows.Row:
+        sides = ([found[measured] for found in results[side]] for side in (ours, peer))
+        return rows.paired(name, peer, *sides, unit)
+
+    if shape == LARGE:
+        return [row("memory", "clinometer float32", "nanoGPT eager", "peak_gigabytes", "GB")]
+    return [
+        row("speed-float32", "clinometer float32", best, "tokens_per_second", "tokens/s"),
+        row("speed-bf16", "clinometer bf16", best, "tokens_per_second", "tokens/s"),
+        row("speed-bf16-bf16", "clinometer bf16", "nanoGPT bf16 compiled", "tokens_per_second", "tokens/s"),
+    ]
 
 
 def worker(side: str, precision: str, form: str, shape: dict[str, int], nanogpt: Path, steps: int) -> None:

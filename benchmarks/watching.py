@@ -1,4 +1,4 @@
-"""What watching costs: `python -m benchmarks.watching [--shape large] [--wandb] [--tensorboard]`.
+"""What watching costs: `python -m benchmarks.watching [--shape large] [--wandb] [--tensorboard] [--cockpit]`.
 
 Copies of one model train side by side on the same batches, taking turns step by step (A B C A B C …), so that
 what else the machine does hits all of them; the table gives medians, and the median of the rounds' ratios to
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import os
 import statistics
 import tempfile
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks import rows
 from benchmarks.optimizer import machine
 from clinometer.lm.config import TransformerConfig
 from clinometer.lm.model import TransformerLM
@@ -53,6 +55,13 @@ SHAPES: dict[str, tuple[dict[str, int], int]] = {
 }
 
 
+PEERS = {
+    "wandb": "wandb.watch(log='all')",
+    "tensorboard": "TensorBoard histograms",
+    "cockpit": "Cockpit",
+}
+
+
 class Nowhere:
     """A sink that keeps nothing."""
 
@@ -73,13 +82,14 @@ class Runner:
         self.model = model
         self.optimizer = AdamW(model.parameters(), lr=1e-4)
         self.after = after
+        self.backward: Callable[[torch.Tensor], None] = torch.Tensor.backward
         self.count = 0
 
     def step(self, token_ids: torch.Tensor, targets: torch.Tensor) -> float:
         start = time.perf_counter()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = self.model.loss(token_ids, targets)  # pyright: ignore[reportCallIssue]
-        loss.backward()
+        self.backward(loss)
         clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -114,7 +124,23 @@ def with_tensorboard(model: nn.Module, folder: str) -> tuple[Any, Callable[[int]
     return writer.close, write
 
 
-def measure(shape: str, rounds: int, peers: list[str]) -> None:
+def with_cockpit(runner: Runner) -> None:
+    """Those of Cockpit's instruments that run here: the others ask BackPACK for the gradient of every single
+    sample, which it has no rule for in a Transformer, and its update size fails with this torch."""
+    from cockpit import Cockpit, quantities
+
+    chosen = [kind(lambda step: True) for kind in (quantities.Distance, quantities.GradNorm, quantities.Loss)]
+    cockpit = Cockpit(runner.model.parameters(), quantities=chosen)
+
+    def backward(loss: torch.Tensor) -> None:
+        facts = {"batch_size": 1, "individual_losses": loss.detach()[None], "loss": loss.detach()}
+        with cockpit(runner.count, info={**facts, "optimizer": runner.optimizer}):
+            loss.backward(create_graph=cockpit.create_graph(runner.count))
+
+    runner.backward = backward
+
+
+def measure(shape: str, rounds: int, peers: list[str]) -> dict[str, list[float]]:
     sizes, batch = SHAPES[shape]
     torch.manual_seed(0)
     model = TransformerLM(TransformerConfig(**sizes))
@@ -134,6 +160,9 @@ def measure(shape: str, rounds: int, peers: list[str]) -> None:
                 end, runner.after = attach(runner.model, folder)
                 runners[peer] = runner
                 ends.append(end)
+        if "cockpit" in peers:
+            runners["Cockpit"] = Runner(copy.deepcopy(model))
+            with_cockpit(runners["Cockpit"])
         watched = runners["clinometer.watch"]
         watching = watch(watched.model, watched.optimizer, to=Nowhere())
         ends.append(watching.close)
@@ -156,6 +185,7 @@ def measure(shape: str, rounds: int, peers: list[str]) -> None:
         mean = sum(times) / sum(base)
         print(f"{name:<26}{statistics.median(times) * 1e3:>11.1f}{ratio:>15.3f}{mean:>13.3f}")
     print(flush=True)
+    return seconds
 
 
 def main() -> None:
@@ -166,11 +196,22 @@ def main() -> None:
     parser.add_argument("--shape", choices=[*SHAPES, "both"], default="both")
     parser.add_argument("--wandb", action="store_true")
     parser.add_argument("--tensorboard", action="store_true")
+    parser.add_argument("--cockpit", action="store_true", help="pip install cockpit-for-pytorch")
+    rows.options(parser)
     arguments = parser.parse_args()
-    peers = [name for name in ("wandb", "tensorboard") if getattr(arguments, name)]
+    wanted = [name for name in PEERS if getattr(arguments, name)]
+    peers = [name for name in wanted if importlib.util.find_spec(name)]
     print(f"{machine()}\n")
     for shape in SHAPES if arguments.shape == "both" else [arguments.shape]:
-        measure(shape, arguments.rounds, peers)
+        seconds = measure(shape, arguments.rounds, peers)
+        base = seconds.pop("nobody watches")
+        names = {label: f"-{peer}" for peer, label in PEERS.items()} | {"clinometer.watch": ""}
+        found = [
+            rows.paired(f"watch-{shape}{names[label]}", "not watched", taken, base, "s")
+            for label, taken in seconds.items()
+        ]
+        absent = {f"watch-{shape}-{peer}": PEERS[peer] for peer in wanted if peer not in peers}
+        rows.keep(arguments.json, found, absent)
 
 
 if __name__ == "__main__":
