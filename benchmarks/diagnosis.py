@@ -2,9 +2,9 @@
 
     python -m benchmarks.diagnosis [--width 768] [--layers 12] [--rounds 3]
 
-Each side runs in processes of its own, because a peak of memory is a property of a process; they take turns. The
-step is forward, backward and torch's fused AdamW, whose state it therefore holds; the diagnosis is given that
-optimizer too when `--optimizer` is set.
+Each side runs in processes of its own, because a peak of memory is a property of a process; they take turns.
+The step is forward, backward and torch's fused AdamW, whose state it therefore holds; the diagnosis is given
+that optimizer too when `--optimizer` is set.
 """
 
 from __future__ import annotations

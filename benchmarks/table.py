@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import figure as drawing
 from benchmarks import rows
 from benchmarks.catalogue import Entry, catalogue, words
 
@@ -24,6 +25,7 @@ RESULTS = Path(__file__).parent / "results"
 LANGUAGES = ("en", "zh")
 READMES = {"en": ROOT / "README.md", "zh": ROOT / "README.zh-CN.md"}
 PAGES = {language: ROOT / "docs" / language / "performance.md" for language in LANGUAGES}
+DRAWINGS = {"en": ROOT / "docs" / "images" / "growth.svg", "zh": ROOT / "docs" / "images" / "growth-zh.svg"}
 MARKED = re.compile(r"(<!-- bench: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -37,9 +39,9 @@ def three(value: float) -> str:
     return f"{value:,.{digits}f}"
 
 
-def figure(value: float, unit: str, language: str) -> str:
-    """A figure with its unit: "1,264 tokens/s", "1,264 token/秒"; seconds below one in ms."""
-    if unit == "s" and abs(value) < 1:
+def figure(value: float, unit: str, language: str, beside: float = 0) -> str:
+    """A figure with its unit: "1,264 tokens/s", "1,264 token/秒"; in ms if both sides are below 1 s."""
+    if unit == "s" and max(abs(value), abs(beside)) < 1:
         value, unit = value * 1e3, "ms"
     if unit == "loss":
         return f"{value:.4g}"
@@ -95,9 +97,9 @@ def cells(entry: Entry, kept: Mapping[str, Any], language: str) -> list[str]:
         said = words(language)["missing"].format(what=what) if what else words(language)["unmeasured"]
         return [label, said, peer, "", "", target(entry, language), ""]
     unit, theirs = entry.unit, row.get("theirs")
-    beside = figure(theirs, unit, language) if theirs is not None else ""
+    beside = figure(theirs, unit, language, row["ours"]) if theirs is not None else ""
     verdict = {True: "✓", False: "✗", None: ""}[entry.reached(row)]
-    ours = figure(row["ours"], unit, language)
+    ours = figure(row["ours"], unit, language, theirs or 0)
     asked = target(entry, language)
     return [label, ours, peer or row.get("peer", ""), beside, with_spread(row, entry.shown), asked, verdict]
 
@@ -180,10 +182,11 @@ def write_pages(kept: Mapping[str, Any]) -> list[Path]:
     """Write the tables into the pages and READMEs of both languages; returns those that changed."""
     changed = []
     for language in LANGUAGES:
-        for path in (PAGES[language], READMES[language]):
-            before = path.read_text(encoding="utf-8")
-            after = fill(before, kept, language)
-            if after != before:
+        pages = (PAGES[language], READMES[language])
+        contents = {path: fill(path.read_text(encoding="utf-8"), kept, language) for path in pages}
+        contents[DRAWINGS[language]] = drawing.growth(kept, language)
+        for path, after in contents.items():
+            if not path.exists() or path.read_text(encoding="utf-8") != after:
                 path.write_text(after, encoding="utf-8")
                 changed.append(path)
     return changed
