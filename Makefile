@@ -25,15 +25,11 @@ check: .venv/.installed-dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
-# Peers are given by path: make bench NANOGPT=../nanoGPT TEXT=shakespeare.txt
+# Peers are given by path: make bench NANOGPT=../nanoGPT TEXT=shakespeare.txt. ONLY=watching,training picks,
+# QUICK=1 tries, PUBLISH=1 lets docs and READMEs speak of this machine.
 bench: .venv/.installed-dev
-	$(BIN)/python -m benchmarks.optimizer
-	$(BIN)/python -m benchmarks.generation
-	$(BIN)/python -m benchmarks.diagnosis
-	$(BIN)/python -m benchmarks.check
-	$(BIN)/python -m benchmarks.recording
-	$(if $(TEXT),$(BIN)/python -m benchmarks.tokenizer --text $(TEXT))
-	$(if $(and $(NANOGPT),$(TEXT)),$(BIN)/python -m benchmarks.training --nanogpt $(NANOGPT) --text $(TEXT))
+	$(BIN)/python -m benchmarks $(if $(NANOGPT),--nanogpt $(NANOGPT)) $(if $(TEXT),--text $(TEXT)) \
+		$(if $(ONLY),--only $(ONLY)) $(if $(QUICK),--quick) $(if $(PUBLISH),--publish)
 
 # Hours. For an hour of the longest part: .venv/bin/python -m tests.gradients.soak --minutes 60
 soak: .venv/.installed-dev

@@ -47,8 +47,8 @@ class Entry:
         """Whether the figure itself, not its rounded form, is within the target; None where none was set."""
         value = row["ours"] if self.shown == "own" else row["ratio"]
         if self.at_most is not None:
-            return value <= self.at_most
-        return value >= self.at_least if self.at_least is not None else None
+            return value <= float(self.at_most)
+        return value >= float(self.at_least) if self.at_least is not None else None
 
 
 @cache

@@ -116,15 +116,16 @@ def group_table(group: str, kept: Mapping[str, Any], language: str) -> str:
 
 
 def limits(kept: Mapping[str, Any], language: str) -> str:
-    """Each row that missed its target, with what holds it back."""
-    missed = [
-        e for e in catalogue().values() if e.name in kept["rows"] and e.reached(kept["rows"][e.name]) is False
-    ]
-    if not missed:
-        return words(language)["all"]
-    separator = ": " if language == "en" else "："
-    said = [f"- {getattr(e, language)}{separator}{(e.limit or {}).get(language, '')}" for e in missed]
-    return "\n".join([words(language)["limits"], "", *said])
+    """Each row that missed its target: what it is, what was reached, and what holds it back."""
+    said = []
+    for entry in catalogue().values():
+        row = kept["rows"].get(entry.name)
+        if row and entry.reached(row) is False:
+            label, ours, _, _, compared, asked, _ = cells(entry, kept, language)
+            fields = {"label": label, "reached": compared or ours, "asked": asked}
+            limit = (entry.limit or {}).get(language, "")
+            said.append("- " + words(language)["limit"].format(**fields, name=entry.name, limit=limit))
+    return "\n".join(said) or words(language)["all"]
 
 
 def machine_line(kept: Mapping[str, Any], language: str) -> str:
@@ -157,7 +158,7 @@ def readme_table(kept: Mapping[str, Any], language: str) -> str:
             label, ours, peer, beside, compared, asked, _ = cells(entry, kept, language)
             body.append([label, peer, beside, ours, compared, asked])
     head = words(language)["readme-machine"].format(machine=machine_line(kept, language))
-    return f"{head}\n\n{markdown(words['readme'], body)}"
+    return f"{head}\n\n{markdown(words(language)['readme'], body)}"
 
 
 def fill(text: str, kept: Mapping[str, Any], language: str) -> str:

@@ -188,6 +188,12 @@ def measure(shape: str, rounds: int, peers: list[str]) -> dict[str, list[float]]
     return seconds
 
 
+def sixteens(seconds: list[float]) -> list[float]:
+    """Means of each sixteen steps in a row (of all, if they are fewer), so that each holds one histogram."""
+    whole = range(0, len(seconds) - 15, 16) or [0]
+    return [statistics.fmean(seconds[start : start + 16]) for start in whole]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -207,7 +213,7 @@ def main() -> None:
         base = seconds.pop("nobody watches")
         names = {label: f"-{peer}" for peer, label in PEERS.items()} | {"clinometer.watch": ""}
         found = [
-            rows.paired(f"watch-{shape}{names[label]}", "not watched", taken, base, "s")
+            rows.paired(f"watch-{shape}{names[label]}", "not watched", sixteens(taken), sixteens(base), "s")
             for label, taken in seconds.items()
         ]
         absent = {f"watch-{shape}-{peer}": PEERS[peer] for peer in wanted if peer not in peers}
