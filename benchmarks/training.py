@@ -24,7 +24,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks import rows
+from benchmarks import rows as kept_rows
 
 TARGET = 1.8857
 NANOGPT_COMMAND = (
@@ -62,21 +62,22 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--only", default="loss,speed,memory")
     parser.add_argument("--large", action="store_true")
-    rows.options(parser)
+    kept_rows.options(parser)
     arguments = parser.parse_args()
     wanted = set(arguments.only.split(","))
     print(machine())
     if "loss" in wanted:
         if arguments.text is None:
             parser.error("--text FILE is needed for the race to the loss")
-        rows.keep(arguments.json, race(arguments.nanogpt, arguments.text, arguments.rounds))
+        race(arguments.nanogpt, arguments.text, arguments.rounds)
     if wanted & {"speed", "memory"}:
         shape = LARGE if arguments.large else SHAPE
-        rows.keep(arguments.json, throughput(arguments.nanogpt, arguments.rounds, arguments.steps, shape))
+        measured = throughput(arguments.nanogpt, arguments.rounds, arguments.steps, shape)
+        kept_rows.keep(arguments.json, measured)
 
 
-def race(nanogpt: Path, text: Path, rounds: int) -> list[rows.Row]:
-    """Wall time of whole processes to the validation loss; no row where the loss was not reached."""
+def race(nanogpt: Path, text: Path, rounds: int) -> None:
+    """Wall time of whole processes to the validation loss."""
     ours, theirs, our_losses, their_losses = [], [], [], []
     with tempfile.TemporaryDirectory() as scratch:
         checkout = Path(scratch, "nanoGPT")
@@ -107,18 +108,17 @@ def race(nanogpt: Path, text: Path, rounds: int) -> list[rows.Row]:
             ]
             run([*command, *OUR_SETTINGS], env=cold)
             ours.append(time.perf_counter() - start)
-            lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-            our_losses.append([r["validation_loss"] for r in lines if "validation_loss" in r][-1])
+            rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            our_losses.append([r["validation_loss"] for r in rows if "validation_loss" in r][-1])
     print(f"\nWhole process to validation loss {TARGET} ({text.name}, {rounds} rounds, medians)")
     print(f"  nanoGPT     {statistics.median(theirs):7.1f} s   loss {statistics.median(their_losses):.4f}")
     print(f"  clinometer  {statistics.median(ours):7.1f} s   loss {statistics.median(our_losses):.4f}")
     ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
     reached = max(our_losses) <= TARGET
     print(f"  ratio {ratio:.3f} (1/{1 / ratio:.1f}); target loss {'reached' if reached else 'NOT reached'}")
-    return [rows.paired("loss-cold", "nanoGPT", ours, theirs, "s")] if reached else []
 
 
-def throughput(nanogpt: Path, rounds: int, steps: int, shape: dict[str, int]) -> list[rows.Row]:
+def throughput(nanogpt: Path, rounds: int, steps: int, shape: dict[str, int]) -> list[kept_rows.Row]:
     """Tokens a second and peak memory of the same training step."""
     sides = {
         "nanoGPT eager": ["nanogpt", "float32", "eager"],
@@ -153,9 +153,9 @@ def throughput(nanogpt: Path, rounds: int, steps: int, shape: dict[str, int]) ->
         f"  clinometer bf16 / nanoGPT bf16 compiled: {ratio('clinometer bf16', 'nanoGPT bf16 compiled'):.2f}×"
     )
 
-    def row(name: str, ours: str, peer: str, measured: str, unit: str) -> rows.Row:
-        sides = ([found[measured] for found in results[side]] for side in (ours, peer))
-        return rows.paired(name, peer, *sides, unit)
+    def row(name: str, ours: str, peer: str, measured: str, unit: str) -> kept_rows.Row:
+        mine, theirs = ([found[measured] for found in results[side]] for side in (ours, peer))
+        return kept_rows.paired(name, peer, mine, theirs, unit)
 
     if shape == LARGE:
         return [row("memory", "clinometer float32", "nanoGPT eager", "peak_gigabytes", "GB")]
