@@ -108,8 +108,11 @@ BENCHMARKS = [
     ),
     Benchmark(
         name="training",
-        minutes=8,
-        full=lambda given: [_training(given, "--rounds", "2")],
+        minutes=15,
+        full=lambda given: [
+            _training(given, "--rounds", "2", "--only", "loss,longer,speed,loop"),
+            _training(given, "--rounds", "1", "--steps", "1", "--only", "memory", "--large"),
+        ],
         quick=lambda given: [_training(given, "--rounds", "1", "--steps", "2", "--only", "speed")],
         needs=("nanogpt", "text"),
     ),
