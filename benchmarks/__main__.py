@@ -109,10 +109,7 @@ BENCHMARKS = [
     Benchmark(
         name="training",
         minutes=15,
-        full=lambda given: [
-            _training(given, "--rounds", "2", "--only", "loss,longer,speed,loop"),
-            _training(given, "--rounds", "1", "--steps", "1", "--only", "memory", "--large"),
-        ],
+        full=lambda given: [_training(given, "--rounds", "2", "--only", "loss,longer,speed,memory,loop")],
         quick=lambda given: [_training(given, "--rounds", "1", "--steps", "2", "--only", "speed")],
         needs=("nanogpt", "text"),
     ),

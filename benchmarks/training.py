@@ -56,13 +56,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    kept_rows.options(parser)
     parser.add_argument("--nanogpt", type=Path, required=True)
     parser.add_argument("--text", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--only", default="loss,speed,memory")
     parser.add_argument("--large", action="store_true")
-    kept_rows.options(parser)
     arguments = parser.parse_args()
     wanted = set(arguments.only.split(","))
     print(machine())
@@ -71,9 +71,7 @@ def main() -> None:
             parser.error("--text FILE is needed for the race to the loss")
         race(arguments.nanogpt, arguments.text, arguments.rounds)
     if wanted & {"speed", "memory"}:
-        shape = LARGE if arguments.large else SHAPE
-        measured = throughput(arguments.nanogpt, arguments.rounds, arguments.steps, shape)
-        kept_rows.keep(arguments.json, measured)
+        throughput(arguments.nanogpt, arguments.rounds, arguments.steps, LARGE if arguments.large else SHAPE)
 
 
 def race(nanogpt: Path, text: Path, rounds: int) -> None:
@@ -118,7 +116,7 @@ def race(nanogpt: Path, text: Path, rounds: int) -> None:
     print(f"  ratio {ratio:.3f} (1/{1 / ratio:.1f}); target loss {'reached' if reached else 'NOT reached'}")
 
 
-def throughput(nanogpt: Path, rounds: int, steps: int, shape: dict[str, int]) -> list[kept_rows.Row]:
+def throughput(nanogpt: Path, rounds: int, steps: int, shape: dict[str, int]) -> None:
     """Tokens a second and peak memory of the same training step."""
     sides = {
         "nanoGPT eager": ["nanogpt", "float32", "eager"],
@@ -127,12 +125,8 @@ def throughput(nanogpt: Path, rounds: int, steps: int, shape: dict[str, int]) ->
         "clinometer float32": ["ours", "float32", "compiled"],
         "clinometer bf16": ["ours", "bfloat16", "compiled"],
     }
-    if shape == LARGE:  # one step of it takes long, and its memory is all that is asked
-        sides = {name: sides[name] for name in ("nanoGPT eager", "clinometer float32")}
     results: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
-    rates = []
     for _ in range(rounds):
-        rates.append(bfloat16_rate() / 1e12)
         for name, side in sides.items():
             command = [sys.executable, "-m", "benchmarks.training", "--worker", *side]
             command += ["--shape", json.dumps(shape), "--nanogpt", str(nanogpt), "--steps", str(steps)]
@@ -145,13 +139,6 @@ def throughput(nanogpt: Path, rounds: int, steps: int, shape: dict[str, int]) ->
         begin = statistics.median(f["start_seconds"] for f in found)
         print(f"  {name:22} {speed:8.0f} tokens/s   {memory:5.2f} GB   first step after {begin:5.1f} s")
 
-    def row(name: str, ours: str, peer: str, measured: str, unit: str) -> kept_rows.Row:
-        mine, theirs = ([found[measured] for found in results[side]] for side in (ours, peer))
-        return kept_rows.paired(name, peer, mine, theirs, unit)
-
-    if shape == LARGE:
-        return [row("memory", "clinometer float32", "nanoGPT eager", "peak_gigabytes", "GB")]
-
     def ratio(a: str, b: str) -> float:
         pairs = zip(results[a], results[b], strict=True)
         return statistics.median(x["tokens_per_second"] / y["tokens_per_second"] for x, y in pairs)
@@ -163,37 +150,6 @@ def throughput(nanogpt: Path, rounds: int, steps: int, shape: dict[str, int]) ->
     print(
         f"  clinometer bf16 / nanoGPT bf16 compiled: {ratio('clinometer bf16', 'nanoGPT bf16 compiled'):.2f}×"
     )
-
-    speeds = [found["tokens_per_second"] for found in results["clinometer bf16"]]
-    arithmetic = [speed * operations_a_token(shape) / 1e12 for speed in speeds]
-    share = kept_rows.paired("matmul-share", "this machine's 2048³ product", arithmetic, rates, "TFLOP/s")
-    print(f"  clinometer bf16: {share.ours:.2f} TFLOP/s, {share.ratio:.0%} of one 2048³ product")
-    return [
-        share,
-        row("speed-float32", "clinometer float32", best, "tokens_per_second", "tokens/s"),
-        row("speed-bf16", "clinometer bf16", best, "tokens_per_second", "tokens/s"),
-        row("speed-bf16-bf16", "clinometer bf16", "nanoGPT bf16 compiled", "tokens_per_second", "tokens/s"),
-    ]
-
-
-def operations_a_token(shape: dict[str, int]) -> float:
-    """Of forward and backward: six for each weight of a product, and attention over half the context."""
-    D, S, L = shape["d_model"], shape["context_length"], shape["num_layers"]
-    products = L * (4 * D**2 + 3 * D * feed_forward(D)) + D * shape["vocab_size"]
-    return 6 * products + 6 * L * S * D
-
-
-def feed_forward(d_model: int) -> int:
-    return -(-d_model * 8 // (3 * 32)) * 32
-
-
-def bfloat16_rate() -> float:
-    """Operations a second of one 2048³ product in bf16 on this machine."""
-    import torch
-
-    from clinometer.training.precision import matmul_rate
-
-    return matmul_rate(torch.device("cpu"), "bfloat16", size=2048, seconds=0.5)
 
 
 def worker(side: str, precision: str, form: str, shape: dict[str, int], nanogpt: Path, steps: int) -> None:
@@ -236,7 +192,8 @@ def worker(side: str, precision: str, form: str, shape: dict[str, int], nanogpt:
         from clinometer.optim.choice import make_optimizers
         from clinometer.optim.clipping import clip_grad_norm_
 
-        model = TransformerLM(TransformerConfig(**shape, d_ff=feed_forward(shape["d_model"])))
+        d_ff = -(-shape["d_model"] * 8 // (3 * 32)) * 32
+        model = TransformerLM(TransformerConfig(**shape, d_ff=d_ff))
         (optimizer,) = make_optimizers(model.named_parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
         if form == "compiled":
             model.compile_parts()
