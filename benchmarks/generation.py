@@ -86,8 +86,8 @@ def main() -> None:
                 flush=True,
             )
             if name == "transformers" and batch in (1, 32):
-                ours, theirs = ([made / seconds for seconds in one] for one in times)
-                rows.keep(given.json, [rows.paired(f"generation-{batch}", name, ours, theirs, "tokens/s")])
+                speeds = ([made / seconds for seconds in one] for one in times)
+                rows.keep(given.json, [rows.paired(f"generation-{batch}", name, *speeds, "tokens/s")])
 
 
 def compare(
