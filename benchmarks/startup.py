@@ -53,7 +53,7 @@ def seconds_of(command: list[str]) -> float:
 
 
 def first_step() -> float:
-    """Seconds until the first step of a small model stands in metrics.jsonl. Raises SystemExit if none comes."""
+    """Seconds until the first step stands in metrics.jsonl. Raises SystemExit if none comes."""
     with tempfile.TemporaryDirectory() as folder:
         caches = {"CLINOMETER_CACHE": f"{folder}/texts", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/kernels"}
         metrics = Path(folder, "run", "metrics.jsonl")
