@@ -136,20 +136,21 @@ class Decoders:
             return None
         if self._decoder is None and tokens < WORTH_PACKING:
             return None
-        weights = _plain_weights(self._modules)
-        if weights is None:
-            return None
+        weights = [
+            weight for module in self._modules for weight in module._parameters.values() if weight is not None
+        ]
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weights[0].dtype
-        seen = [(id(weight), weight._version) for weight in weights]
         if self._decoder is None:
             assert isinstance(self._model, TransformerLM)
-            if dtype not in DTYPES or not _room_for(weights):
+            if dtype not in DTYPES or not _plain(weights) or not _room_for(weights):
                 self._given_up = True
                 return None
             with torch.autocast("cpu", enabled=False):
                 self._decoder = Decoder(self._model, self._rows, dtype)
-            self._seen = seen
-        elif seen != self._seen or dtype != self._decoder.dtype:
+            self._seen = [(id(weight), weight._version) for weight in weights]
+        elif dtype != self._decoder.dtype or self._seen != [
+            (id(weight), weight._version) for weight in weights
+        ]:
             self._decoder, self._given_up = None, True
         return self._decoder
 
@@ -164,13 +165,15 @@ def _instrumented(modules: Sequence[nn.Module]) -> bool:
     return torch.nn.modules.module._has_any_global_hook()
 
 
-def _plain_weights(modules: Sequence[nn.Module]) -> list[Tensor] | None:
-    """Every parameter, if all are ordinary ones on the CPU in one dtype."""
-    weights = [weight for module in modules for weight in module._parameters.values() if weight is not None]
-    kinds = {(type(weight), weight.device.type, weight.dtype, weight.is_inference()) for weight in weights}
-    if len(kinds) != 1 or next(iter(kinds))[:2] != (nn.Parameter, "cpu") or next(iter(kinds))[3]:
-        return None
-    return weights
+def _plain(weights: Sequence[Tensor]) -> bool:
+    """Whether all are ordinary parameters on the CPU, in one dtype, whose changes can be noticed."""
+    return all(
+        type(weight) is nn.Parameter
+        and weight.device.type == "cpu"
+        and weight.dtype == weights[0].dtype
+        and not weight.is_inference()
+        for weight in weights
+    )
 
 
 def _room_for(weights: Sequence[Tensor]) -> bool:
