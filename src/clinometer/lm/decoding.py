@@ -162,7 +162,7 @@ def _instrumented(modules: Sequence[nn.Module]) -> bool:
             return True
         if type(module) not in KNOWN:
             return True
-    return torch.nn.modules.module._has_any_global_hook()
+    return bool(torch.nn.modules.module._has_any_global_hook())
 
 
 def _plain(weights: Sequence[Tensor]) -> bool:
