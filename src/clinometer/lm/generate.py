@@ -166,8 +166,7 @@ def sample(
 def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
     """`logits.max(-1)`: the largest of each row (B,), NaN above all, and the lowest id that has it.
 
-    By blocks of 128 and then inside one: torch looks for a place number by number, for a value eight at once
-    (0.03 instead of 0.27 ms for 32 rows of 10,000).
+    By blocks of 128 and then inside one: torch finds a row's largest value faster than its place.
     """
     B, V = logits.shape
     whole = V // 128 * 128

@@ -19,7 +19,7 @@ SMALL = 2**18
 """Bytes of a weight below which oneDNN's 15 µs a call are more than it saves."""
 
 ROWS = 32
-"""The rows for which the layout is chosen; one chosen for 1 row is slower for 1 row too."""
+"""The rows for which the layout is chosen."""
 
 
 class Product(Protocol):
