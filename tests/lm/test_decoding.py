@@ -170,11 +170,11 @@ def test_a_subclass_a_hook_and_a_wrapped_forward_are_called_at_every_token():
 @pytest.mark.parametrize("change", ["in place", "another parameter"])
 def test_weights_changed_between_two_tokens_count_from_the_next_token_on(change):
     model, plain = small_model(), small_model()
-    runs = [generate(m, [1, 2, 3], 30, temperature=0) for m in (model, plain)]
+    runs = [generate(m, [1, 2, 3], PAYS, temperature=0) for m in (model, plain)]
     runs[1]._decoders._given_up = True  # the module at every token
     made = [[], []]
-    for step in range(30):
-        if step == 12:
+    for step in range(PAYS):
+        if step == 3:
             for m in (model, plain):
                 weight = 3 * m.lm_head.weight.detach().flip(0)
                 if change == "in place":
