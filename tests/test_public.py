@@ -17,3 +17,13 @@ def test_every_public_name_loads_and_is_documented():
 def test_importing_the_package_imports_neither_torch_nor_numpy():
     script = "import clinometer, sys; assert not {'torch', 'numpy', 'rich'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_help_imports_neither_torch_nor_numpy():
+    script = (
+        "import sys; sys.argv = ['clinometer', '--help']\n"
+        "from clinometer.cli import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "assert not {'torch', 'numpy', 'transformers', 'tokenizers', 'plotly'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)

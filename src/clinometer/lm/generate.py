@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from clinometer.lm.config import TransformerConfig
+from clinometer.lm.decoding import Decoders
 from clinometer.messages import InputError
 
 
@@ -40,8 +41,15 @@ class LayerKeyValues:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.length = 0
-        self.k_BHCK: Tensor | None = None
-        self.v_BHCK: Tensor | None = None
+        self._kept: Tensor | None = None  # (2, B, H, C, K): keys, then values
+
+    @property
+    def k_BHCK(self) -> Tensor | None:
+        return None if self._kept is None else self._kept[0]
+
+    @property
+    def v_BHCK(self) -> Tensor | None:
+        return None if self._kept is None else self._kept[1]
 
     def append(self, k_BHSK: Tensor, v_BHSK: Tensor) -> tuple[Tensor, Tensor]:
         """Store these after what is there; return views of all so far, (B, H, T, K) each.
@@ -51,13 +59,22 @@ class LayerKeyValues:
         end = self.length + k_BHSK.shape[-2]
         if end > self.capacity:
             raise InputError("generate.cache_full", length=end, capacity=self.capacity)
-        if self.k_BHCK is None or self.v_BHCK is None:
-            shape = (*k_BHSK.shape[:-2], self.capacity, k_BHSK.shape[-1])
-            self.k_BHCK, self.v_BHCK = k_BHSK.new_empty(shape), v_BHSK.new_empty(shape)
-        self.k_BHCK[..., self.length : end, :] = k_BHSK
-        self.v_BHCK[..., self.length : end, :] = v_BHSK
+        kept = self._kept
+        if kept is None:
+            kept = self._kept = k_BHSK.new_empty(2, *k_BHSK.shape[:-2], self.capacity, k_BHSK.shape[-1])
+        kept[0, ..., self.length : end, :] = k_BHSK
+        kept[1, ..., self.length : end, :] = v_BHSK
         self.length = end
-        return self.k_BHCK[..., :end, :], self.v_BHCK[..., :end, :]
+        return kept[0, ..., :end, :], kept[1, ..., :end, :]
+
+    def append_one(self, kv_B2HK: Tensor) -> tuple[Tensor, Tensor]:
+        """`append` of one position's keys and values, side by side, after earlier ones and in their dtype."""
+        if self._kept is None or self.length == self.capacity:
+            raise InputError("generate.cache_full", length=self.length + 1, capacity=self.capacity)
+        self._kept.select(3, self.length).copy_(kv_B2HK.transpose(0, 1))
+        self.length += 1
+        k_BHTK, v_BHTK = self._kept.narrow(3, 0, self.length).unbind(0)
+        return k_BHTK, v_BHTK
 
 
 class KeyValueCache(Sequence[LayerKeyValues]):
@@ -121,7 +138,7 @@ def sample(
     Temperature 0 takes the largest logit, the lowest id among equals. Raises `InputError` if a row's
     largest logit is not finite (-inf elsewhere is a token that cannot come).
     """
-    largest, likeliest = logits.max(dim=-1)  # NaN counts as the largest, so B numbers tell of all
+    largest, likeliest = _largest(logits)  # NaN counts as the largest, so B numbers tell of all
     peaks = largest.tolist()
     for row, peak in enumerate(peaks):
         if not math.isfinite(peak):
@@ -144,6 +161,26 @@ def sample(
             scores, top_k = values.gather(-1, order), None
     drawn = _draw(filter_logits(scores, top_k, top_p).softmax(-1), generator)
     return (drawn if ids is None else ids.gather(-1, drawn))[:, 0]
+
+
+def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """`logits.max(-1)`: the largest of each row (B,), NaN above all, and the lowest id that has it.
+
+    By blocks of 128 and then inside one: torch finds a row's largest value faster than its place.
+    """
+    B, V = logits.shape
+    whole = V // 128 * 128
+    if B * V < 2**16 or logits.device.type != "cpu":
+        largest, ids = logits.max(dim=-1)
+        return largest, ids
+    blocks = logits[:, :whole].unflatten(-1, (-1, 128))
+    peaks = blocks.amax(-1)
+    if whole < V:
+        peaks = torch.cat((peaks, logits[:, whole:].amax(-1, keepdim=True)), dim=-1)
+    first = peaks.argmax(-1, keepdim=True) * 128
+    ids = first + torch.arange(128, device=logits.device)
+    largest, place = logits.gather(-1, ids.clamp(max=V - 1)).max(dim=-1)
+    return largest, first[:, 0] + place
 
 
 def _draw(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -189,6 +226,7 @@ class Generation(Iterator[Tensor]):
         self._window[:, : self._length] = prompt
         self._stopped = torch.zeros(B, dtype=torch.bool, device=prompt.device)
         self._cache = KeyValueCache(model.config.num_layers, self._window.shape[1]) if cache else None
+        self._decoders = Decoders(model, self._modules, B)
 
     def __next__(self) -> Tensor:
         if self._remaining <= 0:
@@ -216,6 +254,10 @@ class Generation(Iterator[Tensor]):
         if self._cache is None:
             return self._model(self._window[:, : self._length])[:, -1]
         start = self._cache.length
+        if 0 < start == self._length - 1:
+            decoder = self._decoders.now(self._remaining)
+            if decoder is not None:
+                return decoder(self._window[:, start], self._cache)
         new = self._window[:, start : self._length]
         return self._model(new, self._cache, start, last_only=True)[:, -1]
 
