@@ -13,7 +13,6 @@ be written, its replays lie in the user's cache. Numbers that are not finite are
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -24,6 +23,8 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+
+from clinometer.foreign import parse_json
 
 FORMAT = 1
 STEP_FILE, TENSORS_FILE, WEIGHTS = "step.json", "tensors.safetensors", "weights"
@@ -81,7 +82,7 @@ class Replay:
     def at(cls, path: Path) -> Replay | None:
         """The replay in the folder `path`; None if it is not one of this format, or a file was cut short."""
         try:
-            info = json.loads((path / STEP_FILE).read_text(encoding="utf-8"))
+            info = parse_json((path / STEP_FILE).read_text(encoding="utf-8"))
             files = info["files"]
             names = {TENSORS_FILE, *({TOKENS_FILE} & set(files))}
             whole = info["format"] == FORMAT and all(
@@ -215,7 +216,7 @@ class Replay:
     def weight(self, name: str, index: Sequence[int]) -> dict[str, Any] | None:
         """What was told about a weight (or a part of a tensor), if it was asked for."""
         try:
-            told = json.loads((self.path / WEIGHTS / weight_key(name, index)).read_text(encoding="utf-8"))
+            told = parse_json((self.path / WEIGHTS / weight_key(name, index)).read_text(encoding="utf-8"))
             return told if told["name"] == name and told["index"] == [int(i) for i in index] else None
         except (OSError, ValueError, KeyError, TypeError):
             return None

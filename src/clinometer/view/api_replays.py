@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 from itertools import zip_longest
 from typing import Any
@@ -13,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from clinometer.foreign import parse_json
 from clinometer.record.reader import RunFile
 from clinometer.record.replays import KINDS, Replay, replayed_steps
 from clinometer.view.answers import json_answer
@@ -244,7 +244,7 @@ async def _body(request: Request) -> Any:
 
     try:
         await asyncio.wait_for(read(), BODY_SECONDS)
-        return json.loads(content)
+        return parse_json(content)
     except (ValueError, RecursionError):
         raise ApiError(400, "view.not_json") from None
     except TimeoutError:
