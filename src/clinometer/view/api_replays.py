@@ -245,7 +245,7 @@ async def _body(request: Request) -> Any:
     try:
         await asyncio.wait_for(read(), BODY_SECONDS)
         return parse_json(content)
-    except (ValueError, RecursionError):
+    except ValueError:
         raise ApiError(400, "view.not_json") from None
     except TimeoutError:
         raise ApiError(408, "view.not_json") from None
