@@ -70,20 +70,20 @@ def within(folder: Path, seconds: float = SECONDS) -> Iterator[None]:
     """Fail when the body writes outside `folder`, starts something, takes too long or too much memory."""
 
     def too_long(*_: Any) -> None:
-        raise AssertionError(f"no answer after {seconds} s")
+        raise AssertionError(f"no answer after {seconds} s of computing")
 
     seen: list[str] = []
     limits = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (_taken() + MEMORY, limits[1]))
-    before = signal.signal(signal.SIGALRM, too_long)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGPROF, too_long)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     _watching.append((os.path.realpath(folder), seen))
     try:
         yield
     finally:
         _watching.pop()
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
         resource.setrlimit(resource.RLIMIT_DATA, limits)
     assert seen == []
 

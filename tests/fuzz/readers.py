@@ -239,7 +239,7 @@ def _replay(folder: Path) -> int:
     replay = Replay.at(folder)
     if replay is None:
         return 0
-    for name in (replay.names or [""])[:3]:
+    for name in [*replay.names[:3], ""]:
         for question in (
             *(partial(replay.matrix, name, kind, height=7, width=5) for kind in KINDS),
             partial(replay.entry, name, [0, 0]),

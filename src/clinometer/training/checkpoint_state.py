@@ -1,6 +1,6 @@
 """What may stand in a checkpoint's state.json: checked before anything acts on it.
 
-A checkpoint can come from somebody else, with all its sums in order; what is in it must be what belongs there.
+A checkpoint can come from somebody else, with all its sums in order: what is in it must belong there.
 """
 
 from __future__ import annotations
