@@ -40,10 +40,12 @@ def too_little_memory(error: BaseException, config: RunConfig, parameters: int, 
     if fixed > _MARGIN * limit:
         return InputError("memory.model", **values, parameters=parameters)
     needed = max(taken + asked - fixed, asked, 1)
-    fits = min(now // 2, int(_MARGIN * now * (limit - fixed) / needed))
     if now == 1:
         return InputError("memory.context", **values, context=config.model.context_length // 2 or 1)
-    return InputError("memory.batch", **values, fits=max(1, fits))
+    most = min(now // 2, max(1, int(_MARGIN * now * (limit - fixed) / needed)))
+    # It must divide the batch.
+    fits = next(size for size in range(most, 0, -1) if config.training.batch_size % size == 0)
+    return InputError("memory.batch", **values, fits=fits)
 
 
 def _asked(error: BaseException) -> int:
