@@ -61,7 +61,9 @@ def main() -> NoReturn:
         _console(stderr=True).print(_explain(error), **PLAIN)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
-        if with_traceback or not _is_out_of_memory(error):
+        from clinometer.training.memory import is_out_of_memory
+
+        if with_traceback or not is_out_of_memory(error):
             raise
         _console(stderr=True).print(say("cli.memory", reason=error), **PLAIN)
         sys.exit(2)
@@ -347,10 +349,6 @@ def _restart_with_settings() -> None:
     if missing:
         os.environ.update(missing)
         os.execv(sys.executable, [sys.executable, "-m", "clinometer", *sys.argv[1:]])
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error)
 
 
 def _console(*, stderr: bool = False) -> Console:

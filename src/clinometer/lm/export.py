@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from clinometer.foreign import parse_json
 from clinometer.lm import llama
 from clinometer.lm.config import RMS_NORM_EPS, TransformerConfig
 from clinometer.lm.functional import check_weights
@@ -237,7 +238,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_json(path: Path, missing: str) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(missing, path=path.parent) from None
     except (OSError, ValueError) as error:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from clinometer.foreign import parse_json
 from clinometer.messages import InputError
 from clinometer.record import cells, histograms
 from clinometer.record.derived import DERIVED, STORED_FOR, derive
@@ -51,7 +52,7 @@ def bounded(step: int | None) -> int:
 
 def every_of(connection: sqlite3.Connection) -> int:
     row = connection.execute("SELECT value FROM meta WHERE key = 'every'").fetchone()
-    every = json.loads(row[0]) if row else 1
+    every = parse_json(row[0]) if row else 1
     return every if isinstance(every, int) and every > 0 else 1
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import sqlite3
 import struct
@@ -16,6 +15,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 
+from clinometer.foreign import parse_json
 from clinometer.messages import InputError
 from clinometer.record import curves, state
 from clinometer.record.curves import bounded
@@ -133,7 +133,7 @@ class RunFile:
             {
                 "id": number,
                 "name": name,
-                "shape": json.loads(shape),
+                "shape": parse_json(shape),
                 "dtype": dtype,
                 "numel": numel,
                 "group": group,
@@ -249,7 +249,7 @@ class RunFile:
             " ORDER BY id DESC LIMIT ?",
             (bounded(last), 0 if first is None else bounded(first), limit),
         )
-        return [{**json.loads(data), "until": until} for data, until in reversed(rows.fetchall())]
+        return [{**parse_json(data), "until": until} for data, until in reversed(rows.fetchall())]
 
     @_reading
     def events(
@@ -269,12 +269,12 @@ class RunFile:
             (*values, 0 if first is None else bounded(first), bounded(last), limit),
         )
         names = ("id", "step", "time", "kind")
-        return [dict(zip(names, row, strict=False)) | {"data": json.loads(row[4])} for row in rows.fetchall()]
+        return [dict(zip(names, row, strict=False)) | {"data": parse_json(row[4])} for row in rows.fetchall()]
 
     @_reading
     def pinned(self) -> list[dict[str, Any]]:
         rows = self._connection.execute("SELECT tensor, position FROM pins ORDER BY id").fetchall()
-        return [{"tensor": tensor, "index": json.loads(position)} for tensor, position in rows]
+        return [{"tensor": tensor, "index": parse_json(position)} for tensor, position in rows]
 
     @_reading
     def weight(
@@ -303,7 +303,7 @@ class RunFile:
 
     def _meta_values(self) -> dict[str, Any]:
         rows = self._connection.execute("SELECT key, value FROM meta").fetchall()
-        return {key: json.loads(value) for key, value in rows}
+        return {key: parse_json(value) for key, value in rows}
 
     def _state(self, meta: dict[str, Any]) -> tuple[str, float | None]:
         recent = self._connection.execute(

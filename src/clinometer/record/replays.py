@@ -13,7 +13,6 @@ be written, its replays lie in the user's cache. Numbers that are not finite are
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -24,6 +23,9 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+
+from clinometer.foreign import parse_json
+from clinometer.record.replay_step import is_step
 
 FORMAT = 1
 STEP_FILE, TENSORS_FILE, WEIGHTS = "step.json", "tensors.safetensors", "weights"
@@ -81,7 +83,9 @@ class Replay:
     def at(cls, path: Path) -> Replay | None:
         """The replay in the folder `path`; None if it is not one of this format, or a file was cut short."""
         try:
-            info = json.loads((path / STEP_FILE).read_text(encoding="utf-8"))
+            info = parse_json((path / STEP_FILE).read_text(encoding="utf-8"))
+            if not is_step(info):
+                return None
             files = info["files"]
             names = {TENSORS_FILE, *({TOKENS_FILE} & set(files))}
             whole = info["format"] == FORMAT and all(
@@ -89,7 +93,7 @@ class Replay:
             )
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        return cls(path, info) if whole else None
+        return cls(path, {"batch": {}, "tensors": {}, "state": {}} | info) if whole else None
 
     @property
     def names(self) -> list[str]:
@@ -198,8 +202,13 @@ class Replay:
         if not self.by_token:
             return None
         with self._tensors(TOKENS_FILE) as file:
+            if TOKENS not in set(file.keys()):
+                raise KeyError(TOKENS)
             lazy = file.get_slice(TOKENS)
-            _, sequences, length = lazy.get_shape()
+            shape = lazy.get_shape()
+            if len(shape) != 3 or shape[0] != len(self.names):
+                raise KeyError(f"{TOKENS}: {shape}")
+            _, sequences, length = shape
             if not (0 <= sequence < sequences and 0 <= position < length):
                 raise IndexError(f"the batch is {sequences} × {length}; there is no {sequence}, {position}")
             norms = lazy[:, sequence : sequence + 1, position : position + 1].astype(np.float64).reshape(-1)
@@ -207,7 +216,7 @@ class Replay:
         for name, norm in zip(self.names, norms.tolist(), strict=True):
             if math.isnan(norm):
                 continue
-            whole = float(self.step_info["tensors"][name]["grad_norm"])
+            whole = float(self.step_info["tensors"].get(name, {}).get("grad_norm") or math.nan)
             share = norm / whole if whole and math.isfinite(whole) and math.isfinite(norm) else None
             found.append({"name": name, "norm": norm, "share": share})
         return sorted(found, key=lambda one: -one["norm"])[:most]
@@ -215,7 +224,7 @@ class Replay:
     def weight(self, name: str, index: Sequence[int]) -> dict[str, Any] | None:
         """What was told about a weight (or a part of a tensor), if it was asked for."""
         try:
-            told = json.loads((self.path / WEIGHTS / weight_key(name, index)).read_text(encoding="utf-8"))
+            told = parse_json((self.path / WEIGHTS / weight_key(name, index)).read_text(encoding="utf-8"))
             return told if told["name"] == name and told["index"] == [int(i) for i in index] else None
         except (OSError, ValueError, KeyError, TypeError):
             return None

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from clinometer.foreign import parse_json
 from clinometer.messages import InputError
 
 FORMAT = 1
@@ -59,7 +60,7 @@ class Header:
     @classmethod
     def from_json(cls, text: str) -> Header:
         """Raises ValueError, TypeError or KeyError for anything `to_json` did not write."""
-        values: dict[str, Any] = json.loads(text)
+        values: dict[str, Any] = parse_json(text)
         if values["format"] != FORMAT:
             raise ValueError(f"format {values['format']}, this version reads {FORMAT}")
         if values["dtype"] not in ("uint16", "uint32"):

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from hashlib import sha256
@@ -17,6 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clinometer.foreign import parse_json
 from clinometer.messages import InputError
 from clinometer.text.corpus import END_OF_TEXT
 from clinometer.text.cutting import last_safe_cut, safe_pieces
@@ -151,7 +153,7 @@ class Tokenizer:
             return from_gpt2_files(*pair)
         text = _read(file)
         try:
-            json.loads(text)
+            _require_ids(_ids_of(parse_json(text)))
         except ValueError as error:
             raise InputError("text.tokenizer_broken", path=file, reason=str(error)) from None
         try:
@@ -232,9 +234,10 @@ def from_gpt2_files(vocab: str | Path, merges: str | Path) -> Tokenizer:
     from tokenizers import AddedToken, models
 
     try:
-        table = json.loads(_read(Path(vocab)))
+        table = parse_json(_read(Path(vocab)))
         if not isinstance(table, dict) or not all(isinstance(value, int) for value in table.values()):
             raise ValueError("not a table of tokens and ids")
+        _require_ids(list(table.values()))
     except ValueError as error:
         raise InputError("text.tokenizer_broken", path=vocab, reason=str(error)) from None
     first, *lines = _read(Path(merges)).split("\n")
@@ -304,6 +307,31 @@ def _token_bytes(library: Any) -> list[bytes]:
         spelled = token not in added and all(character in byte_of for character in token)
         table[token_id] = bytes(byte_of[character] for character in token) if spelled else token.encode()
     return table
+
+
+def _ids_of(state: Any) -> list[int]:
+    """The ids that a tokenizer.json gives to its tokens; what it has elsewhere is the library's to judge."""
+    if not isinstance(state, dict):
+        raise ValueError("not a table")
+    model = state.get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    ids = list(vocab.values()) if isinstance(vocab, dict) else []
+    added = state.get("added_tokens")
+    more = (
+        {e.get("id") for e in added if isinstance(e, dict) and isinstance(e.get("id"), int)}
+        if isinstance(added, list)
+        else set()
+    )
+    return [i for i in [*ids, *more.difference(i for i in ids if isinstance(i, int))] if isinstance(i, int)]
+
+
+def _require_ids(ids: list[int]) -> None:
+    """Every token has an id of its own, and they leave few gaps: tables are as long as the largest id."""
+    if ids and max(ids) >= 2 * len(ids) + (1 << 16):
+        raise ValueError(f"id {max(ids)} in a vocabulary of {len(ids)}")
+    if len(set(ids)) < len(ids):
+        again = next(i for i, count in Counter(ids).items() if count > 1)
+        raise ValueError(f"two tokens with the id {again}")
 
 
 def _require_byte_level(state: dict[str, Any], source: str) -> None:

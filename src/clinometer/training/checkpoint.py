@@ -22,11 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from clinometer.foreign import parse_json
+from clinometer.lm.config import TransformerConfig
 from clinometer.messages import InputError
+from clinometer.training.checkpoint_state import require_state
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
@@ -104,10 +107,10 @@ def load_checkpoint(
     for name, written in state["files"].items():
         verify(path / name, written)
     if model is not None:
-        model.load_state_dict(_fitting(path, load_file(path / "model.safetensors"), model))
+        model.load_state_dict(_fitting(path, _tensors(path / "model.safetensors"), model))
     optimizers = list(optimizers)
     if optimizers:
-        tensors = load_file(path / "optimizer.safetensors")
+        tensors = _tensors(path / "optimizer.safetensors")
         if len(state["optimizers"]) != len(optimizers):
             raise InputError("checkpoint.foreign", path=path, what="optimizers")
         for optimizer, groups in zip(optimizers, state["optimizers"], strict=True):
@@ -119,16 +122,20 @@ def read_state(path: Path) -> dict[str, Any]:
     """A checkpoint's state.json. Raises `InputError` if it is missing or not one."""
     file = path / "state.json"
     try:
-        state = json.loads(file.read_text(encoding="utf-8"))
-        fits = isinstance(state, dict) and {"format", "step", "files", "optimizers", "random"} <= state.keys()
+        state = parse_json(file.read_text(encoding="utf-8"))
+        whole = isinstance(state, dict) and state.pop("sha256", None) == digest(state) and "format" in state
     except OSError as error:
         raise InputError("checkpoint.missing", path=file, reason=error.strerror) from None
     except ValueError:  # not JSON, not UTF-8
-        fits, state = False, {}
-    if not fits or state.pop("sha256", None) != digest(state):
+        whole, state = False, {}
+    if not whole:
         raise InputError("checkpoint.torn", path=file)
     if state["format"] != FORMAT:
         raise InputError("checkpoint.format", path=path, found=state["format"], known=FORMAT)
+    try:
+        require_state(state)
+    except ValueError as error:
+        raise InputError("checkpoint.malformed", path=file, what=error) from None
     return state
 
 
@@ -211,7 +218,7 @@ def restore_optimizer(
         for name, parameter in zip(saved["param_names"], group["params"], strict=True):
             entry = {**by_name.get(name, {}), **saved["state"].get(name, {})}
             for field, value in entry.items():
-                if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+                if not _fits_state(value, parameter):
                     raise InputError("checkpoint.foreign", path=path, what=f"{name}.{field}")
             if entry:
                 state[index] = entry
@@ -219,6 +226,31 @@ def restore_optimizer(
             index += 1
         param_groups.append({**options, "params": members, "param_names": saved["param_names"]})
     optimizer.load_state_dict({"state": state, "param_groups": param_groups})
+
+
+def require_weights(path: Path, config: TransformerConfig) -> None:
+    """Raise `InputError` unless the checkpoint holds this model's weights: nothing is made for a model
+    larger than its file."""
+    try:
+        with safe_open(path / "model.safetensors", framework="pt") as file:
+            names = set(file.keys())
+            # First the number of layers: the list of its weights has to be made for the rest.
+            fits = config.num_layers <= len(names) and names == config.weight_shapes().keys()
+            what = "model" if not fits else ""
+            for name, shape in config.weight_shapes().items() if fits else ():
+                if tuple(file.get_slice(name).get_shape()) != shape:
+                    what = name
+    except (OSError, SafetensorError) as error:
+        raise InputError("checkpoint.missing", path=path, reason=reason_of(error)) from None
+    if what:
+        raise InputError("checkpoint.foreign", path=path, what=what)
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:  # the hash was right: it was written so
+        raise InputError("checkpoint.malformed", path=path, what=error) from None
 
 
 def _fitting(path: Path, weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -267,6 +299,13 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return os.strerror(errno.ENOSPC)
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+
+
+def _fits_state(value: Any, parameter: Tensor) -> bool:
+    """A moment has its weight's shape and a kind that it can be added to; a count is one number."""
+    if not isinstance(value, Tensor):
+        return True
+    return value.dtype.is_floating_point and value.shape in (parameter.shape, torch.Size([]))
 
 
 def _hex(state: Tensor) -> str:

@@ -18,6 +18,7 @@ from clinometer.training.checkpoint import checkpoints, step_of
 from clinometer.training.config import LARGEST_SEED, DataConfig, RunConfig
 from clinometer.training.display import RunDisplay, clock, printable, short_count
 from clinometer.training.loop import Outcome, train
+from clinometer.training.memory import is_out_of_memory, too_little_memory
 from clinometer.training.precision import choose_device, matmul_rate
 from clinometer.training.prepare import Session, begin_with, resume, start
 from clinometer.training.recording import open_record
@@ -55,6 +56,11 @@ def train_command(
             path = session.folder.path
             display.notice("train.interrupted", step=step_of(saved[-1]), path=saved[-1], run=path)
         raise
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        numel = session.model.config.num_parameters
+        raise too_little_memory(error, session.config, numel, session.choices.device) from error
     finally:
         session.close()
 

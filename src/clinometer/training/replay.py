@@ -9,7 +9,6 @@ where it was recorded, vouches for the weights the step left. The run is read an
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from clinometer.foreign import parse_json
 from clinometer.messages import InputError
 from clinometer.optim.clipping import gradient_norms
 from clinometer.text.shards import find_tokens
@@ -123,7 +123,7 @@ def recorded(folder: RunFolder) -> dict[int, Row]:
     lines = folder.metrics_file.read_bytes().split(b"\n")[:-1] if folder.metrics_file.exists() else []
     for number, line in enumerate(lines, 1):  # a last line without its end is still being written
         try:
-            told = json.loads(line)
+            told = parse_json(line)
             if "lr" in told:
                 # What is not finite was written as text.
                 loss, lr, norm = float(told["loss"]), float(told["lr"]), float(told["grad_norm"])
@@ -225,7 +225,7 @@ def _choices(folder: RunFolder, state: dict[str, Any] | None) -> Choices:
     """What the run computes with; before its first checkpoint that stands in environment.json."""
     try:
         told = state["choices"] if state is not None else None
-        return Choices(**(told or json.loads(folder.environment_file.read_text(encoding="utf-8"))["choices"]))
+        return Choices(**(told or parse_json(folder.environment_file.read_text(encoding="utf-8"))["choices"]))
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError("explain.choices", path=folder.environment_file) from None
 
@@ -328,7 +328,7 @@ def _batch(tokenizer: Tokenizer, token_ids: Tensor, targets: Tensor) -> dict[str
 def _changed(folder: RunFolder) -> str:
     """What of the machine and the versions is other than when the run began, as far as bits depend on it."""
     try:
-        before = json.loads(folder.environment_file.read_text(encoding="utf-8"))
+        before = parse_json(folder.environment_file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return ""
     now = describe_environment()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -138,9 +139,19 @@ class _Retaken:
         if replay is None:
             raise InputError("explain.damaged", path=path)
         threads = torch.get_num_threads()
-        torch.set_num_threads(Choices(**replay.step_info["choices"]).threads)
         try:
-            yield cls(path, replay.step_info)
+            torch.set_num_threads(Choices(**replay.step_info["choices"]).threads)
+            retaken = cls(path, replay.step_info)
+        except InputError:
+            raise
+        # What is in the folder is not what a replay of ours holds, whatever its sums say.
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, SafetensorError) as error:
+            raise InputError("explain.damaged", path=path) from error
+        finally:
+            torch.set_num_threads(threads)
+        torch.set_num_threads(retaken.choices.threads)
+        try:
+            yield retaken
         finally:
             torch.set_num_threads(threads)
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from clinometer.foreign import parse_json
 from clinometer.messages import InputError
 from clinometer.training.config import RunConfig, config_from
 from clinometer.training.settings_file import read_toml
@@ -84,12 +85,24 @@ class RunFolder:
         self._lock.release()
 
     def metrics(self) -> Iterator[dict[str, Any]]:
-        """The recorded rows, oldest first; a line cut short by a kill is left out."""
+        """The recorded rows, oldest first; a line cut short by a kill is left out.
+
+        Raises `InputError` with the number of a line that is no row.
+        """
         if self.metrics_file.exists():
-            with self.metrics_file.open(encoding="utf-8") as file:
-                for line in file:
-                    if line.endswith("\n"):
-                        yield json.loads(line)
+            with self.metrics_file.open("rb") as file:
+                for number, line in enumerate(file, 1):
+                    if line.endswith(b"\n"):
+                        yield self._row(number, line)
+
+    def _row(self, number: int, line: bytes) -> dict[str, Any]:
+        try:
+            row = parse_json(line.decode("utf-8"))
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise InputError("run.line_broken", path=self.metrics_file, line=number)
+        return row
 
 
 def _is_unused(path: Path) -> bool:

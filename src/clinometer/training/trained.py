@@ -55,7 +55,11 @@ def load_run(path: Path, which: str = "best", device: str | torch.device = "cpu"
         known = ", ".join(str(s) for s in sorted(saved))
         raise InputError("run.no_such_checkpoint", path=path, step=which, steps=known)
     state = checkpoint.read_state(saved[step])
-    model = TransformerLM(TransformerConfig(**state["model"]))
+    if "model" not in state:
+        raise InputError("checkpoint.malformed", path=saved[step], what="model")
+    config = TransformerConfig(**state["model"])
+    checkpoint.require_weights(saved[step], config)
+    model = TransformerLM(config)
     checkpoint.load_checkpoint(saved[step], model)
     return Trained(
         model=model.to(device).eval(),

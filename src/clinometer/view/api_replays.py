@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 from itertools import zip_longest
 from typing import Any
@@ -13,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from clinometer.foreign import parse_json
 from clinometer.record.reader import RunFile
 from clinometer.record.replays import KINDS, Replay, replayed_steps
 from clinometer.view.answers import json_answer
@@ -145,7 +145,8 @@ def batch(call: Call) -> Any:
     info = replay.step_info
     found = info["batch"]
     losses = _counted(found.get("loss") or [], found.get("targets") or [])
-    first, rows = _rows(call, found["token_ids"])
+    token_ids = found.get("token_ids") or []
+    first, rows = _rows(call, token_ids)
     part = slice(first, first + rows)
     lists = ("token_ids", "targets", "pieces", "target_pieces")
     plain = ("loss", "recorded_loss", "exact", "lr", "clip", "max_norm", "total_norm", "optimizer")
@@ -155,8 +156,8 @@ def batch(call: Call) -> Any:
         **{name: _number(info.get(name)) for name in plain},
         "row": first,
         "rows": rows,
-        "sequences": len(found["token_ids"]),
-        "length": max((len(row) for row in found["token_ids"]), default=0),
+        "sequences": len(token_ids),
+        "length": max((len(row) for row in token_ids), default=0),
         **{name: (found.get(name) or [])[part] for name in lists},
         "loss_per_token": _numbers(losses[part]),
         "grad_norm": _numbers((found.get("grad_norm") or [])[part]),
@@ -178,7 +179,7 @@ def token(call: Call) -> Any:
     try:
         found = replay.token(place[0], place[1], MAX_MOVED)
     except IndexError:
-        sequences = replay.step_info["batch"]["token_ids"]
+        sequences = replay.step_info["batch"].get("token_ids") or []
         shape = f"{len(sequences)} × {max((len(row) for row in sequences), default=0)}"
         raise ApiError(404, "view.no_token", position=f"{place[0]},{place[1]}", shape=shape) from None
     except KeyError:  # removed while it was read
@@ -244,8 +245,8 @@ async def _body(request: Request) -> Any:
 
     try:
         await asyncio.wait_for(read(), BODY_SECONDS)
-        return json.loads(content)
-    except (ValueError, RecursionError):
+        return parse_json(content)
+    except ValueError:
         raise ApiError(400, "view.not_json") from None
     except TimeoutError:
         raise ApiError(408, "view.not_json") from None

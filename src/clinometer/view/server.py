@@ -30,6 +30,7 @@ from clinometer.view.library import Library
 from clinometer.view.live import Live
 from clinometer.view.openapi import description
 from clinometer.view.pages import Pages
+from clinometer.view.patience import Patience
 from clinometer.view.replaying import Replays
 from clinometer.view.safety import Guard, hosts_for, is_loopback
 
@@ -145,20 +146,7 @@ def serve(
     if token is not None:
         path += f"{'&' if '?' in path else '?'}token={quote(token, safe='')}"
     addresses = [f"http://{name}:{port}{path}" for name in _names(host)]
-    server = _Server(
-        uvicorn.Config(
-            app,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            limit_concurrency=128,
-            timeout_keep_alive=30,
-            timeout_graceful_shutdown=2,
-            h11_max_incomplete_event_size=32_768,
-            proxy_headers=False,
-        ),
-        app.state.live,
-    )
+    server = _Server(settings(app), app.state.live)
     for address in addresses:
         announce(address)
     if open_browser:
@@ -168,6 +156,22 @@ def serve(
             server.run(sockets=[listener])
     finally:
         listener.close()
+
+
+def settings(app: Starlette) -> uvicorn.Config:
+    """How uvicorn serves it: to whoever connects, within limits."""
+    return uvicorn.Config(
+        app,
+        http=Patience,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        limit_concurrency=128,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=2,
+        h11_max_incomplete_event_size=32_768,
+        proxy_headers=False,
+    )
 
 
 def _names(host: str) -> list[str]:

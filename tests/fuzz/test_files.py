@@ -1,0 +1,108 @@
+"""Files from others: whatever is in them, they are read or refused in words, and nothing else happens.
+
+`make test` tries some hundred inputs; `make soak` 100,000 (`CLINOMETER_FUZZ` sets how many for each reader).
+"""
+
+import os
+import shutil
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.fuzz import edits, readers
+from tests.fuzz.guard import within
+
+READERS = (
+    "config",
+    "tokenizer",
+    "gpt2",
+    "shards",
+    "checkpoint",
+    "run",
+    "llama",
+    "replay",
+    "record",
+    "corpus",
+)
+MANY = int(os.environ.get("CLINOMETER_FUZZ", "10000"))
+FEW = 40
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    root = tmp_path_factory.mktemp("good")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CLINOMETER_CACHE", str(root / "cache"))
+        yield readers.make(root)
+
+
+def try_inputs(reader, tmp_path_factory, count):
+    place = tmp_path_factory.mktemp("fuzzed")
+    folder = place / "folder"
+    all_answers = ask(reader, reader.good, folder)
+    assert all_answers > 0
+    refused = 0
+
+    @settings(
+        max_examples=count,
+        deadline=None,
+        database=None,
+        derandomize=count <= FEW,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(name=st.sampled_from(sorted(reader.files)), how=edits.FILE_EDITS, sealed=st.booleans())
+    def attempt(name, how, sealed):
+        nonlocal refused
+        good = (reader.good / name).read_bytes()
+        content = edits.edited_file(good, how, reader.files[name])
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(reader.good, folder)
+        (folder / name).write_bytes(content)
+        if sealed:
+            reader.seal(folder)
+        with within(place):
+            refused += reader.ask(folder) < all_answers
+
+    attempt()
+    assert refused > 0  # the edits do reach what the readers look at
+
+
+def ask(reader, good, folder):
+    shutil.copytree(good, folder)
+    return reader.ask(folder)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_an_edited_file_is_read_or_refused_in_words(made, tmp_path_factory, name):
+    try_inputs(made[name], tmp_path_factory, FEW)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", READERS)
+def test_thousands_of_edited_files_are_read_or_refused_in_words(made, tmp_path_factory, name):
+    try_inputs(made[name], tmp_path_factory, MANY)
+
+
+@pytest.mark.parametrize("count", [FEW, pytest.param(MANY, marks=pytest.mark.soak)])
+def test_other_values_in_a_run_file_are_read_over_or_refused_in_words(made, tmp_path_factory, count):
+    reader = made["record"]
+    place = tmp_path_factory.mktemp("fuzzed")
+    folder = place / "folder"
+
+    @settings(
+        max_examples=count,
+        deadline=None,
+        database=None,
+        derandomize=count <= FEW,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(edits.SQL_EDITS)
+    def attempt(changes):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(reader.good, folder)
+        edits.edit_database(folder / "run.sqlite", changes)
+        with within(place):
+            reader.ask(folder)
+
+    attempt()
