@@ -182,7 +182,7 @@ def evaluate(session: Session) -> float | None:
     starts = sampler.validation_windows(len(tokens), config.model.context_length, count)
     total, seen = 0.0, 0
     # Eager: compiling the no-grad form too costs seconds, and validation is a small part of a run.
-    with torch.compiler.set_stance("force_eager"):
+    with session.choices.uncompiled():
         for first in range(0, len(starts), config.micro_batch_size):
             part = starts[first : first + config.micro_batch_size]
             arrays = sampler.gather(tokens, part, config.model.context_length)
@@ -216,7 +216,7 @@ def write_sample(session: Session, display: Display, record: Record) -> None:
     prompt = torch.tensor([begin], device=session.choices.device)
     ids: list[int] = []
     try:
-        with torch.compiler.set_stance("force_eager"), session.choices.autocast():
+        with session.choices.uncompiled(), session.choices.autocast():
             for token in generate(
                 session.model,
                 prompt,
