@@ -16,6 +16,7 @@ from torch import Tensor
 
 from clinometer.lm.generate import generate
 from clinometer.messages import InputError
+from clinometer.optim.choice import set_lr
 from clinometer.optim.clipping import clip_grad_norm_
 from clinometer.optim.schedule import constant_schedule, cosine_schedule, warmup_stable_decay_schedule
 from clinometer.text import sampler
@@ -103,9 +104,7 @@ def take_step(
     `before_clipping` is called while the gradients are the loss's own, `before_step` with what is returned,
     while they are still there.
     """
-    for optimizer in computation.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+    set_lr(computation.optimizers, lr)
     loss, norm = forward_backward(computation, before_clipping)
     taken = math.isfinite(loss) and math.isfinite(norm)
     if before_step is not None:
