@@ -8,6 +8,7 @@ import shutil
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -110,8 +111,12 @@ def find_compiler(device: torch.device) -> str | None:
     return next((found for name in candidates if name and (found := shutil.which(name))), None)
 
 
+@cache
 def matmul_rate(device: torch.device, precision: str, size: int = 1024, seconds: float = 0.15) -> float:
-    """Measured rate of a size³ matrix product in FLOP/s, the best of a few: this machine's peak."""
+    """Measured rate of a size³ matrix product in FLOP/s, the best of a few: this machine's peak.
+
+    Measured once in a process: `auto` and the progress line both ask.
+    """
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     if device.type == "cuda":
         size = 8192
