@@ -278,3 +278,24 @@ def test_a_large_vocabulary_takes_the_chunked_loss(monkeypatch):
     monkeypatch.setattr(lm, "linear_cross_entropy", lambda *a, **k: called.append(a) or torch.zeros(()))
     head_loss(torch.randn(2, 3, 4), torch.randn(32_768, 4), torch.zeros(2, 3, dtype=torch.long), "mean")
     assert len(called) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_attention_in_half_precision_only_rounds_its_result(dtype: torch.dtype, autocast: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, g = (torch.randn(2, 3, 9, 8, generator=generator).to(dtype) for _ in range(4))
+    for x in (q, k, v):
+        x.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = lm.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert y.dtype == dtype
+    found = (y, *torch.autograd.grad(y, (q, k, v), g))
+
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    scores = (exact[0] @ exact[1].mT / math.sqrt(8)).masked_fill(torch.ones(9, 9).tril() == 0, -math.inf)
+    truth = torch.softmax(scores, -1) @ exact[2]
+    expected = (truth, *torch.autograd.grad(truth, exact, g.double()))
+    half_ulp = torch.finfo(dtype).eps / 2
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double(), other.to(torch.float64), rtol=half_ulp * 1.01, atol=2e-6)

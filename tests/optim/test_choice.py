@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from clinometer.messages import InputError
 from clinometer.optim.adamw import AdamW
-from clinometer.optim.choice import make_optimizers
+from clinometer.optim.choice import make_optimizers, set_lr
 from clinometer.optim.muon import Muon
 from clinometer.optim.sgd import SGD
 
@@ -119,3 +119,40 @@ def test_a_bad_rate_is_refused_by_every_choice(name: str, lr: float) -> None:
     with pytest.raises(InputError) as error:
         make_optimizers(named(), name=name, lr=lr)
     assert error.value.key == "optim.nonnegative"
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
+def test_the_embeddings_keep_their_own_rate_in_proportion(name: str) -> None:
+    pairs = named()
+    optimizers = make_optimizers(pairs, name=name, lr=0.01, embedding_lr=0.03, weight_decay=0.1)
+    by_name = {group["name"]: group for optimizer in optimizers for group in optimizer.param_groups}
+    assert by_name["embeddings"]["param_names"] == ["token_embeddings.weight"]
+    assert by_name["embeddings"]["weight_decay"] == 0.1
+    everything = [key for group in by_name.values() for key in group["param_names"]]
+    assert sorted(everything) == sorted(key for key, _ in pairs)
+
+    set_lr(optimizers, 0.002)
+    rates = {key: group["lr"] for key, group in by_name.items()}
+    assert rates.pop("embeddings") == pytest.approx(0.006, rel=1e-12)
+    assert set(rates.values()) == {0.002}
+
+
+def test_a_rate_for_the_embeddings_survives_saving() -> None:
+    first = make_optimizers(named(), lr=0.01, embedding_lr=0.04)
+    second = make_optimizers(named(), lr=0.01, embedding_lr=0.01)
+    second[0].load_state_dict(first[0].state_dict())
+    set_lr(second, 0.5)
+    assert {group["lr"] for group in second[0].param_groups if group["name"] == "embeddings"} == {2.0}
+
+
+def test_without_one_the_groups_are_those_of_before() -> None:
+    (plain,) = make_optimizers(named(), lr=0.01)
+    assert all("lr_factor" not in group for group in plain.param_groups)
+    assert groups(plain) == {"decayed": (MATRICES + OTHERS, 0.01), "not decayed": (NORMS, 0.0)}
+
+
+def test_a_rate_in_proportion_to_nothing_is_refused() -> None:
+    with pytest.raises(InputError, match="lr is 0"):
+        make_optimizers(named(), lr=0.0, embedding_lr=0.1)
+    with pytest.raises(InputError, match="embedding_lr"):
+        make_optimizers(named(), lr=0.1, embedding_lr=-0.1)

@@ -73,6 +73,7 @@ def assert_same_run(a, b):
             OptimConfig(lr=1e-2),
             OptimConfig(name="sgd", lr=0.1, momentum=0.9),
             OptimConfig(name="muon", lr=1e-2),
+            OptimConfig(name="muon", lr=1e-2, embedding_lr=3e-2),
         ]
     ),
     micro=st.sampled_from([None, 2, 1]),
@@ -384,3 +385,23 @@ def test_learning_rates_start_above_zero_and_end_at_the_lowest():
         assert rates[9] == config.optim.lr
         assert rates[-1] == pytest.approx(1e-5)
         assert max(rates) == config.optim.lr
+
+
+def test_the_embeddings_take_their_own_rate_at_every_step(config, tmp_path):
+    config = replace(config, optim=OptimConfig(name="muon", lr=1e-2, embedding_lr=4e-2))
+    session = prepare.start(config, tmp_path / "run", Silent())
+    rates = {group["name"]: group for o in session.optimizers for group in o.param_groups}
+    seen = []
+
+    class Looking(Silent):
+        def step(self, row):
+            seen.append(
+                (row["lr"], rates["embeddings"]["lr"], rates["matrices"]["lr"], rates["decayed"]["lr"])
+            )
+
+    assert train(session, Looking()) is Outcome.DONE
+    session.close()
+    assert len({lr for lr, *_ in seen}) > 10
+    for lr, embeddings, *others in seen:
+        assert embeddings == pytest.approx(4 * lr, rel=1e-12)
+        assert others == [lr, lr]

@@ -26,11 +26,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from clinometer.messages import InputError
 from clinometer.optim.arguments import require_betas, require_nonnegative
+from clinometer.optim.eager import EagerOptimizer
 from clinometer.optim.fusing import shared_kernel, with_grad, with_small_joined
 
 
@@ -112,7 +112,7 @@ def adamw_fused_(
     )
 
 
-class AdamW(Optimizer):
+class AdamW(EagerOptimizer):
     """AdamW in the form above; state keys `step`, `exp_avg`, `exp_avg_sq` are torch.optim.AdamW's.
 
     `lr`: step size, in units of the weights; a one-element tensor is read on the host at each step.

@@ -24,13 +24,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clinometer.optim.eager import EagerOptimizer
+
 _JOINED = 2**18
 """Larger matrices keep the cores busy by themselves; smaller ones wait for the start of each product."""
 _AT_ONCE = 2**22
 """Numbers in one batch: what is joined is copied."""
 
 
-class Muon(torch.optim.Muon):
+class Muon(EagerOptimizer, torch.optim.Muon):
     """torch.optim.Muon with the products of equal-shaped small matrices in one batch; the same bits.
 
     A Transformer has the same few shapes in every layer, so five steps of three products each become fifteen

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from clinometer.messages import InputError
 from clinometer.optim.arguments import require_fraction, require_nonnegative
+from clinometer.optim.eager import EagerOptimizer
 from clinometer.optim.fusing import shared_kernel, widened, with_grad, with_small_joined
 
 
@@ -77,7 +77,7 @@ def sgd_fused_(
     )
 
 
-class SGD(Optimizer):
+class SGD(EagerOptimizer):
     """SGD in the form above; the state key `momentum_buffer` is torch.optim.SGD's.
 
     `lr`: step size, weights per gradient; a one-element tensor is read on the host at each step.

@@ -48,4 +48,5 @@ def first_optimizers(config: RunConfig, model: TransformerLM) -> list[torch.opti
         eps=optim.eps,
         weight_decay=optim.weight_decay,
         momentum=optim.momentum,
+        embedding_lr=optim.embedding_lr,
     )

@@ -77,6 +77,7 @@ class OptimConfig:
     weight_decay: float = 0.1
     momentum: float | None = None
     max_norm: float = 1.0
+    embedding_lr: float | None = None
 
     def __post_init__(self) -> None:
         _one_of("optim.name", self.name, ("adamw", "sgd", "muon"))
@@ -84,6 +85,10 @@ class OptimConfig:
         _between("optim.weight_decay", self.weight_decay, 0.0, math.inf)
         if self.momentum is not None:
             _between("optim.momentum", self.momentum, 0.0, 1.0, open_end=True)
+        if self.embedding_lr is not None:
+            _between("optim.embedding_lr", self.embedding_lr, 0.0, math.inf)
+            if self.lr == 0:
+                raise InputError("optim.embedding_lr", embedding_lr=self.embedding_lr)
         if not (math.isfinite(self.eps) and self.eps > 0):  # a weight never pushed would be 0/0
             raise InputError("config.above_zero", field="optim.eps", value=self.eps)
         if len(self.betas) != 2:

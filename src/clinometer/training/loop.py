@@ -16,6 +16,7 @@ from torch import Tensor
 
 from clinometer.lm.generate import generate
 from clinometer.messages import InputError
+from clinometer.optim.choice import set_lr
 from clinometer.optim.clipping import clip_grad_norm_
 from clinometer.optim.schedule import constant_schedule, cosine_schedule, warmup_stable_decay_schedule
 from clinometer.text import sampler
@@ -103,9 +104,7 @@ def take_step(
     `before_clipping` is called while the gradients are the loss's own, `before_step` with what is returned,
     while they are still there.
     """
-    for optimizer in computation.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+    set_lr(computation.optimizers, lr)
     loss, norm = forward_backward(computation, before_clipping)
     taken = math.isfinite(loss) and math.isfinite(norm)
     if before_step is not None:
@@ -182,7 +181,7 @@ def evaluate(session: Session) -> float | None:
     starts = sampler.validation_windows(len(tokens), config.model.context_length, count)
     total, seen = 0.0, 0
     # Eager: compiling the no-grad form too costs seconds, and validation is a small part of a run.
-    with torch.compiler.set_stance("force_eager"):
+    with session.choices.uncompiled():
         for first in range(0, len(starts), config.micro_batch_size):
             part = starts[first : first + config.micro_batch_size]
             arrays = sampler.gather(tokens, part, config.model.context_length)
@@ -216,7 +215,7 @@ def write_sample(session: Session, display: Display, record: Record) -> None:
     prompt = torch.tensor([begin], device=session.choices.device)
     ids: list[int] = []
     try:
-        with torch.compiler.set_stance("force_eager"), session.choices.autocast():
+        with session.choices.uncompiled(), session.choices.autocast():
             for token in generate(
                 session.model,
                 prompt,

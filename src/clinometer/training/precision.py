@@ -6,8 +6,9 @@ import os
 import platform
 import shutil
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -32,6 +33,10 @@ class Choices:
         """Matrix products in bfloat16 where chosen; weights, norms, softmax and loss in float32."""
         kind = torch.device(self.device).type
         return torch.autocast(kind, torch.bfloat16, enabled=self.precision == "bfloat16")
+
+    def uncompiled(self) -> AbstractContextManager[object]:
+        """The model's eager form. Where nothing was compiled the compiler is not even imported (1.3 s)."""
+        return torch.compiler.set_stance("force_eager") if self.compile else nullcontext()
 
 
 def choose(*, device: str, precision: str, compile: str, total_flops: float) -> Choices:
@@ -106,8 +111,12 @@ def find_compiler(device: torch.device) -> str | None:
     return next((found for name in candidates if name and (found := shutil.which(name))), None)
 
 
+@cache
 def matmul_rate(device: torch.device, precision: str, size: int = 1024, seconds: float = 0.15) -> float:
-    """Measured rate of a size³ matrix product in FLOP/s, the best of a few: this machine's peak."""
+    """Measured rate of a size³ matrix product in FLOP/s, the best of a few: this machine's peak.
+
+    Measured once in a process: `auto` and the progress line both ask.
+    """
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     if device.type == "cuda":
         size = 8192
