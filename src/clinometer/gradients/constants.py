@@ -124,7 +124,12 @@ class Held(TorchFunctionMode):
             low = self._doubling is not None and (is_low(args) or is_low(kwargs.values()))
             with self._doubling if low else nullcontext():  # pyright: ignore[reportOptionalContextManager]
                 corners = _corners(func, args, kwargs)
-                if corners is not None and args[0].requires_grad and torch.is_grad_enabled() and not in_custom():
+                if (
+                    corners is not None
+                    and args[0].requires_grad
+                    and torch.is_grad_enabled()
+                    and not in_custom()
+                ):
                     return self._straight(func, args, kwargs, corners)
                 if func is F.gumbel_softmax:
                     return self._gumbel(args, kwargs)
