@@ -3,8 +3,8 @@
     python -m benchmarks.tokenizer --text FILE [--vocab-size 8192] [--rounds 3]
     python -m benchmarks.tokenizer --memory 1     peak memory on a generated file of 1 GB
 
-"in memory" peers encode text that is read already, and drop the ids. Ours and "file to file" read the file and
-write the ids; ours also splits off the validation part, checks a sample of the ids, hashes and syncs the shards.
+"in memory" peers encode text that is read already, and drop the ids. "File to file" are ours and a peer that
+read the file and write the ids; ours also splits, checks a sample and hashes the shards.
 `rustbpe` takes part where it is installed.
 """
 

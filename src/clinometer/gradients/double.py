@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ class InDouble(TorchFunctionMode):
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
         """What the mode does with one call; a mode above it may ask here, which saves a dispatch."""
         name = getattr(func, "__name__", "")
-        if name not in _OTHERWISE and not writes(name) and "out" not in kwargs:
+        if _only_lifts(name) and "out" not in kwargs:
             if is_low(args):
                 args = self._up(tuple(args))
             if kwargs and is_low(kwargs.values()):
@@ -149,6 +150,12 @@ class InDouble(TorchFunctionMode):
             self.outside.lift(tensor)
 
 
+@cache
+def _only_lifts(name: str) -> bool:
+    return name not in _OTHERWISE and not writes(name)
+
+
+@cache
 def writes(name: str) -> bool:
     """Whether a call of this name writes into its first argument."""
     return name.endswith("_") and (name in IN_PLACE or not name.endswith("__"))
@@ -166,8 +173,9 @@ def is_low(values: Iterable[Any]) -> bool:
         elif kind is torch.dtype:
             if value in LIFT:
                 return True
-        elif (kind is tuple or kind is list) and is_low(value):
-            return True
+        elif kind is tuple or kind is list:
+            if is_low(value):
+                return True
         elif kind is dict and is_low(value.values()):
             return True
     return False

@@ -59,7 +59,7 @@ class Before:
         self._tensors: list[KeptTensor] = []
         self._by_id: dict[int, KeptTensor] = {}
         self._containers: list[KeptContainer] = []
-        self._empty: list[KeptContainer] = []
+        self._empty: list[Any] = []
         self._scripted: list[tuple[nn.Module, bool]] = []
         self._modules: list[nn.Module] = []
         self._bits: dict[tuple[Any, ...], KeptBits] = {}
@@ -137,9 +137,9 @@ class Before:
     def _restore_containers(self) -> None:
         shard_again(self._modules)
         # Most are the empty hook tables of modules; between any two runs they are asked all at once.
-        if any(kept.container for kept in self._empty):
-            for kept in self._empty:
-                kept.restore()
+        if any(self._empty):
+            for container in self._empty:
+                container.clear()
         for kept in self._containers:
             kept.restore()
         for module, training in self._scripted:
@@ -165,8 +165,11 @@ class Before:
                     queue.append(value.__dict__)
             elif type(value) in CONTAINERS:
                 self._seen[id(value)] = value
+                if not value:
+                    self._empty.append(value)
+                    continue
                 kept = KeptContainer(value)
-                (self._containers if kept.items else self._empty).append(kept)
+                self._containers.append(kept)
                 queue.extend(kept.items)
 
     def _keep_tensor(self, tensor: Tensor) -> list[Tensor]:
