@@ -28,7 +28,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from clinometer.gradients.checkpointing import opened_checkpoints
 from clinometer.gradients.double import InDouble, is_low, writes
-from clinometer.gradients.frequencies import LOOKUPS, undivided
+from clinometer.gradients.frequencies import LOOKUPS, signature, undivided
 from clinometer.gradients.randomness import RandomState
 from clinometer.gradients.where import Where, user_frame
 
@@ -163,7 +163,9 @@ class Held(TorchFunctionMode):
 
     def _embedding(self, args: Any, kwargs: Any) -> Tensor:
         """The row at `padding_idx` is read, and gets no gradient: a stopped gradient like any other."""
-        given = inspect.signature(F.embedding).bind(*args, **kwargs).arguments
+        if len(args) == 2 and not kwargs:
+            return F.embedding(*args)
+        given = signature(F.embedding).bind(*args, **kwargs).arguments
         ids, weight, padding = given["input"], given["weight"], given.get("padding_idx")
         out = F.embedding(*args, **kwargs)
         if padding is None or not weight.requires_grad:
