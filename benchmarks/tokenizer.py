@@ -34,10 +34,19 @@ import resource, sys, time
 from clinometer.text.corpus import open_corpus
 from clinometer.text.encoding import encode_corpus
 from clinometer.text.tokenizer import Tokenizer, train_bpe
+from clinometer.training.prepare import TOKENIZER_CHARACTERS
+def beginning(corpus):
+    "As much of it as `clinometer train` trains a tokenizer on."
+    held = 0
+    for text in corpus.texts():
+        held += len(text)
+        if held > TOKENIZER_CHARACTERS:
+            return
+        yield text
 start = time.perf_counter()
 task, file, folder, vocab_size = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
 if task == "training":
-    train_bpe(open_corpus(file).texts(), vocab_size, progress=False).save(folder)
+    train_bpe(beginning(open_corpus(file)), vocab_size, progress=False).save(folder)
 else:
     encode_corpus(open_corpus(file), Tokenizer.load(folder), folder + "/tokens")
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

@@ -73,7 +73,8 @@ def with_small_joined(update: Callable[..., None], columns: list[list[Tensor]]) 
     del scattered[1], joined[1]  # the gradients are only read
     for tensors, whole in zip(scattered, joined, strict=True):
         pieces = whole.split(sizes)
-        torch._foreach_copy_(tensors, [piece.view(t.shape) for piece, t in zip(pieces, tensors, strict=True)])
+        views = [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
+        torch._foreach_copy_(tensors, views)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def widened(tensor: Tensor) -> Tensor:
