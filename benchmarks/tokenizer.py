@@ -1,17 +1,24 @@
-"""Training and bulk encoding against plain `tokenizers` and plain `tiktoken`, interleaved in one run.
+"""Training and bulk encoding against plain `tokenizers`, `tiktoken` and `rustbpe`, interleaved in one run.
 
     python -m benchmarks.tokenizer --text FILE [--vocab-size 8192] [--rounds 3]
+    python -m benchmarks.tokenizer --memory 1     peak memory on a generated file of 1 GB
 
-The peers only encode text that is in memory. Ours reads the file, splits off the validation part, checks a
-sample of the ids, and writes and syncs shards: what a user waits for.
+"in memory" peers encode text that is read already, and drop the ids. "File to file" are ours and a peer that
+read the file and write the ids; ours also splits, checks a sample and hashes the shards.
+`rustbpe` takes part where it is installed.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import platform
+import random
 import statistics
+import string
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,6 +30,58 @@ from clinometer.text.corpus import END_OF_TEXT, open_corpus
 from clinometer.text.encoding import encode_corpus
 from clinometer.text.tokenizer import train_bpe
 
+_MEASURED = """
+import resource, sys, time
+from clinometer.text.corpus import open_corpus
+from clinometer.text.encoding import encode_corpus
+from clinometer.text.tokenizer import Tokenizer, train_bpe
+from clinometer.training.prepare import TOKENIZER_CHARACTERS
+def beginning(corpus):
+    "As much of it as `clinometer train` trains a tokenizer on."
+    held = 0
+    for text in corpus.texts():
+        held += len(text)
+        if held > TOKENIZER_CHARACTERS:
+            return
+        yield text
+start = time.perf_counter()
+task, file, folder, vocab_size = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
+if task == "training":
+    train_bpe(beginning(open_corpus(file)), vocab_size, progress=False).save(folder)
+else:
+    encode_corpus(open_corpus(file), Tokenizer.load(folder), folder + "/tokens")
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+print(f"{task:10} peak memory {peak:6.2f} GB   {time.perf_counter() - start:7.1f} s")
+"""
+
+
+def write_text(file: Path, gigabytes: float) -> None:
+    """Lines of the standard library in random order; one in five ends in a word never seen before.
+
+    So distinct words keep coming as the file grows, as they do in text of the web.
+    """
+    draw = random.Random(0)
+    lines = [line for text in open_corpus("python").documents() for line in text.splitlines()]
+    with file.open("w", encoding="utf-8") as stream:
+        while stream.tell() < gigabytes * 1e9:
+            for number in range(100):
+                chosen = draw.choices(lines, k=100)
+                for place in range(0, 100, 5):
+                    word = "".join(draw.choices(string.ascii_lowercase, k=draw.randint(4, 10)))
+                    chosen[place] = f"{chosen[place]} {word}"
+                stream.write("\n".join(chosen) + ("\n" if number % 10 else END_OF_TEXT))
+
+
+def measure_memory(gigabytes: float, vocab_size: int) -> None:
+    """Peak memory of training and of encoding, each in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "text")
+        write_text(file, gigabytes)
+        print(f"{file.stat().st_size / 1e9:.2f} GB of text, vocabulary {vocab_size}", flush=True)
+        for task in ("training", "encoding"):
+            command = [sys.executable, "-c", _MEASURED, task, str(file), folder, str(vocab_size)]
+            subprocess.run(command, check=True)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -32,16 +91,27 @@ def main() -> None:
     )
     parser.add_argument("--vocab-size", type=int, default=8192)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--memory", type=float, metavar="GB")
     options = parser.parse_args()
+    if options.memory:
+        measure_memory(options.memory, options.vocab_size)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        compare(options, Path(folder))
 
+
+def compare(options: argparse.Namespace, scratch: Path) -> None:
+    import numpy as np
     import tiktoken
     import tokenizers
     from tiktoken_ext import openai_public
 
-    corpus = open_corpus(options.text)
-    documents = list(corpus.documents())
+    documents = list(open_corpus(options.text).documents())
+    file = scratch / "text"
+    file.write_text("".join(f"{text}{END_OF_TEXT}" for text in documents), encoding="utf-8")
+    corpus = open_corpus(file)
     megabytes = sum(len(text.encode()) for text in documents) / 1e6
-    print(f"{corpus.name}: {megabytes:.1f} MB, {len(documents)} documents, vocabulary {options.vocab_size}")
+    print(f"{options.text}: {megabytes:.1f} MB, {len(documents)} documents, vocabulary {options.vocab_size}")
     print(
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
     )
@@ -75,19 +145,39 @@ def main() -> None:
             map(len, encoding.encode_ordinary_batch(documents, num_threads=os.cpu_count() or 1))
         )
 
+    def tiktoken_file_to_file() -> None:
+        encoding = tiktoken.Encoding("plain", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        texts = file.read_text(encoding="utf-8").split(END_OF_TEXT)[:-1]
+        end = tokenizer.end_of_text_id
+        encoded = encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
+        whole = np.concatenate([np.array([*one, end], dtype=np.uint16) for one in encoded])
+        with (scratch / "ids").open("wb") as stream:
+            stream.write(whole.tobytes())
+            stream.flush()
+            os.fsync(stream.fileno())
+        ids["tiktoken, file to file"] = len(whole) - len(texts)
+
     def encode_ours() -> None:
         with tempfile.TemporaryDirectory() as folder:
             data = encode_corpus(corpus, tokenizer, Path(folder))
             ends = len(documents) if len(documents) > 1 else 0
             ids["ours"] = len(data.train) + len(data.validation) - ends
 
+    def train_rustbpe() -> None:
+        import rustbpe  # pyright: ignore[reportMissingImports]
+
+        rustbpe.Tokenizer().train_from_iterator(iter(documents), options.vocab_size - 1, pattern=pattern)
+
     runs: dict[str, Callable[[], object]] = {
         "training, plain tokenizers": train_plain,
         "training, ours": lambda: train_bpe(corpus.texts(), options.vocab_size, progress=False),
-        "encoding, plain tokenizers": encode_plain_tokenizers,
-        "encoding, plain tiktoken": encode_plain_tiktoken,
-        "encoding, ours": encode_ours,
+        "encoding, plain tokenizers, in memory": encode_plain_tokenizers,
+        "encoding, plain tiktoken, in memory": encode_plain_tiktoken,
+        "encoding, plain tiktoken, file to file": tiktoken_file_to_file,
+        "encoding, ours, file to file": encode_ours,
     }
+    if importlib.util.find_spec("rustbpe"):
+        runs["training, rustbpe"] = train_rustbpe
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(options.rounds):
         for name, run in runs.items():
@@ -96,9 +186,9 @@ def main() -> None:
             seconds[name].append(time.perf_counter() - begun)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     for name, value in median.items():
-        ours = median[f"{name.partition(',')[0]}, ours"]
+        ours = next(median[other] for other in median if other.startswith(f"{name.partition(',')[0]}, ours"))
         print(
-            f"{name:28} {value:7.2f} s   {megabytes / value:6.2f} MB/s   ours: {value / ours:5.2f} × as fast"
+            f"{name:40} {value:7.2f} s   {megabytes / value:6.2f} MB/s   ours: {value / ours:5.2f} × as fast"
         )
     # A document cut in two by the split, or a word by it, may cost ours a token more.
     print("tokens:", ", ".join(f"{name} {count:,}" for name, count in ids.items()))

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +27,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
 from clinometer.gradients.checkpointing import opened_checkpoints
-from clinometer.gradients.frequencies import LOOKUPS, undivided
+from clinometer.gradients.double import InDouble, is_low, writes
+from clinometer.gradients.frequencies import LOOKUPS, signature, undivided
 from clinometer.gradients.randomness import RandomState
 from clinometer.gradients.where import Where, user_frame
 
 _DATA = torch.Tensor.data  # pyright: ignore[reportAttributeAccessIssue]
-_IN_PLACE = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__ipow__"}
 _CUSTOM = {Function.apply.__func__.__code__, BackwardCFunction.apply.__code__}  # pyright: ignore[reportFunctionMemberAccess]
 _STRAIGHT: dict[Any, tuple[float, ...]] = {
     F.relu: (0.0,),
@@ -65,10 +67,15 @@ class _Alias:
 
 
 class Held(TorchFunctionMode):
-    """Records at the first run, gives again at each later one. Enter it through `record` or `replay`."""
+    """Records at the first run, gives again at each later one. Enter it through `record` or `replay`.
 
-    def __init__(self) -> None:
+    Every call is made in double precision if `doubling` is given, which need not be entered itself.
+    """
+
+    def __init__(self, doubling: InDouble | None = None) -> None:
         super().__init__()
+        self._doubling = doubling
+        self._call = _as_it_is if doubling is None else doubling.call
         self.recording = True
         self.active = True
         self.corners: dict[str, tuple[int, Where | None]] = {}
@@ -85,10 +92,14 @@ class Held(TorchFunctionMode):
     def __enter__(self) -> Any:
         self._opened.append(opened_checkpoints())
         self._opened[-1].__enter__()
+        if self._doubling is not None:
+            self._doubling.raise_default()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        if self._doubling is not None:
+            self._doubling.restore_default()
         self._opened.pop().__exit__(*error)
 
     def record(self) -> Held:
@@ -107,21 +118,32 @@ class Held(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if not self.active or (name == "__get__" and getattr(func, "__self__", None) is not _DATA):
-            return func(*args, **kwargs)
-        corners = _corners(func, args, kwargs)
-        if corners is not None and args[0].requires_grad and torch.is_grad_enabled() and not in_custom():
-            return self._straight(func, args, kwargs, corners)
-        if func is F.gumbel_softmax:
-            return self._gumbel(args, kwargs)
-        if func in LOOKUPS and (undivided_call := undivided(func, args, kwargs)) is not None:
-            args, kwargs = (), undivided_call
-        if func is F.embedding:
-            return self._embedding(args, kwargs)
-        asked = _asks(args) or _asks(kwargs)
-        out = func(*args, **kwargs)
-        if not asked or torch._C._are_functorch_transforms_active():
+            return self._call(func, args, kwargs)
+        if _is_special(func):
+            # What follows makes calls of its own.
+            low = self._doubling is not None and (is_low(args) or is_low(kwargs.values()))
+            with self._doubling if low else nullcontext():  # pyright: ignore[reportOptionalContextManager]
+                corners = _corners(func, args, kwargs)
+                if (
+                    corners is not None
+                    and args[0].requires_grad
+                    and torch.is_grad_enabled()
+                    and not in_custom()
+                ):
+                    return self._straight(func, args, kwargs, corners)
+                if func is F.gumbel_softmax:
+                    return self._gumbel(args, kwargs)
+                if func in LOOKUPS and (undivided_call := undivided(func, args, kwargs)) is not None:
+                    args, kwargs = (), undivided_call
+                if func is F.embedding:
+                    return self._embedding(args, kwargs)
+        asked = _asks(args) or (kwargs and _asks(kwargs.values()))
+        out = self._call(func, args, kwargs)
+        if not asked or (type(out) is Tensor and out.requires_grad and not writes(name)):
             return out
-        if name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")):
+        if torch._C._are_functorch_transforms_active():
+            return out
+        if writes(name):
             if isinstance(args[0], Tensor) and not args[0].requires_grad and not in_custom():
                 self._hold_write(name, args[0])
             return out
@@ -141,7 +163,9 @@ class Held(TorchFunctionMode):
 
     def _embedding(self, args: Any, kwargs: Any) -> Tensor:
         """The row at `padding_idx` is read, and gets no gradient: a stopped gradient like any other."""
-        given = inspect.signature(F.embedding).bind(*args, **kwargs).arguments
+        if len(args) == 2 and not kwargs:
+            return F.embedding(*args)
+        given = signature(F.embedding).bind(*args, **kwargs).arguments
         ids, weight, padding = given["input"], given["weight"], given.get("padding_idx")
         out = F.embedding(*args, **kwargs)
         if padding is None or not weight.requires_grad:
@@ -239,11 +263,23 @@ class Held(TorchFunctionMode):
 _PASS = object()
 
 
-def _corners(func: Any, args: Any, kwargs: Any) -> tuple[float, ...] | None:
+_SPECIAL = {*_STRAIGHT, F.gumbel_softmax, F.embedding, *LOOKUPS}
+
+
+def _as_it_is(func: Any, args: Any, kwargs: Any) -> Any:
+    return func(*args, **kwargs)
+
+
+def _is_special(func: Any) -> bool:
+    """Whether a call may be more than its result being held."""
     try:
-        found = _STRAIGHT.get(func)
+        return func in _SPECIAL
     except TypeError:  # an unhashable callable
-        return None
+        return False
+
+
+def _corners(func: Any, args: Any, kwargs: Any) -> tuple[float, ...] | None:
+    found = _STRAIGHT.get(func)
     if found is None or not args or not isinstance(args[0], Tensor) or args[0].is_complex():
         return None
     if "out" in kwargs:
@@ -256,13 +292,17 @@ def _corners(func: Any, args: Any, kwargs: Any) -> tuple[float, ...] | None:
     return tuple(float(b) for b in bounds if isinstance(b, int | float) and not isinstance(b, bool))
 
 
-def _asks(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return value.requires_grad
-    if isinstance(value, tuple | list):
-        return any(_asks(item) for item in value)
-    if type(value) is dict:
-        return any(_asks(item) for item in value.values())
+def _asks(values: Iterable[Any]) -> bool:
+    """Whether any tensor among these, or in what they hold, requires a gradient."""
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.requires_grad:
+                return True
+        elif isinstance(value, tuple | list):
+            if _asks(value):
+                return True
+        elif type(value) is dict and _asks(value.values()):
+            return True
     return False
 
 

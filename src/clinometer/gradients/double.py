@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,7 +27,10 @@ LIFT = {
 _CASTS = {"float": "double", "half": "double", "bfloat16": "double", "cfloat": "cdouble", "chalf": "cdouble"}
 _TYPE_NAMES = {"FloatTensor", "HalfTensor", "BFloat16Tensor"}
 _AS_THEY_ARE = {"__deepcopy__", "__reduce_ex__", "__set__", "backward", "register_hook", "set_"}
-_IN_PLACE = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__ipow__"}
+_OTHERWISE = {"__get__", "type", "view", "_grouped_mm", *_CASTS, *_AS_THEY_ARE}
+"""Names of calls that are more than their arguments lifted; so are those that write into one."""
+IN_PLACE = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__ipow__"}
+_PLAIN = {int, float, bool, str, type(None)}
 _WORTH_KEEPING = 1 << 16
 
 
@@ -67,17 +71,33 @@ class InDouble(TorchFunctionMode):
         self._default: list[torch.dtype] = []
 
     def __enter__(self) -> Any:
-        self._default.append(torch.get_default_dtype())
-        torch.set_default_dtype(torch.float64)
+        self.raise_default()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        self.restore_default()
+
+    def raise_default(self) -> None:
+        """New tensors are float64 until `restore_default`."""
+        self._default.append(torch.get_default_dtype())
+        torch.set_default_dtype(torch.float64)
+
+    def restore_default(self) -> None:
         torch.set_default_dtype(self._default.pop())
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        return self.call(func, args, kwargs or {})
+
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What the mode does with one call; a mode above it may ask here, which saves a dispatch."""
         name = getattr(func, "__name__", "")
+        if _only_lifts(name) and "out" not in kwargs:
+            if is_low(args):
+                args = self._up(tuple(args))
+            if kwargs and is_low(kwargs.values()):
+                kwargs = {key: self._up(value) for key, value in kwargs.items()}
+            return func(*args, **kwargs)
         if name == "__get__":
             found = func(*args, **kwargs)
             return LIFT.get(found, found) if isinstance(found, torch.dtype) else found
@@ -87,8 +107,7 @@ class InDouble(TorchFunctionMode):
             return getattr(self._up(args[0]), _CASTS[name])(*args[1:], **kwargs)
         if name == "type" and len(args) > 1:
             args = (args[0], _lifted_type(args[1]))
-        writes = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
-        if writes and args and isinstance(args[0], Tensor):
+        if writes(name) and args and isinstance(args[0], Tensor):
             self._lift_in_place(args[0])
             args = (args[0], *self._up(tuple(args[1:])))
         else:
@@ -129,6 +148,37 @@ class InDouble(TorchFunctionMode):
         """A tensor from outside that the closure writes into: a low-precision one would round the loss."""
         if tensor.dtype in LIFT and tensor.grad_fn is None and not tensor.is_inference():
             self.outside.lift(tensor)
+
+
+@cache
+def _only_lifts(name: str) -> bool:
+    return name not in _OTHERWISE and not writes(name)
+
+
+@cache
+def writes(name: str) -> bool:
+    """Whether a call of this name writes into its first argument."""
+    return name.endswith("_") and (name in IN_PLACE or not name.endswith("__"))
+
+
+def is_low(values: Iterable[Any]) -> bool:
+    """Whether any of these arguments is, or holds, what is to be lifted."""
+    for value in values:
+        kind = type(value)
+        if kind in _PLAIN:
+            continue
+        if isinstance(value, Tensor):
+            if value.dtype in LIFT:
+                return True
+        elif kind is torch.dtype:
+            if value in LIFT:
+                return True
+        elif kind is tuple or kind is list:
+            if is_low(value):
+                return True
+        elif kind is dict and is_low(value.values()):
+            return True
+    return False
 
 
 @contextmanager

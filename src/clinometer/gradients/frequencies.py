@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from functools import cache
 from typing import Any
 
 import torch.nn.functional as F
@@ -19,8 +20,16 @@ LOOKUPS = (F.embedding, F.embedding_bag)
 
 def undivided(func: Any, args: Any, kwargs: Any) -> dict[str, Any] | None:
     """The arguments by name, without the division; None if it was not asked for."""
-    given = inspect.signature(func).bind(*args, **kwargs).arguments
+    if len(args) <= 2 and not kwargs:
+        return None
+    given = signature(func).bind(*args, **kwargs).arguments
     return {**given, "scale_grad_by_freq": False} if given.get("scale_grad_by_freq") else None
+
+
+@cache
+def signature(func: Any) -> inspect.Signature:
+    """Of a lookup, which is called at every forward: reading it takes as long as the call."""
+    return inspect.signature(func)
 
 
 class Undivided(TorchFunctionMode):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,7 +20,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from clinometer.gradients.capture import Call, operator_name, tensors_in
 from clinometer.gradients.differences import DIRECTIONS, Judgement, reals
-from clinometer.gradients.double import Doubled
+from clinometer.gradients.double import Doubled, InDouble
 from clinometer.gradients.hints import Hint, hint_of, names_of_inputs
 from clinometer.gradients.probe import NotRepeatable, Probe
 from clinometer.gradients.where import Where
@@ -79,7 +78,7 @@ class LayerCheck:
 
 def check_call(
     call: Call,
-    mode: AbstractContextManager[Any],
+    doubling: InDouble | None,
     doubled: Doubled,
     rewind: Callable[[], None],
     seed: int,
@@ -102,7 +101,7 @@ def check_call(
     if not tensors or any(t.numel() == 0 for t in tensors.values()):
         return None
     weighed = _Weighed(call, rewind, seed)
-    probe = Probe(weighed, tensors, mode, doubled)
+    probe = Probe(weighed, tensors, doubling, doubled)
     for x in call.inputs:
         x.requires_grad_()
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.autograd.graph import _engine_run_backward
 
 from clinometer.gradients.constants import Held
 from clinometer.gradients.differences import EPS, ROUNDING, STEP, Along, Judgement, direction, judge, reals
-from clinometer.gradients.double import Doubled
+from clinometer.gradients.double import Doubled, InDouble
 from clinometer.gradients.forward_mode import ForwardMode, by_forward_mode
 from clinometer.gradients.graph import Graph
 from clinometer.messages import InputError
@@ -33,15 +33,15 @@ class Probe:
         self,
         run: Callable[[], Tensor],
         tensors: Mapping[str, Tensor],
-        mode: AbstractContextManager[Any],
+        doubling: InDouble | None,
         doubled: Doubled,
     ) -> None:
         self._run = run
-        self._mode = mode
+        self._doubling = doubling or nullcontext()
         self._doubled = doubled
         self._copies: dict[str, Tensor] = {}
         self.tensors = dict(tensors)
-        self.held = Held()
+        self.held = Held(doubling)
         self.unreached: frozenset[str] = frozenset()
         """Tensors that are not in the scalar's graph: cut off from it, or not used."""
         self.here = 0.0
@@ -50,7 +50,7 @@ class Probe:
 
     def begin(self, magnitude: float | None = None, look: Callable[[Tensor], None] | None = None) -> None:
         """Compute the scalar and its gradient."""
-        with self._mode, self.held.record():
+        with self.held.record():
             loss = self._run()
         self.here = float(loss.detach())
         self.magnitude = abs(self.here) if magnitude is None else max(abs(self.here), magnitude)
@@ -74,19 +74,20 @@ class Probe:
 
     def value(self) -> float:
         """The scalar where the tensors are now."""
-        with self._replaying():
-            return float(self._run().detach())
+        with self.held.replay():
+            loss = self._run()
+        return float(loss.detach())
 
     def depends_on(self, name: str, generator: torch.Generator) -> bool:
         """Whether the scalar, nothing held constant, is another when one tensor is moved by a small step."""
-        with self._moved({name: self.direction(name, generator)}, STEP), self._mode:
+        with self._moved({name: self.direction(name, generator)}, STEP), self._doubling:
             return not self._agrees(float(self._run().detach()))
 
     def _agrees(self, value: float) -> bool:
         return abs(value - self.here) <= ROUNDING * EPS * self.magnitude
 
     def _backward(self, loss: Tensor) -> dict[str, Tensor | None]:
-        with self._mode:
+        with self._doubling:
             return backward(loss, self.tensors, self._run)
 
     def slope_by_gradient(self, steps: Mapping[str, Tensor]) -> tuple[float, float]:
@@ -110,7 +111,7 @@ class Probe:
 
     def moved(self, steps: Mapping[str, Tensor], t: float, run: Callable[[], Any]) -> Any:
         """What `run` returns at θ + t·v, in the surroundings of `value`."""
-        with self._moved(steps, t), self._replaying():
+        with self._moved(steps, t), self.held.replay():
             return run()
 
     def judge(self, steps: Mapping[str, Tensor]) -> Judgement:
@@ -144,17 +145,12 @@ class Probe:
         drawn = dict(self._drawn(seed))
         return by_forward_mode(
             self._run,
-            self._replaying,
+            self.held.replay,
             self.tensors,
             drawn,
             self.slope_by_gradient(drawn),
             self.magnitude,
         )
-
-    @contextmanager
-    def _replaying(self) -> Iterator[None]:
-        with self._mode, self.held.replay():
-            yield
 
     def _drawn(self, seed: int) -> Iterator[tuple[str, Tensor]]:
         generator = torch.Generator().manual_seed(seed)

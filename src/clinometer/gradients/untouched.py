@@ -12,6 +12,8 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
+from operator import is_
 from types import CodeType
 from typing import Any
 
@@ -59,7 +61,7 @@ class Before:
         self._tensors: list[KeptTensor] = []
         self._by_id: dict[int, KeptTensor] = {}
         self._containers: list[KeptContainer] = []
-        self._empty: list[KeptContainer] = []
+        self._empty: list[Any] = []
         self._scripted: list[tuple[nn.Module, bool]] = []
         self._modules: list[nn.Module] = []
         self._bits: dict[tuple[Any, ...], KeptBits] = {}
@@ -74,6 +76,11 @@ class Before:
             )
             for bits in self._bits.values():
                 bits.take()
+        self._held: list[Any] = [kept.container for kept in self._containers]
+        self._lengths = list(map(len, self._held))
+        self._keys = list(chain.from_iterable(self._held))
+        self._tables: list[dict[Any, Any]] = [held for held in self._held if isinstance(held, dict)]
+        self._entries = list(chain.from_iterable(map(dict.values, self._tables)))
 
     def set_grads_aside(self) -> None:
         """`.grad` of every tensor becomes None; `restore` puts the set-aside ones back."""
@@ -131,20 +138,31 @@ class Before:
         """Let the copies go; nothing can be put back any more."""
         for held in (self._tensors, self._containers, self._empty, self._scripted, self._modules):
             held.clear()
+        for held in (self._held, self._keys, self._tables, self._entries):
+            held.clear()
         for held in (self._by_id, self._bits, self._seen):
             held.clear()
 
     def _restore_containers(self) -> None:
         shard_again(self._modules)
         # Most are the empty hook tables of modules; between any two runs they are asked all at once.
-        if any(kept.container for kept in self._empty):
-            for kept in self._empty:
+        if any(self._empty):
+            for container in self._empty:
+                container.clear()
+        if not self._same_containers():
+            for kept in self._containers:
                 kept.restore()
-        for kept in self._containers:
-            kept.restore()
         for module, training in self._scripted:
             if module.training != training:
                 module.training = training
+
+    def _same_containers(self) -> bool:
+        """Whether all hold what they held: asked between any two runs, so without a loop in Python."""
+        return (
+            list(map(len, self._held)) == self._lengths
+            and all(map(is_, chain.from_iterable(self._held), self._keys))
+            and all(map(is_, chain.from_iterable(map(dict.values, self._tables)), self._entries))
+        )
 
     def _keep(self, *roots: Any) -> None:
         queue = [root for group in roots if group is not None for root in group]
@@ -165,8 +183,11 @@ class Before:
                     queue.append(value.__dict__)
             elif type(value) in CONTAINERS:
                 self._seen[id(value)] = value
+                if not value:
+                    self._empty.append(value)
+                    continue
                 kept = KeptContainer(value)
-                (self._containers if kept.items else self._empty).append(kept)
+                self._containers.append(kept)
                 queue.extend(kept.items)
 
     def _keep_tensor(self, tensor: Tensor) -> list[Tensor]:

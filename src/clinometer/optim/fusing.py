@@ -44,15 +44,14 @@ def shared_kernel(parameter: Tensor, *others: Tensor) -> Hashable | None:
     The kernels walk raw memory: with unequal strides (a hand-made gradient of a transposed weight) they pair
     the wrong elements without an error, so such parameters are left to the reference.
     """
-    if parameter.device.type not in _DEVICES or parameter.dtype not in _DTYPES:
+    device, dtype, stride = parameter.device, parameter.dtype, parameter.stride()
+    if device.type not in _DEVICES or dtype not in _DTYPES:
         return None
     for other in others:
-        if other.stride() != parameter.stride() or other.dtype != parameter.dtype:
-            return None
-        if other.device != parameter.device:
+        if other.dtype is not dtype or other.stride() != stride or other.device != device:
             return None
     # A call takes the DTensors of one mesh, or plain tensors.
-    return parameter.device, parameter.dtype, getattr(parameter, "device_mesh", None)
+    return device, dtype, getattr(parameter, "device_mesh", None)
 
 
 def with_small_joined(update: Callable[..., None], columns: list[list[Tensor]]) -> None:
@@ -67,13 +66,15 @@ def with_small_joined(update: Callable[..., None], columns: list[list[Tensor]]) 
         update(*columns)
         return
     large = [index for index, tensor in enumerate(columns[0]) if tensor.numel() > _SMALL]
-    joined = [torch.cat([column[index].reshape(-1) for index in small]) for column in columns]
+    scattered = [[column[index] for index in small] for column in columns]
+    joined = [torch.cat([tensor.reshape(-1) for tensor in tensors]) for tensors in scattered]
     update(*([*(column[i] for i in large), whole] for column, whole in zip(columns, joined, strict=True)))
-    sizes = [columns[0][index].numel() for index in small]
-    for number, (column, whole) in enumerate(zip(columns, joined, strict=True)):
-        if number != 1:  # the gradients are only read
-            for index, piece in zip(small, whole.split(sizes), strict=True):
-                column[index].copy_(piece.view(column[index].shape))
+    sizes = [tensor.numel() for tensor in scattered[0]]
+    del scattered[1], joined[1]  # the gradients are only read
+    for tensors, whole in zip(scattered, joined, strict=True):
+        pieces = whole.split(sizes)
+        views = [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
+        torch._foreach_copy_(tensors, views)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def widened(tensor: Tensor) -> Tensor:

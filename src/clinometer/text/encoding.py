@@ -30,8 +30,10 @@ Progress = Callable[[int, int], None]
 Part = tuple[Side, str, bool]
 
 SHARD_TOKENS = 1 << 27
-_BATCH_CHARACTERS = 1 << 20
-_CHECK_EVERY = 8
+# Small enough that the last batches end at about the same time on all cores.
+_BATCH_CHARACTERS = 1 << 18
+# Compared with the tokenizer's own ids: the beginning of the first batch, and less of each that follows.
+_CHECKED_FIRST, _CHECKED = 1 << 16, 1 << 11
 
 
 def encode_corpus(
@@ -223,14 +225,13 @@ def _encoded(
     batches: Iterable[list[Part]], encoder: BulkEncoder, workers: int
 ) -> Iterator[tuple[list[Part], list[np.ndarray]]]:
     """Batches with their ids, in order; at most a few at a time are in memory."""
-    if not encoder.fast:
-        workers = 1  # the tokenizer's own batches already use every core
     waiting: deque[tuple[list[Part], Future[list[np.ndarray]]]] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="encode")
     try:
         for number, batch in enumerate(batches):
-            encode = encoder.encode if number % _CHECK_EVERY else encoder.encode_checked
-            waiting.append((batch, pool.submit(encode, [text for _, text, _ in batch])))
+            checked = _CHECKED if number else _CHECKED_FIRST
+            texts = [text for _, text, _ in batch]
+            waiting.append((batch, pool.submit(encoder.encode_checked, texts, checked)))
             if len(waiting) > 2 * workers:
                 first, future = waiting.popleft()
                 yield first, future.result()
