@@ -18,6 +18,7 @@ from clinometer.monitoring.asking import diagnose_now
 from clinometer.monitoring.chains import Chains
 from clinometer.monitoring.describe import describe, order_of_use
 from clinometer.monitoring.facts import facts_of
+from clinometer.monitoring.joined import Gradients
 from clinometer.monitoring.losses import Losses
 from clinometer.monitoring.noise import EVERY as NOISE_EVERY
 from clinometer.monitoring.noise import NoiseScale
@@ -48,7 +49,7 @@ class Session:
         self._noise = NoiseScale()
         self._first_square: Any = None
         self._parts_before = 0
-        self._scratch = Scratch()
+        self._scratch, self._joined = Scratch(), Gradients()
         self._row: Row | None = None
         """The step under way, or the last one until the next begins."""
         self._whole = False
@@ -80,7 +81,7 @@ class Session:
     def let_go(self) -> None:
         """Give the memory back, and hold nobody."""
         for one in self.roster.watched:
-            one.before = None
+            one.before = one.room = None
         self._row = self.closure = None
 
     def event(self, kind: str, data: dict[str, Any]) -> None:
@@ -167,14 +168,16 @@ class Session:
         if self.roster.grew():
             row.widen(self.roster.watched)
         mine = [*self.roster.owned_by(optimizer), *(self.roster.unowned if first else ())]
-        refresh(mine)
+        refresh(self.roster.owned_by(optimizer))
+        if first:  # apart, because another optimizer may be the first of the next round
+            refresh(self.roster.unowned)
         self._read_gradients(row, mine, getattr(optimizer, "grad_scale", None))
         self.pins.before(optimizer)
         if self._scaler() is None and row.nonfinite():
             self._ask(row)
 
     def _read_gradients(self, row: Row, watched: list[Any], scale: Any) -> None:
-        read = row.read_gradients(watched, self.roster.living(), self._scratch)
+        read = row.read_gradients(watched, self.roster.living(), self._scratch, self._joined)
         if scale is not None and read:  # a fused optimizer takes the scale off by itself
             row.scales.append((read, torch.as_tensor(scale).clone()))
 

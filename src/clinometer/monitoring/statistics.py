@@ -36,10 +36,10 @@ STATISTICS = (
 PIECE = 1 << 17
 """Entries looked at together: with the scratch 1 to 1.5 MiB, shared by two cores' caches."""
 
-_LARGEST = float(np.finfo(np.float32).max)
-_TRUSTED = (1e-12, 1e15)
+LARGEST = float(np.finfo(np.float32).max)
+TRUSTED = (1e-12, 1e15)
 """Within these bounds the squares of a piece's largest entry, and their sum, are ordinary float32 numbers."""
-_TRUSTED_SQUARE = (1e-24, 1e30)
+TRUSTED_SQUARE = (1e-24, 1e30)
 
 
 class OfGradient(NamedTuple):
@@ -124,7 +124,7 @@ def measure_gradient(
             part = scratch.wide("m", m if size <= PIECE else m[start : start + PIECE])
             moment_square += _dot(part, part)
             if high > 0:
-                product += _dot(g, part.to(g.dtype), small_is_fine=high >= _TRUSTED[0])
+                product += _dot(g, part.to(g.dtype), small_is_fine=high >= TRUSTED[0])
     return _finished(
         size, square, largest, zeros, nonfinite, product, moment_square if m is not None else None
     )
@@ -158,7 +158,7 @@ def measure_weight(
 
 
 def _square(g: Tensor, largest: float) -> float:
-    if _TRUSTED[0] < largest < _TRUSTED[1]:
+    if TRUSTED[0] < largest < TRUSTED[1]:
         return float(torch.dot(g, g))
     if largest == math.inf:
         return math.inf
@@ -169,9 +169,9 @@ def _square(g: Tensor, largest: float) -> float:
 def _dot(a: Tensor, b: Tensor, *, small_is_fine: bool = False) -> float:
     """⟨a, b⟩, in float64 where float32's result may have lost something."""
     product = float(torch.dot(a, b))
-    if small_is_fine and abs(product) < _TRUSTED_SQUARE[1]:
+    if small_is_fine and abs(product) < TRUSTED_SQUARE[1]:
         return product
-    if a.dtype == torch.float64 or _TRUSTED_SQUARE[0] < abs(product) < _TRUSTED_SQUARE[1]:
+    if a.dtype == torch.float64 or TRUSTED_SQUARE[0] < abs(product) < TRUSTED_SQUARE[1]:
         return product
     return float(torch.dot(a.double(), b.double()))
 
@@ -180,7 +180,7 @@ def _norm(square: float) -> float:
     """The root; what float32 cannot hold though it is finite becomes its largest number, and NaN +inf."""
     if not math.isfinite(square):
         return math.inf
-    return min(math.sqrt(square), _LARGEST)
+    return min(math.sqrt(square), LARGEST)
 
 
 def _finished(
@@ -196,11 +196,11 @@ def _finished(
     moment_norm = math.nan if moment_square is None else _norm(moment_square)
     if nonfinite:
         return OfGradient(math.inf, math.inf, share, nonfinite, math.nan, moment_norm)
-    norm = _norm(square) if square < math.inf else _LARGEST
+    norm = _norm(square) if square < math.inf else LARGEST
     cosine = math.nan
     if moment_square is not None and 0 < square < math.inf and 0 < moment_square < math.inf:
         cosine = max(-1.0, min(1.0, product / math.sqrt(square) / math.sqrt(moment_square)))
-    return OfGradient(norm, min(largest, _LARGEST), share, 0, cosine, moment_norm)
+    return OfGradient(norm, min(largest, LARGEST), share, 0, cosine, moment_norm)
 
 
 def _unusual(grad: Tensor, moment: Tensor | None, scratch: Scratch, counts: np.ndarray | None) -> OfGradient:
@@ -224,5 +224,5 @@ def _unusual(grad: Tensor, moment: Tensor | None, scratch: Scratch, counts: np.n
     nonfinite = moduli.numel() - int(torch.isfinite(dense).sum())
     largest = math.inf if nonfinite else float(moduli.max()) if moduli.numel() else 0.0
     return parts._replace(
-        largest=min(largest, _LARGEST) if largest < math.inf else largest, zeros=zeros, nonfinite=nonfinite
+        largest=min(largest, LARGEST) if largest < math.inf else largest, zeros=zeros, nonfinite=nonfinite
     )
