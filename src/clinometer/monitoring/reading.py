@@ -120,7 +120,7 @@ class Row:
                     count_into(self.counts[index, 0], _on_host(flat(dense)), scratch)
         return found
 
-    def read_weights(self, watched: Iterable[Watched], scratch: Scratch) -> None:
+    def read_weights(self, watched: Iterable[Watched], scratch: Scratch, joined: Gradients) -> None:
         """Measure each weight that may have moved, and its update; the copies are then those of now."""
         elsewhere: dict[torch.device, list[tuple[Watched, Tensor, Tensor]]] = {}
         rooms: dict[Room, list[tuple[Watched, Tensor]]] = {}
@@ -139,7 +139,7 @@ class Row:
             self._read_weight(one, tensor, scratch)
         for room, members in rooms.items():
             if room.whole and len(members) == len(room) and room.fits([tensor for _, tensor in members]):
-                self._read_room(room, members)
+                self._read_room(room, members, joined)
                 continue
             for one, tensor in members:
                 if not self._is_still(one, tensor):
@@ -169,18 +169,16 @@ class Row:
         one.weight_norm = found.norm
         self.statistics[one.index, _WEIGHT] = found
 
-    def _read_room(self, room: Room, members: list[tuple[Watched, Tensor]]) -> None:
+    def _read_room(self, room: Room, members: list[tuple[Watched, Tensor]], joined: Gradients) -> None:
         counts = None if self.counts is None else np.zeros((2, len(members), BUCKETS), np.int64)
-        numbers = room.measure(
-            [tensor for _, tensor in members], None if counts is None else (counts[0], counts[1])
-        )
+        numbers = room.measure([tensor for _, tensor in members], joined.places, counts)
         indices = [one.index for one, _ in members]
         self.statistics[np.ix_(indices, _WEIGHT)] = numbers
         if self.counts is not None and counts is not None:
             self.counts[indices, 1] += counts[0]
             self.counts[indices, 2] += counts[1]
-        for (one, tensor), copy, norm in zip(members, room.copies(), numbers[:, 0].tolist(), strict=True):
-            one.before, one.weight_norm, one.look = copy, norm, state_of(tensor)
+        for (one, tensor), norm in zip(members, numbers[:, 0].tolist(), strict=True):
+            one.weight_norm, one.look = norm, state_of(tensor)
 
     def nonfinite(self) -> bool:
         """Whether a gradient on the host has an entry that is not finite."""

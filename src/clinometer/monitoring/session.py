@@ -189,7 +189,9 @@ class Session:
         if row.measured:
             first = not row.stepped
             row.read_weights(
-                [*self.roster.owned_by(optimizer), *(self.roster.unowned if first else ())], self._scratch
+                [*self.roster.owned_by(optimizer), *(self.roster.unowned if first else ())],
+                self._scratch,
+                self._joined,
             )
             self.pins.after(optimizer)
         row.stepped.add(id(optimizer))
