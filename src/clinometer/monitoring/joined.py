@@ -45,103 +45,8 @@ def is_small(tensor: Tensor) -> bool:
     )
 
 
-class Layout:
-    """Where each of some small tensors stands in rows of a buffer; what is left of a row is 0."""
-
-    def __init__(self, shapes: Sequence[tuple[int, ...]]) -> None:
-        self.shapes = shapes
-        self.sizes = np.array([math.prod(shape) for shape in shapes])
-        lengths = -(-self.sizes // ROW)
-        self._first = np.cumsum(lengths) - lengths
-        self.entries = int(lengths.sum()) * ROW
-        starts = self._first * ROW
-        self.spans = [slice(a, a + n) for a, n in zip(starts.tolist(), self.sizes.tolist(), strict=True)]
-        self._gaps = [
-            slice(span.stop, following)
-            for span, following in zip(self.spans, [*starts[1:].tolist(), self.entries], strict=True)
-            if span.stop < following
-        ]
-        self._idle = self.entries - int(self.sizes.sum())
-        self._owner = np.repeat(np.arange(len(shapes), dtype=np.int32) << 8, lengths)[:, None]
-        # reduceat reduces from each edge to the next: the tensors, and the gaps between them.
-        edges = np.stack([starts, starts + self.sizes], axis=1).reshape(-1)
-        self._edges = edges[:-1] if edges[-1] == self.entries else edges
-
-    def fill(self, place: Tensor, tensors: Sequence[Tensor | None]) -> np.ndarray:
-        """The tensors, in float32, in this layout at the beginning of `place`; 0 for None."""
-        values = place.numpy()
-        for span, shape, tensor in zip(self.spans, self.shapes, tensors, strict=True):
-            if tensor is None:
-                values[span] = 0
-            elif tensor.dtype is torch.float32:
-                # numpy's copy, unlike torch's, wakes no thread.
-                np.copyto(values[span].reshape(shape), tensor.detach().numpy())
-            else:
-                place[span].view(shape).copy_(tensor)
-        for gap in self._gaps:
-            values[gap] = 0
-        return values[: self.entries]
-
-    def products(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """[number of tensors] float64: ⟨a, b⟩ of each."""
-        rows = _row_products(a.reshape(-1, ROW), b.reshape(-1, ROW))
-        return np.add.reduceat(rows, self._first, dtype=np.float64)
-
-    def largest(self, values: np.ndarray) -> np.ndarray:
-        """[number of tensors]: max|x| of each, NaN where one is NaN."""
-        high = np.maximum.reduceat(values, self._edges)[::2]
-        low = np.minimum.reduceat(values, self._edges)[::2]
-        return np.maximum(high, -low)
-
-    def zeros(self, values: np.ndarray, place: np.ndarray) -> np.ndarray:
-        """[number of tensors]: exact zeros of each; `place` is room for a bool an entry."""
-        alive = np.not_equal(values, 0, out=place[: self.entries])
-        if np.count_nonzero(alive) == self.entries - self._idle:
-            return np.zeros(len(self.sizes), np.int64)
-        return self.sizes - np.array([np.count_nonzero(alive[span]) for span in self.spans])
-
-    def histograms(self, values: np.ndarray, place: np.ndarray) -> np.ndarray:
-        """[number of tensors, 64] counts of each tensor's exponents, as in histograms.py."""
-        codes = values.view(np.int32).reshape(-1, ROW) >> 23
-        codes &= 0xFF
-        codes += self._owner
-        count = len(self.sizes)
-        # torch's, unlike numpy's, does not copy its input to 64 bits first.
-        raw = torch.bincount(torch.from_numpy(codes).view(-1), minlength=count << 8)
-        raw = raw.numpy().reshape(count, 256)
-        found = np.empty((count, BUCKETS), np.int64)
-        found[:, 1:] = np.add.reduceat(raw, _EDGES, axis=1)
-        found[:, 0] = self.zeros(values, place)
-        # Numbers too small to have an exponent of their own; the gaps' zeros count for nobody.
-        found[:, 1] = self.sizes - found.sum(axis=1) + found[:, 1]
-        return found
-
-
-_EDGES = np.array([1, *range(127 + LOW_EXPONENT + 2, 127 + LOW_EXPONENT + BUCKETS)])
-"""The first biased exponent of float32 in each bucket but that of the zeros."""
-
-
-def _row_products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    with np.errstate(all="ignore"):  # inf and NaN come, and are looked for
-        if hasattr(np, "vecdot"):
-            return np.vecdot(a, b)
-        return np.einsum("ij,ij->i", a, b)  # numpy before 2.0
-
-
-def _groups(sizes: Sequence[int]) -> list[slice]:
-    """Neighbours that are looked at together."""
-    groups, start, filled = [], 0, 0
-    for number, size in enumerate(sizes):
-        rows = -(-size // ROW) * ROW
-        if filled + rows > _TOGETHER:
-            groups.append(slice(start, number))
-            start, filled = number, 0
-        filled += rows
-    return [*groups, slice(start, len(sizes))]
-
-
 class Places:
-    """Room for two groups of tensors, and a bool an entry."""
+    """Room for the gradients and the moments of a group, or for weights and their updates; a bool an entry."""
 
     def __init__(self) -> None:
         self.one = torch.empty(_TOGETHER, dtype=torch.float32, device="cpu")
@@ -149,13 +54,122 @@ class Places:
         self.alive = np.empty(_TOGETHER, bool)
 
 
+class Group:
+    """Some neighbours of a layout, which are looked at together: where they stand in a place."""
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]], members: slice, first_row: int) -> None:
+        self.members = members
+        self._shapes = shapes[members]
+        self.sizes = np.array([math.prod(shape) for shape in self._shapes])
+        lengths = -(-self.sizes // ROW)
+        self.entries = int(lengths.sum()) * ROW
+        self.rows = slice(first_row, first_row + int(lengths.sum()))
+        self._first = np.cumsum(lengths) - lengths
+        starts = self._first * ROW
+        self.spans = [slice(a, a + n) for a, n in zip(starts.tolist(), self.sizes.tolist(), strict=True)]
+        self._owner = np.repeat(np.arange(len(self.sizes), dtype=np.int32) << 8, lengths)[:, None]
+        # reduceat reduces from each edge to the next: the tensors, and the gaps between them.
+        edges = np.stack([starts, starts + self.sizes], axis=1).reshape(-1)
+        self._edges = edges[:-1] if edges[-1] == self.entries else edges
+        self._views: dict[int, tuple[list[Tensor], list[np.ndarray], list[np.ndarray]]] = {}
+
+    def fill(self, place: Tensor, tensors: Sequence[Tensor | None]) -> np.ndarray:
+        """[rows, ROW]: the tensors in float32, each from the beginning of a row on; 0 for None and behind."""
+        views, arrays, gaps = self._views_of(place)
+        for view, array, tensor in zip(views, arrays, tensors, strict=True):
+            if tensor is None:
+                array.fill(0)
+            elif tensor.dtype is torch.float32:
+                # numpy's copy, unlike torch's, wakes no thread.
+                np.copyto(array, tensor.detach().numpy())
+            else:
+                view.copy_(tensor)
+        for gap in gaps:
+            gap.fill(0)
+        return place.numpy()[: self.entries].reshape(-1, ROW)
+
+    def _views_of(self, place: Tensor) -> tuple[list[Tensor], list[np.ndarray], list[np.ndarray]]:
+        found = self._views.get(id(place))
+        if found is None:
+            views = [place[span].view(shape) for span, shape in zip(self.spans, self._shapes, strict=True)]
+            ends = [*(span.start for span in self.spans[1:]), self.entries]
+            gaps = [
+                place.numpy()[span.stop : end]
+                for span, end in zip(self.spans, ends, strict=True)
+                if span.stop < end
+            ]
+            found = self._views[id(place)] = views, [view.numpy() for view in views], gaps
+        return found
+
+    def sums(self, of_rows: np.ndarray) -> np.ndarray:
+        """[…, number of members] float64 from […, rows]: each tensor's rows added up."""
+        return np.add.reduceat(of_rows, self._first, axis=-1, dtype=np.float64)
+
+    def largest(self, values: np.ndarray) -> np.ndarray:
+        """[number of members]: max|x| of each, NaN where one is NaN."""
+        row = values.reshape(-1)
+        high, low = np.maximum.reduceat(row, self._edges), np.minimum.reduceat(row, self._edges)
+        return np.maximum(high, -low)[::2]
+
+    def zeros(self, values: np.ndarray, alive: np.ndarray) -> np.ndarray | int:
+        """[number of members]: exact zeros of each; `alive` is room for a bool an entry."""
+        row = np.not_equal(values.reshape(-1), 0, out=alive[: self.entries])
+        if np.count_nonzero(row) == self.sizes.sum():
+            return 0
+        return self.sizes - np.array([np.count_nonzero(row[span]) for span in self.spans])
+
+    def histograms(self, values: np.ndarray, alive: np.ndarray) -> np.ndarray:
+        """[number of members, 64] counts of each tensor's exponents, as in histograms.py."""
+        codes = values.view(np.int32) >> 23
+        codes &= 0xFF
+        codes += self._owner
+        count = len(self.sizes)
+        # torch's, unlike numpy's, does not copy its input to 64 bits first.
+        raw = torch.bincount(torch.from_numpy(codes).view(-1), minlength=count << 8)
+        found = np.empty((count, BUCKETS), np.int64)
+        found[:, 1:] = np.add.reduceat(raw.numpy().reshape(count, 256), _EDGES, axis=1)
+        found[:, 0] = self.zeros(values, alive)
+        # What has no exponent of its own is a zero or smaller than any other; gaps count for nobody.
+        found[:, 1] += self.sizes - found.sum(axis=1)
+        return found
+
+
+class Layout:
+    """Where each of some small tensors stands in rows of a buffer, and which are looked at together."""
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]]) -> None:
+        self.shapes = shapes
+        self.sizes = np.array([math.prod(shape) for shape in shapes])
+        lengths = -(-self.sizes // ROW)
+        self.rows = int(lengths.sum())
+        self.groups: list[Group] = []
+        start = row = filled = 0
+        for number, length in enumerate(lengths.tolist()):
+            if (filled + length) * ROW > _TOGETHER:
+                self.groups.append(Group(shapes, slice(start, number), row))
+                start, row, filled = number, row + filled, 0
+            filled += length
+        self.groups.append(Group(shapes, slice(start, len(shapes)), row))
+
+
+_EDGES = np.array([1, *range(127 + LOW_EXPONENT + 2, 127 + LOW_EXPONENT + BUCKETS)])
+"""The first biased exponent of float32 in each bucket but that of the zeros."""
+
+
+def _products(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
+    """The sum of each row's products. The caller silences numpy: inf and NaN come, and are looked for."""
+    if hasattr(np, "vecdot"):
+        np.vecdot(a, b, out=out)
+    else:
+        np.einsum("ij,ij->i", a, b, out=out)  # numpy before 2.0
+
+
 class Gradients:
     """Measures small gradients; keeps what it knows of their shapes from step to step."""
 
     def __init__(self) -> None:
         self.places = Places()
-        self._shapes: list[tuple[int, ...]] = []
-        self._groups: list[tuple[slice, Layout]] = []
+        self._layout: Layout | None = None
 
     def measure(
         self,
@@ -169,36 +183,35 @@ class Gradients:
         Histograms are added to `counts` [number of gradients, 64].
         """
         shapes = [tuple(grad.shape) for grad in grads]
-        if shapes != self._shapes:
-            self._shapes = shapes
-            parts = _groups([math.prod(shape) for shape in shapes])
-            self._groups = [(part, Layout(shapes[part])) for part in parts]
-        sizes = np.concatenate([layout.sizes for _, layout in self._groups])
-        sums = np.empty((4, len(grads)))
-        zeros = np.empty(len(grads))
-        for part, layout in self._groups:
-            g = layout.fill(self.places.one, grads[part])
-            m = layout.fill(self.places.two, moments[part])
-            sums[0, part], sums[1, part] = layout.largest(g), layout.products(g, g)
-            sums[2, part], sums[3, part] = layout.products(g, m), layout.products(m, m)
-            zeros[part] = layout.zeros(g, self.places.alive)
-            if counts is not None:
-                counts[part] += layout.histograms(g, self.places.alive)
-        high, square, product, moment_square = sums
-        has = np.array([moment is not None for moment in moments])
-        found = np.zeros((len(grads), 6))
+        layout = self._layout
+        if layout is None or shapes != layout.shapes:
+            layout = self._layout = Layout(shapes)
+        high, zeros = np.empty((2, len(grads)))
+        sums = np.empty((3, len(grads)))
         with np.errstate(all="ignore"):
-            found[:, 4] = np.clip(product / np.sqrt(square) / np.sqrt(moment_square), -1.0, 1.0)
+            for group in layout.groups:
+                g = group.fill(self.places.one, grads[group.members])
+                m = group.fill(self.places.two, moments[group.members])
+                of_rows = np.empty((3, len(g)), np.float32)
+                for (a, b), out in zip(((g, g), (g, m), (m, m)), of_rows, strict=True):
+                    _products(a, b, out)
+                sums[:, group.members] = group.sums(of_rows)
+                high[group.members] = group.largest(g)
+                zeros[group.members] = group.zeros(g, self.places.alive)
+                if counts is not None:
+                    counts[group.members] += group.histograms(g, self.places.alive)
+            square, product, moment_square = sums
+            norm, moment_norm = np.sqrt(square), np.sqrt(moment_square)
+            cosine = np.clip(product / norm / moment_norm, -1.0, 1.0)
+            has = np.array([moment is not None for moment in moments])
             plain = ((high > TRUSTED[0]) & (high < TRUSTED[1])) | (high == 0)
             plain &= ~has | (
                 (moment_square > TRUSTED_SQUARE[0])
                 & (moment_square < TRUSTED_SQUARE[1])
                 & (np.abs(product) < TRUSTED_SQUARE[1])
             )
-        found[:, 0], found[:, 1], found[:, 2] = np.sqrt(square), high, zeros / sizes
-        found[:, 5] = np.sqrt(moment_square)
-        found[high == 0, 4] = np.nan
-        found[~has, 4:] = np.nan
+        cosine[(high == 0) | ~has] = moment_norm[~has] = np.nan
+        found = np.stack([norm, high, zeros / layout.sizes, np.zeros(len(grads)), cosine, moment_norm], axis=1)
         for number in np.flatnonzero(~plain):
             found[number] = measure_gradient(grads[number], moments[number], scratch)
         return found
@@ -207,59 +220,64 @@ class Gradients:
 class Room:
     """Copies of small float32 weights as they were at the last look."""
 
-    def __init__(self, weights: list[Tensor]) -> None:
-        self._shapes = [tuple(weight.shape) for weight in weights]
-        parts = _groups([weight.numel() for weight in weights])
-        self._groups = [(part, Layout(self._shapes[part])) for part in parts]
-        self._before = [torch.empty(layout.entries, dtype=torch.float32) for _, layout in self._groups]
-        for (part, layout), before in zip(self._groups, self._before, strict=True):
-            layout.fill(before, weights[part])
+    def __init__(self, weights: list[Tensor], places: Places) -> None:
+        self._layout = Layout([tuple(weight.shape) for weight in weights])
+        self._places = places
+        self._before = torch.empty(self._layout.rows * ROW, dtype=torch.float32, device="cpu")
+        rows = self._before.numpy().reshape(-1, ROW)
+        for group in self._layout.groups:
+            rows[group.rows] = group.fill(places.one, weights[group.members])
         self.whole = True
         """Each copy is still the one that stands here."""
 
     def __len__(self) -> int:
-        return len(self._shapes)
+        return len(self._layout.shapes)
 
     def copies(self) -> list[Tensor]:
         """The flat copy of each, a view."""
         return [
-            before[span]
-            for (_, layout), before in zip(self._groups, self._before, strict=True)
-            for span in layout.spans
+            self._before[group.rows.start * ROW :][span]
+            for group in self._layout.groups
+            for span in group.spans
         ]
 
     def fits(self, weights: list[Tensor]) -> bool:
         """Whether they still have the shape and precision they came with."""
         return all(
             weight.shape == shape and weight.dtype is torch.float32 and weight.device.type == "cpu"
-            for weight, shape in zip(weights, self._shapes, strict=True)
+            for weight, shape in zip(weights, self._layout.shapes, strict=True)
         )
 
-    def measure(self, weights: list[Tensor], places: Places, counts: np.ndarray | None = None) -> np.ndarray:
+    def measure(self, weights: list[Tensor], counts: np.ndarray | None = None) -> np.ndarray:
         """[number of weights, 2]: ‖θ‖ and ‖θ − before‖; the copies are then those of now.
 
         The histograms of the weights and of their updates are added to `counts` [2, number of weights, 64].
         """
-        squares = np.empty((len(weights), 2))
-        for (part, layout), copy in zip(self._groups, self._before, strict=True):
-            now, before = layout.fill(places.one, weights[part]), copy.numpy()
-            with np.errstate(all="ignore"):
-                difference = np.subtract(before, now, out=places.two.numpy()[: layout.entries])
-            np.copyto(before, now)
-            squares[part, 0] = _squares(layout, now)
-            squares[part, 1] = _squares(layout, difference)
-            if counts is not None:
-                counts[0, part] += layout.histograms(now, places.alive)
-                counts[1, part] += layout.histograms(difference, places.alive)
+        layout, alive = self._layout, self._places.alive
+        room = self._places.two.numpy()
+        squares = np.empty((2, len(weights)))
         with np.errstate(all="ignore"):
-            return np.where(np.isfinite(squares), np.minimum(np.sqrt(squares), LARGEST), np.inf)
+            for group in layout.groups:
+                now = group.fill(self._places.one, weights[group.members])
+                before = self._before.numpy().reshape(-1, ROW)[group.rows]
+                moved = np.subtract(before, now, out=room[: group.entries].reshape(-1, ROW))
+                np.copyto(before, now)
+                squares[:, group.members] = _squares(group, now, moved)
+                if counts is not None:
+                    counts[0, group.members] += group.histograms(now, alive)
+                    counts[1, group.members] += group.histograms(moved, alive)
+            return np.where(np.isfinite(squares), np.minimum(np.sqrt(squares), LARGEST), np.inf).T
 
 
-def _squares(layout: Layout, values: np.ndarray) -> np.ndarray:
-    squares = layout.products(values, values)
-    with np.errstate(invalid="ignore"):
-        doubtful = ~((squares > TRUSTED_SQUARE[0]) & (squares < TRUSTED_SQUARE[1]))
-    for number in np.flatnonzero(doubtful):
-        wide = values[layout.spans[number]].astype(np.float64)
-        squares[number] = float(np.dot(wide, wide))
+def _squares(group: Group, *many: np.ndarray) -> np.ndarray:
+    """[len(many), number of members]: each tensor's sum of squares, in float64 where float32 loses some."""
+    of_rows = np.empty((len(many), len(many[0])), np.float32)
+    for values, out in zip(many, of_rows, strict=True):
+        _products(values, values, out)
+    squares = group.sums(of_rows)
+    plain = (squares > TRUSTED_SQUARE[0]) & (squares < TRUSTED_SQUARE[1])
+    if not plain.all():
+        for which, number in zip(*np.nonzero(~plain), strict=True):
+            wide = many[which].reshape(-1)[group.spans[number]].astype(np.float64)
+            squares[which, number] = float(np.dot(wide, wide))
     return squares

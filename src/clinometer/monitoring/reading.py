@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from clinometer.monitoring.device import gradients_on_device, weights_on_device
 from clinometer.monitoring.histograms import BUCKETS, count_into
-from clinometer.monitoring.joined import Gradients, Room, is_small
+from clinometer.monitoring.joined import Gradients, Places, Room, is_small
 from clinometer.monitoring.roster import Watched, give_memory, state_of
 from clinometer.monitoring.statistics import STATISTICS, Scratch, flat, measure_gradient, measure_weight
 
@@ -120,7 +120,7 @@ class Row:
                     count_into(self.counts[index, 0], _on_host(flat(dense)), scratch)
         return found
 
-    def read_weights(self, watched: Iterable[Watched], scratch: Scratch, joined: Gradients) -> None:
+    def read_weights(self, watched: Iterable[Watched], scratch: Scratch) -> None:
         """Measure each weight that may have moved, and its update; the copies are then those of now."""
         elsewhere: dict[torch.device, list[tuple[Watched, Tensor, Tensor]]] = {}
         rooms: dict[Room, list[tuple[Watched, Tensor]]] = {}
@@ -139,7 +139,7 @@ class Row:
             self._read_weight(one, tensor, scratch)
         for room, members in rooms.items():
             if room.whole and len(members) == len(room) and room.fits([tensor for _, tensor in members]):
-                self._read_room(room, members, joined)
+                self._read_room(room, members)
                 continue
             for one, tensor in members:
                 if not self._is_still(one, tensor):
@@ -169,9 +169,9 @@ class Row:
         one.weight_norm = found.norm
         self.statistics[one.index, _WEIGHT] = found
 
-    def _read_room(self, room: Room, members: list[tuple[Watched, Tensor]], joined: Gradients) -> None:
+    def _read_room(self, room: Room, members: list[tuple[Watched, Tensor]]) -> None:
         counts = None if self.counts is None else np.zeros((2, len(members), BUCKETS), np.int64)
-        numbers = room.measure([tensor for _, tensor in members], joined.places, counts)
+        numbers = room.measure([tensor for _, tensor in members], counts)
         indices = [one.index for one, _ in members]
         self.statistics[np.ix_(indices, _WEIGHT)] = numbers
         if self.counts is not None and counts is not None:
@@ -191,16 +191,16 @@ class Row:
                 event.synchronize()
             self.statistics[np.ix_(rows, columns)] = numbers.double().numpy()
         self._late = []
-        both = [_NORM, _LARGEST]
+        both = slice(_NORM, _LARGEST + 1)
         for indices, scale in self.scales:
-            self.statistics[np.ix_(indices, both)] /= float(scale)
+            self.statistics[indices, both] /= float(scale)
         factors = []
         for indices, total, largest in self.clips:
             total = float(total)
             factor = min(1.0, largest / (total + 1e-6)) if math.isfinite(total) else math.nan
             factors.append(factor)
             if factor > 0:
-                self.statistics[np.ix_(indices, both)] /= factor
+                self.statistics[indices, both] /= factor
             elif any(self.statistics[indices, _NORM] == 0) or not math.isfinite(total):
                 self.after_clipping = True
             self.scalars["max_norm"] = largest
@@ -210,8 +210,9 @@ class Row:
             self.scalars["before_clipping"] = 0.0 if self.after_clipping else 1.0
         norms = self.statistics[:, _NORM]
         with np.errstate(over="ignore"):
-            if not np.all(np.isnan(norms)):
-                self.scalars["total_norm"] = float(np.sqrt(np.nansum(norms**2)))
+            known = norms[~np.isnan(norms)]
+            if known.size:
+                self.scalars["total_norm"] = float(np.sqrt(np.sum(known**2)))
         self.scalars["taken"] = float(self.taken)
         self.scalars = {name: float(value) for name, value in self.scalars.items()}
 
@@ -228,9 +229,9 @@ class Row:
         self._late.append((rows, columns, numbers, event))
 
 
-def refresh(watched: Iterable[Watched]) -> None:
+def refresh(watched: Iterable[Watched], places: Places) -> None:
     """Weights that somebody moved since the last look: that was no step, so their copies follow."""
-    give_memory(watched)
+    give_memory(watched, places)
     for one in watched:
         tensor = one.ref()
         if tensor is None or one.before is None:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from clinometer.gradients.subject import Subject
 from clinometer.messages import InputError
-from clinometer.monitoring.joined import Room, is_small
+from clinometer.monitoring.joined import Places, Room, is_small
 from clinometer.monitoring.statistics import flat
 
 
@@ -146,7 +146,7 @@ class Roster:
         return new
 
 
-def give_memory(watched: Iterable[Watched]) -> None:
+def give_memory(watched: Iterable[Watched], places: Places) -> None:
     """A copy for each tensor that has none, in one buffer a precision; small ones in a room for them."""
     missing: dict[tuple[torch.dtype, torch.device], list[tuple[Watched, Tensor]]] = {}
     small: list[tuple[Watched, Tensor]] = []
@@ -161,7 +161,7 @@ def give_memory(watched: Iterable[Watched]) -> None:
             else:
                 missing.setdefault((values.dtype, values.device), []).append((one, values))
     if small:
-        room = Room([tensor for _, tensor in small])
+        room = Room([tensor for _, tensor in small], places)
         for (one, _), copy in zip(small, room.copies(), strict=True):
             one.room, one.before = room, copy
     for (dtype, device), members in missing.items():

@@ -17,7 +17,7 @@ from clinometer.monitoring.alerts import Alerts
 from clinometer.monitoring.asking import diagnose_now
 from clinometer.monitoring.chains import Chains
 from clinometer.monitoring.describe import describe, order_of_use
-from clinometer.monitoring.facts import facts_of
+from clinometer.monitoring.facts import Tensors, facts_of
 from clinometer.monitoring.joined import Gradients
 from clinometer.monitoring.losses import Losses
 from clinometer.monitoring.noise import EVERY as NOISE_EVERY
@@ -55,6 +55,7 @@ class Session:
         self._whole = False
         """Nothing more is coming for the row, but what is logged."""
         self._described: list[dict[str, Any]] = []
+        self._known: Tensors | None = None
         self._positions: dict[int, int] = {}
         self._last_time: float | None = None
         self._logged_first: dict[str, bool] = {}
@@ -168,9 +169,9 @@ class Session:
         if self.roster.grew():
             row.widen(self.roster.watched)
         mine = [*self.roster.owned_by(optimizer), *(self.roster.unowned if first else ())]
-        refresh(self.roster.owned_by(optimizer))
+        refresh(self.roster.owned_by(optimizer), self._joined.places)
         if first:  # apart, because another optimizer may be the first of the next round
-            refresh(self.roster.unowned)
+            refresh(self.roster.unowned, self._joined.places)
         self._read_gradients(row, mine, getattr(optimizer, "grad_scale", None))
         self.pins.before(optimizer)
         if self._scaler() is None and row.nonfinite():
@@ -191,7 +192,6 @@ class Session:
             row.read_weights(
                 [*self.roster.owned_by(optimizer), *(self.roster.unowned if first else ())],
                 self._scratch,
-                self._joined,
             )
             self.pins.after(optimizer)
         row.stepped.add(id(optimizer))
@@ -238,7 +238,9 @@ class Session:
             self.outlet.tell("histograms", row.step, row.counts)
         if pinned := self.pins.take(row.scalars.get("clip", 1.0)):
             self.outlet.tell("weights", row.step, pinned)
-        self.alerts.look(facts_of(row, self.roster, self._described))
+        if self._known is None or len(self._known.names) != len(row.statistics):
+            self._known = Tensors.of(self.roster, self._described[: len(row.statistics)])
+        self.alerts.look(facts_of(row, self.roster, self._known))
 
     def _add_noise(self, row: Row) -> None:
         if row.first_square is not None and row.parts >= 2 and row.taken and not row.after_clipping:
