@@ -14,7 +14,6 @@ from clinometer.monitoring.reading import Row
 from clinometer.monitoring.roster import Roster
 from clinometer.monitoring.statistics import STATISTICS
 
-
 _PLACE = {name: place for place, name in enumerate(STATISTICS)}
 
 

@@ -28,8 +28,10 @@ from clinometer.monitoring.statistics import (
 ROW = 1024
 _MOST = 1 << 16
 """Entries of a small tensor: beyond that the copy costs more than the calls."""
-_TOGETHER = 1 << 17
-"""Entries that are looked at together: 0.5 MiB each of gradients and moments."""
+_TOGETHER = 1 << 18
+"""Entries that are looked at together: 1 MiB each of gradients and moments."""
+_REMEMBERED = 16
+"""Layouts: one for each optimizer, and for each choice of tensors that have a gradient."""
 _TYPES = (Tensor, nn.Parameter)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -41,12 +43,12 @@ def is_small(tensor: Tensor) -> bool:
         and 0 < tensor.numel() <= _MOST
         and tensor.dtype in _DTYPES
         and tensor.layout is torch.strided
-        and tensor.device.type == "cpu"
+        and tensor.is_cpu
     )
 
 
 class Places:
-    """Room for the gradients and the moments of a group, or for weights and their updates; a bool an entry."""
+    """Room for a group's gradients and moments, or weights and updates, and for a bool an entry."""
 
     def __init__(self) -> None:
         self.one = torch.empty(_TOGETHER, dtype=torch.float32, device="cpu")
@@ -63,6 +65,7 @@ class Group:
         self.sizes = np.array([math.prod(shape) for shape in self._shapes])
         lengths = -(-self.sizes // ROW)
         self.entries = int(lengths.sum()) * ROW
+        self._filled = int(self.sizes.sum())
         self.rows = slice(first_row, first_row + int(lengths.sum()))
         self._first = np.cumsum(lengths) - lengths
         starts = self._first * ROW
@@ -79,9 +82,9 @@ class Group:
         for view, array, tensor in zip(views, arrays, tensors, strict=True):
             if tensor is None:
                 array.fill(0)
-            elif tensor.dtype is torch.float32:
+            elif tensor.dtype is torch.float32 and not tensor.is_neg():
                 # numpy's copy, unlike torch's, wakes no thread.
-                np.copyto(array, tensor.detach().numpy())
+                array[...] = (tensor.detach() if tensor.requires_grad else tensor).numpy()
             else:
                 view.copy_(tensor)
         for gap in gaps:
@@ -114,7 +117,7 @@ class Group:
     def zeros(self, values: np.ndarray, alive: np.ndarray) -> np.ndarray | int:
         """[number of members]: exact zeros of each; `alive` is room for a bool an entry."""
         row = np.not_equal(values.reshape(-1), 0, out=alive[: self.entries])
-        if np.count_nonzero(row) == self.sizes.sum():
+        if np.count_nonzero(row) == self._filled:
             return 0
         return self.sizes - np.array([np.count_nonzero(row[span]) for span in self.spans])
 
@@ -169,7 +172,7 @@ class Gradients:
 
     def __init__(self) -> None:
         self.places = Places()
-        self._layout: Layout | None = None
+        self._layouts: dict[tuple[tuple[int, ...], ...], Layout] = {}
 
     def measure(
         self,
@@ -182,10 +185,7 @@ class Gradients:
 
         Histograms are added to `counts` [number of gradients, 64].
         """
-        shapes = [tuple(grad.shape) for grad in grads]
-        layout = self._layout
-        if layout is None or shapes != layout.shapes:
-            layout = self._layout = Layout(shapes)
+        layout = self._layout_of(tuple(tuple(grad.shape) for grad in grads))
         high, zeros = np.empty((2, len(grads)))
         sums = np.empty((3, len(grads)))
         with np.errstate(all="ignore"):
@@ -211,16 +211,28 @@ class Gradients:
                 & (np.abs(product) < TRUSTED_SQUARE[1])
             )
         cosine[(high == 0) | ~has] = moment_norm[~has] = np.nan
-        found = np.stack([norm, high, zeros / layout.sizes, np.zeros(len(grads)), cosine, moment_norm], axis=1)
+        found = np.stack(
+            [norm, high, zeros / layout.sizes, np.zeros(len(grads)), cosine, moment_norm], axis=1
+        )
         for number in np.flatnonzero(~plain):
             found[number] = measure_gradient(grads[number], moments[number], scratch)
+        return found
+
+    def _layout_of(self, shapes: tuple[tuple[int, ...], ...]) -> Layout:
+        found = self._layouts.get(shapes)
+        if found is None:
+            if len(self._layouts) >= _REMEMBERED:
+                self._layouts.clear()
+            found = self._layouts[shapes] = Layout(shapes)
         return found
 
 
 class Room:
     """Copies of small float32 weights as they were at the last look."""
 
-    def __init__(self, weights: list[Tensor], places: Places) -> None:
+    def __init__(self, weights: list[Tensor], places: Places, indices: Sequence[int] = ()) -> None:
+        self.indices = list(indices)
+        """The weights' places in the roster, in the order that `measure` expects them in."""
         self._layout = Layout([tuple(weight.shape) for weight in weights])
         self._places = places
         self._before = torch.empty(self._layout.rows * ROW, dtype=torch.float32, device="cpu")
@@ -229,9 +241,6 @@ class Room:
             rows[group.rows] = group.fill(places.one, weights[group.members])
         self.whole = True
         """Each copy is still the one that stands here."""
-
-    def __len__(self) -> int:
-        return len(self._layout.shapes)
 
     def copies(self) -> list[Tensor]:
         """The flat copy of each, a view."""
@@ -244,7 +253,7 @@ class Room:
     def fits(self, weights: list[Tensor]) -> bool:
         """Whether they still have the shape and precision they came with."""
         return all(
-            weight.shape == shape and weight.dtype is torch.float32 and weight.device.type == "cpu"
+            weight.shape == shape and weight.dtype is torch.float32 and weight.is_cpu
             for weight, shape in zip(weights, self._layout.shapes, strict=True)
         )
 

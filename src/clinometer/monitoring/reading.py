@@ -15,7 +15,7 @@ from clinometer.monitoring.device import gradients_on_device, weights_on_device
 from clinometer.monitoring.histograms import BUCKETS, count_into
 from clinometer.monitoring.joined import Gradients, Places, Room, is_small
 from clinometer.monitoring.roster import Watched, give_memory, state_of
-from clinometer.monitoring.statistics import STATISTICS, Scratch, flat, measure_gradient, measure_weight
+from clinometer.monitoring.statistics import SPAN, STATISTICS, Scratch, flat, measure_gradient, measure_weight
 
 _GRADIENT = [STATISTICS.index(n) for n in ("grad_norm", "grad_max", "grad_zeros", "grad_nonfinite")] + [
     STATISTICS.index(n) for n in ("cosine", "moment_norm")
@@ -94,7 +94,7 @@ class Row:
             self.read.add(one.index)
             found.append(one.index)
             moment = _moment_of(tensor, states)
-            if grad.device.type != "cpu":
+            if not grad.is_cpu:
                 self.device = grad.device
                 elsewhere.setdefault(grad.device, []).append((one.index, grad, moment))
                 continue
@@ -107,7 +107,7 @@ class Row:
             indices = [index for index, _, _ in small]
             counts = None if self.counts is None else np.zeros((len(small), BUCKETS), np.int64)
             numbers = joined.measure([g for _, g, _ in small], [m for _, _, m in small], scratch, counts)
-            self.statistics[np.ix_(indices, _GRADIENT)] = numbers
+            self.statistics[np.array(indices)[:, None], _GRADIENT] = numbers
             if self.counts is not None:
                 self.counts[indices, 0] += counts
         for members in elsewhere.values():
@@ -117,7 +117,7 @@ class Row:
             if self.counts is not None:
                 for index, grad, _ in members:
                     dense = grad if grad.layout is torch.strided else grad.to_dense()
-                    count_into(self.counts[index, 0], _on_host(flat(dense)), scratch)
+                    _count(self.counts[index, 0], _on_host(flat(dense)), scratch)
         return found
 
     def read_weights(self, watched: Iterable[Watched], scratch: Scratch) -> None:
@@ -133,12 +133,13 @@ class Row:
                 continue
             if self._is_still(one, tensor):
                 continue
-            if tensor.device.type != "cpu":
+            if not tensor.is_cpu:
                 elsewhere.setdefault(tensor.device, []).append((one, tensor, one.before))
                 continue
             self._read_weight(one, tensor, scratch)
         for room, members in rooms.items():
-            if room.whole and len(members) == len(room) and room.fits([tensor for _, tensor in members]):
+            same = room.whole and [one.index for one, _ in members] == room.indices
+            if same and room.fits([tensor for _, tensor in members]):
                 self._read_room(room, members)
                 continue
             for one, tensor in members:
@@ -148,8 +149,8 @@ class Row:
             if self.counts is not None:
                 for one, tensor, before in members:
                     now, old = _on_host(flat(tensor)), _on_host(before)
-                    count_into(self.counts[one.index, 1], now, scratch)
-                    count_into(self.counts[one.index, 2], now - old, scratch)
+                    _count(self.counts[one.index, 1], now, scratch)
+                    _count(self.counts[one.index, 2], now - old, scratch)
             numbers = weights_on_device([t for _, t, _ in members], [b for _, _, b in members])
             self._read_later([one.index for one, _, _ in members], _WEIGHT, numbers)
 
@@ -173,12 +174,13 @@ class Row:
         counts = None if self.counts is None else np.zeros((2, len(members), BUCKETS), np.int64)
         numbers = room.measure([tensor for _, tensor in members], counts)
         indices = [one.index for one, _ in members]
-        self.statistics[np.ix_(indices, _WEIGHT)] = numbers
+        self.statistics[np.array(indices)[:, None], _WEIGHT] = numbers
         if self.counts is not None and counts is not None:
             self.counts[indices, 1] += counts[0]
             self.counts[indices, 2] += counts[1]
         for (one, tensor), norm in zip(members, numbers[:, 0].tolist(), strict=True):
-            one.weight_norm, one.look = norm, state_of(tensor)
+            self._is_still(one, tensor)
+            one.weight_norm = norm
 
     def nonfinite(self) -> bool:
         """Whether a gradient on the host has an entry that is not finite."""
@@ -254,13 +256,18 @@ def refresh(watched: Iterable[Watched], places: Places) -> None:
 
 def _moment_of(tensor: Tensor, states: list[Any]) -> Tensor | None:
     for state in states:
-        if tensor in state:
-            held = state[tensor]
+        held = state.get(tensor)
+        if isinstance(held, dict):
             for key in _MOMENTS:
-                moment = held.get(key) if isinstance(held, dict) else None
+                moment = held.get(key)
                 if isinstance(moment, Tensor):
                     return moment
     return None
+
+
+def _count(counts: np.ndarray, values: Tensor, scratch: Scratch) -> None:
+    for span in values.split(SPAN) if values.numel() else ():
+        count_into(counts, span, scratch)
 
 
 def _on_host(values: Tensor) -> Tensor:

@@ -161,7 +161,7 @@ def give_memory(watched: Iterable[Watched], places: Places) -> None:
             else:
                 missing.setdefault((values.dtype, values.device), []).append((one, values))
     if small:
-        room = Room([tensor for _, tensor in small], places)
+        room = Room([tensor for _, tensor in small], places, [one.index for one, _ in small])
         for (one, _), copy in zip(small, room.copies(), strict=True):
             one.room, one.before = room, copy
     for (dtype, device), members in missing.items():

@@ -17,6 +17,8 @@ def _indices(mask: np.ndarray) -> tuple[int, ...]:
 
 def _highest(before: np.ndarray, now: np.ndarray) -> np.ndarray:
     """The highest so far of each tensor; there may be more of them now."""
+    if len(before) == len(now):
+        return np.fmax(before, now)
     return np.fmax(np.concatenate([before, np.zeros(len(now) - len(before))]), now)
 
 
