@@ -108,9 +108,10 @@ def measure_gradient(
     zeros = nonfinite = 0
     for number, span in enumerate(values.split(SPAN) if values.numel() else ()):
         g = scratch.wide("g", span)
-        low, high = (float(x) for x in torch.aminmax(g))
-        high = max(high, -low)
-        zeros += count_zeros(g, scratch)
+        magnitude = torch.abs(g, out=scratch.room("abs", g.numel(), g.dtype))
+        low, high = (float(x) for x in torch.aminmax(magnitude))
+        if not low > 0:  # also when it is NaN
+            zeros += count_zeros(g, scratch)
         if not math.isfinite(high):
             nonfinite += g.numel() - int(torch.isfinite(g).sum())
             high = math.inf
