@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,42 @@ import numpy as np
 from clinometer.monitoring.reading import Row
 from clinometer.monitoring.roster import Roster
 from clinometer.monitoring.statistics import STATISTICS
+
+_PLACE = {name: place for place, name in enumerate(STATISTICS)}
+
+
+def median(values: Iterable[float]) -> float:
+    """numpy's of finite numbers, which takes ten times as long for a hundred."""
+    ordered = sorted(values)
+    half = len(ordered) // 2
+    return float(ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2)
+
+
+@dataclass
+class Tensors:
+    """What stays the same from step to step, of T tensors."""
+
+    names: list[str]
+    numel: np.ndarray
+    matrix: np.ndarray
+    """(T,) bool: two dimensions or more; vectors (biases, gains) live by other scales."""
+    layer: np.ndarray
+    """(T,) float, NaN where the name has none."""
+    kind: np.ndarray
+    """(T,) int: tensors of one kind ("attn.q_proj") have the same number."""
+
+    @classmethod
+    def of(cls, roster: Roster, described: list[dict[str, Any]]) -> Tensors:
+        """`described` is the list of tensors as the sinks know it."""
+        watched = roster.watched[: len(described)]
+        numbers: dict[str, int] = {}
+        return cls(
+            names=[one.name for one in watched],
+            numel=np.array([one.numel for one in watched], float),
+            matrix=np.array([len(one.shape) > 1 for one in watched], bool),
+            layer=np.array([math.nan if d["layer"] is None else d["layer"] for d in described], float),
+            kind=np.array([numbers.setdefault(d["kind"], len(numbers)) for d in described], int),
+        )
 
 
 @dataclass
@@ -21,13 +59,7 @@ class Facts:
     scalars: dict[str, float]
     statistics: np.ndarray
     """(T, 8)."""
-    names: list[str]
-    numel: np.ndarray
-    matrix: np.ndarray
-    """(T,) bool: two dimensions or more; vectors (biases, gains) live by other scales."""
-    layer: np.ndarray
-    """(T,) float, NaN where the name has none."""
-    kind: list[str]
+    tensors: Tensors
     owned: np.ndarray
     """(T,) bool: some watched optimizer holds it."""
     stepped: np.ndarray
@@ -47,10 +79,22 @@ class Facts:
     piled_up: bool
     batch: dict[str, Any] | None
 
-    def of(self, statistic: str) -> np.ndarray:
-        return self.statistics[:, STATISTICS.index(statistic)]
+    @property
+    def names(self) -> list[str]:
+        return self.tensors.names
 
     @property
+    def numel(self) -> np.ndarray:
+        return self.tensors.numel
+
+    @property
+    def matrix(self) -> np.ndarray:
+        return self.tensors.matrix
+
+    def of(self, statistic: str) -> np.ndarray:
+        return self.statistics[:, _PLACE[statistic]]
+
+    @cached_property
     def grad_rms(self) -> np.ndarray:
         return self.of("grad_norm") / np.sqrt(np.maximum(self.numel, 1))
 
@@ -58,33 +102,27 @@ class Facts:
         return self.scalars.get(name, math.nan)
 
 
-def facts_of(row: Row, roster: Roster, described: list[dict[str, Any]]) -> Facts:
-    """The facts of a finished row; `described` is the list of tensors as the sinks know it."""
+def facts_of(row: Row, roster: Roster, known: Tensors) -> Facts:
+    """The facts of a finished row."""
     watched = roster.watched[: len(row.statistics)]
     tensors = [one.ref() for one in watched]
     lr = np.full(len(watched), np.nan)
     rates: list[float] = []
     owned, stepped = np.zeros(len(watched), bool), np.zeros(len(watched), bool)
+    places = {id(tensor): index for index, tensor in enumerate(tensors)}
     for optimizer in roster.living():
-        by_id = {id(p): float(g.get("lr", math.nan)) for g in optimizer.param_groups for p in g["params"]}
-        rates += [
-            float(g.get("lr", math.nan))
-            for g in optimizer.param_groups
-            if any(p.requires_grad for p in g["params"])
-        ]
-        for index, tensor in enumerate(tensors):
-            if id(tensor) in by_id:
-                lr[index], owned[index] = by_id[id(tensor)], True
-                stepped[index] = id(optimizer) in row.stepped
+        for group in optimizer.param_groups:
+            rate = float(group.get("lr", math.nan))
+            if any(p.requires_grad for p in group["params"]):
+                rates.append(rate)
+            mine = [index for p in group["params"] if (index := places.get(id(p))) is not None]
+            lr[mine], owned[mine] = rate, True
+            stepped[mine] = id(optimizer) in row.stepped
     return Facts(
         step=row.step,
         scalars=row.scalars,
         statistics=row.statistics,
-        names=[one.name for one in watched],
-        numel=np.array([one.numel for one in watched], float),
-        matrix=np.array([len(one.shape) > 1 for one in watched], bool),
-        layer=np.array([math.nan if d["layer"] is None else d["layer"] for d in described[: len(watched)]]),
-        kind=[d["kind"] for d in described[: len(watched)]],
+        tensors=known,
         owned=owned,
         stepped=stepped,
         learns=np.array([t is not None and t.requires_grad for t in tensors], bool),

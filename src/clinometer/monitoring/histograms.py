@@ -14,11 +14,33 @@ from torch import Tensor
 
 BUCKETS = 64
 LOW_EXPONENT = -48
-_BIAS = {torch.float32: (23, 127, torch.int32, 0xFF), torch.float64: (52, 1023, torch.int64, 0x7FF)}
+_LOWEST = 127 + LOW_EXPONENT + 1
+"""The largest biased exponent of float32 in bucket 1."""
 
 
 class Rooms(Protocol):
     def room(self, name: str, size: int, dtype: torch.dtype) -> Tensor: ...
+
+
+def count_zeros(values: Tensor, rooms: Rooms) -> int:
+    """Exact zeros in a row of numbers on the host: by numpy, twice as fast as by torch.count_nonzero."""
+    alive = rooms.room("alive", values.numel(), torch.bool).numpy()
+    return values.numel() - int(np.count_nonzero(np.not_equal(values.numpy(), 0, out=alive)))
+
+
+def _buckets(values: Tensor, out: Tensor, rooms: Rooms) -> None:
+    """The bucket of each number, except that zeros are in the first of the others."""
+    if values.dtype == torch.float32:
+        bits = torch.bitwise_right_shift(
+            values.view(torch.int32), 23, out=rooms.room("bits", values.numel(), torch.int32)
+        )
+        # A byte keeps the exponent and drops the sign; what is left to do is done on a quarter of the memory.
+        out.copy_(bits).clamp_(_LOWEST, _LOWEST + BUCKETS - 2).sub_(_LOWEST - 1)
+        return
+    bits = torch.bitwise_right_shift(
+        values.view(torch.int64), 52, out=rooms.room("bits", values.numel(), torch.int64)
+    )
+    out.copy_(bits.bitwise_and_(0x7FF).sub_(1023 + LOW_EXPONENT).clamp_(1, BUCKETS - 1))
 
 
 def count_into(counts: np.ndarray, values: Tensor, rooms: Rooms) -> None:
@@ -26,16 +48,9 @@ def count_into(counts: np.ndarray, values: Tensor, rooms: Rooms) -> None:
     size = values.numel()
     if not size:
         return
-    mantissa, bias, integer, mask = _BIAS[values.dtype]
-    # The sign bit is shifted down with the exponent and masked away.
-    bits = torch.bitwise_right_shift(
-        values.view(integer), mantissa, out=rooms.room("bits", size, integer)
-    ).bitwise_and_(mask)
-    lowest = int(bits.min())
-    bits.sub_(bias + LOW_EXPONENT).clamp_(1, BUCKETS - 1)
     even = size + size % 2
     small = rooms.room("buckets", even, torch.uint8)
-    small[:size].copy_(bits)
+    _buckets(values, small[:size], rooms)
     if even != size:
         small[size] = 0
     # Two at a time: half as many increments, in a table of 64 × 256 that the cache holds.
@@ -43,7 +58,7 @@ def count_into(counts: np.ndarray, values: Tensor, rooms: Rooms) -> None:
     table = table[:, :BUCKETS]
     found = (table.sum(0) + table.sum(1)).numpy()
     found[0] = 0  # the one that filled up
-    if lowest == 0:  # a zero or a subnormal number
-        found[0] = size - int(torch.count_nonzero(values))
+    if found[1]:  # a zero may be among them, or a number too small to have an exponent
+        found[0] = count_zeros(values, rooms)
         found[1] -= found[0]
     counts += found

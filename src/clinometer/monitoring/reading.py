@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 
 from clinometer.monitoring.device import gradients_on_device, weights_on_device
 from clinometer.monitoring.histograms import BUCKETS, count_into
+from clinometer.monitoring.joined import Gradients, Places, Room, is_small
 from clinometer.monitoring.roster import Watched, give_memory, state_of
-from clinometer.monitoring.statistics import STATISTICS, Scratch, flat, measure_gradient, measure_weight
+from clinometer.monitoring.statistics import SPAN, STATISTICS, Scratch, flat, measure_gradient, measure_weight
 
 _GRADIENT = [STATISTICS.index(n) for n in ("grad_norm", "grad_max", "grad_zeros", "grad_nonfinite")] + [
     STATISTICS.index(n) for n in ("cosine", "moment_norm")
@@ -72,12 +73,17 @@ class Row:
                 self.counts = np.concatenate([self.counts, np.zeros((more, 3, BUCKETS), np.int64)])
 
     def read_gradients(
-        self, watched: Iterable[Watched], optimizers: Iterable[Optimizer], scratch: Scratch
+        self,
+        watched: Iterable[Watched],
+        optimizers: Iterable[Optimizer],
+        scratch: Scratch,
+        joined: Gradients,
     ) -> list[int]:
         """Measure each gradient once, beside the first moment its optimizer holds; returns which."""
         found: list[int] = []
         states = [optimizer.state for optimizer in optimizers]
         elsewhere: dict[torch.device, list[tuple[int, Tensor, Tensor | None]]] = {}
+        small: list[tuple[int, Tensor, Tensor | None]] = []
         for one in watched:
             tensor = one.ref()
             if tensor is None or one.index in self.read:
@@ -88,12 +94,22 @@ class Row:
             self.read.add(one.index)
             found.append(one.index)
             moment = _moment_of(tensor, states)
-            if grad.device.type != "cpu":
+            if not grad.is_cpu:
                 self.device = grad.device
                 elsewhere.setdefault(grad.device, []).append((one.index, grad, moment))
                 continue
+            if is_small(grad) and (moment is None or (is_small(moment) and moment.shape == grad.shape)):
+                small.append((one.index, grad, moment))
+                continue
             counts = None if self.counts is None else self.counts[one.index, 0]
             self.statistics[one.index, _GRADIENT] = measure_gradient(grad, moment, scratch, counts)
+        if small:
+            indices = [index for index, _, _ in small]
+            counts = None if self.counts is None else np.zeros((len(small), BUCKETS), np.int64)
+            numbers = joined.measure([g for _, g, _ in small], [m for _, _, m in small], scratch, counts)
+            self.statistics[np.array(indices)[:, None], _GRADIENT] = numbers
+            if self.counts is not None:
+                self.counts[indices, 0] += counts
         for members in elsewhere.values():
             indices = [index for index, _, _ in members]
             numbers = gradients_on_device([g for _, g, _ in members], [m for _, _, m in members])
@@ -101,37 +117,70 @@ class Row:
             if self.counts is not None:
                 for index, grad, _ in members:
                     dense = grad if grad.layout is torch.strided else grad.to_dense()
-                    count_into(self.counts[index, 0], _on_host(flat(dense)), scratch)
+                    _count(self.counts[index, 0], _on_host(flat(dense)), scratch)
         return found
 
     def read_weights(self, watched: Iterable[Watched], scratch: Scratch) -> None:
         """Measure each weight that may have moved, and its update; the copies are then those of now."""
         elsewhere: dict[torch.device, list[tuple[Watched, Tensor, Tensor]]] = {}
+        rooms: dict[Room, list[tuple[Watched, Tensor]]] = {}
         for one in watched:
             tensor = one.ref()
             if tensor is None or one.before is None:
                 continue
-            state = state_of(tensor)
-            if state == one.look and one.index not in self.read and not math.isnan(one.weight_norm):
-                self.statistics[one.index, _WEIGHT] = one.weight_norm, 0.0  # frozen: nobody wrote to it
-                if self.counts is None:
-                    continue
-            one.look = state
-            if tensor.device.type != "cpu":
+            if one.room is not None:
+                rooms.setdefault(one.room, []).append((one, tensor))
+                continue
+            if self._is_still(one, tensor):
+                continue
+            if not tensor.is_cpu:
                 elsewhere.setdefault(tensor.device, []).append((one, tensor, one.before))
                 continue
-            counts = None if self.counts is None else (self.counts[one.index, 1], self.counts[one.index, 2])
-            found = measure_weight(tensor, one.before, scratch, counts)
-            one.weight_norm = found.norm
-            self.statistics[one.index, _WEIGHT] = found
+            self._read_weight(one, tensor, scratch)
+        for room, members in rooms.items():
+            same = room.whole and [one.index for one, _ in members] == room.indices
+            if same and room.fits([tensor for _, tensor in members]):
+                self._read_room(room, members)
+                continue
+            for one, tensor in members:
+                if not self._is_still(one, tensor):
+                    self._read_weight(one, tensor, scratch)
         for members in elsewhere.values():
             if self.counts is not None:
                 for one, tensor, before in members:
                     now, old = _on_host(flat(tensor)), _on_host(before)
-                    count_into(self.counts[one.index, 1], now, scratch)
-                    count_into(self.counts[one.index, 2], now - old, scratch)
+                    _count(self.counts[one.index, 1], now, scratch)
+                    _count(self.counts[one.index, 2], now - old, scratch)
             numbers = weights_on_device([t for _, t, _ in members], [b for _, _, b in members])
             self._read_later([one.index for one, _, _ in members], _WEIGHT, numbers)
+
+    def _is_still(self, one: Watched, tensor: Tensor) -> bool:
+        """Whether it is frozen and nobody wrote to it: then what was measured before holds."""
+        state = state_of(tensor)
+        still = state == one.look and one.index not in self.read and not math.isnan(one.weight_norm)
+        one.look = state
+        if still:
+            self.statistics[one.index, _WEIGHT] = one.weight_norm, 0.0
+        return still and self.counts is None
+
+    def _read_weight(self, one: Watched, tensor: Tensor, scratch: Scratch) -> None:
+        assert one.before is not None
+        counts = None if self.counts is None else (self.counts[one.index, 1], self.counts[one.index, 2])
+        found = measure_weight(tensor, one.before, scratch, counts)
+        one.weight_norm = found.norm
+        self.statistics[one.index, _WEIGHT] = found
+
+    def _read_room(self, room: Room, members: list[tuple[Watched, Tensor]]) -> None:
+        counts = None if self.counts is None else np.zeros((2, len(members), BUCKETS), np.int64)
+        numbers = room.measure([tensor for _, tensor in members], counts)
+        indices = [one.index for one, _ in members]
+        self.statistics[np.array(indices)[:, None], _WEIGHT] = numbers
+        if self.counts is not None and counts is not None:
+            self.counts[indices, 1] += counts[0]
+            self.counts[indices, 2] += counts[1]
+        for (one, tensor), norm in zip(members, numbers[:, 0].tolist(), strict=True):
+            self._is_still(one, tensor)
+            one.weight_norm = norm
 
     def nonfinite(self) -> bool:
         """Whether a gradient on the host has an entry that is not finite."""
@@ -144,16 +193,16 @@ class Row:
                 event.synchronize()
             self.statistics[np.ix_(rows, columns)] = numbers.double().numpy()
         self._late = []
-        both = [_NORM, _LARGEST]
+        both = slice(_NORM, _LARGEST + 1)
         for indices, scale in self.scales:
-            self.statistics[np.ix_(indices, both)] /= float(scale)
+            self.statistics[indices, both] /= float(scale)
         factors = []
         for indices, total, largest in self.clips:
             total = float(total)
             factor = min(1.0, largest / (total + 1e-6)) if math.isfinite(total) else math.nan
             factors.append(factor)
             if factor > 0:
-                self.statistics[np.ix_(indices, both)] /= factor
+                self.statistics[indices, both] /= factor
             elif any(self.statistics[indices, _NORM] == 0) or not math.isfinite(total):
                 self.after_clipping = True
             self.scalars["max_norm"] = largest
@@ -163,8 +212,9 @@ class Row:
             self.scalars["before_clipping"] = 0.0 if self.after_clipping else 1.0
         norms = self.statistics[:, _NORM]
         with np.errstate(over="ignore"):
-            if not np.all(np.isnan(norms)):
-                self.scalars["total_norm"] = float(np.sqrt(np.nansum(norms**2)))
+            known = norms[~np.isnan(norms)]
+            if known.size:
+                self.scalars["total_norm"] = float(np.sqrt(np.sum(known**2)))
         self.scalars["taken"] = float(self.taken)
         self.scalars = {name: float(value) for name, value in self.scalars.items()}
 
@@ -181,9 +231,9 @@ class Row:
         self._late.append((rows, columns, numbers, event))
 
 
-def refresh(watched: Iterable[Watched]) -> None:
+def refresh(watched: Iterable[Watched], places: Places) -> None:
     """Weights that somebody moved since the last look: that was no step, so their copies follow."""
-    give_memory(watched)
+    give_memory(watched, places)
     for one in watched:
         tensor = one.ref()
         if tensor is None or one.before is None:
@@ -191,10 +241,14 @@ def refresh(watched: Iterable[Watched]) -> None:
         state = state_of(tensor)
         if state != one.look:
             values = flat(tensor)
-            if values.numel() != one.before.numel() or values.dtype != one.before.dtype:
-                one.before = values.clone()  # resized, or cast
-            elif values.device != one.before.device:
-                one.before = values.clone()
+            if (values.numel(), values.dtype, values.device) != (
+                one.before.numel(),
+                one.before.dtype,
+                one.before.device,
+            ):
+                one.before = values.clone()  # resized, cast or moved
+                if one.room is not None:
+                    one.room.whole, one.room = False, None
             else:
                 one.before.copy_(values)
             one.look, one.weight_norm, one.moved_elsewhere = state, math.nan, True
@@ -202,13 +256,18 @@ def refresh(watched: Iterable[Watched]) -> None:
 
 def _moment_of(tensor: Tensor, states: list[Any]) -> Tensor | None:
     for state in states:
-        if tensor in state:
-            held = state[tensor]
+        held = state.get(tensor)
+        if isinstance(held, dict):
             for key in _MOMENTS:
-                moment = held.get(key) if isinstance(held, dict) else None
+                moment = held.get(key)
                 if isinstance(moment, Tensor):
                     return moment
     return None
+
+
+def _count(counts: np.ndarray, values: Tensor, scratch: Scratch) -> None:
+    for span in values.split(SPAN) if values.numel() else ():
+        count_into(counts, span, scratch)
 
 
 def _on_host(values: Tensor) -> Tensor:

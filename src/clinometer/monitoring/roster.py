@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from clinometer.gradients.subject import Subject
 from clinometer.messages import InputError
+from clinometer.monitoring.joined import Places, Room, is_small
 from clinometer.monitoring.statistics import flat
 
 
@@ -31,6 +32,7 @@ class Watched:
         "name",
         "numel",
         "ref",
+        "room",
         "shape",
         "weight_norm",
     )
@@ -44,6 +46,8 @@ class Watched:
         self.ref = weakref.ref(tensor)
         self.before: Tensor | None = None
         """A flat copy of the tensor as it was at the last look."""
+        self.room: Room | None = None
+        """Where that copy stands beside those of other small tensors."""
         self.look: tuple[int, int] | None = None
         """Version and address of the tensor at the last look; other ones mean that somebody wrote to it."""
         self.moved_elsewhere = False
@@ -142,23 +146,30 @@ class Roster:
         return new
 
 
-def give_memory(watched: Iterable[Watched]) -> None:
-    """A copy for each tensor that has none, small ones beside each other in one buffer a precision."""
+def give_memory(watched: Iterable[Watched], places: Places) -> None:
+    """A copy for each tensor that has none, in one buffer a precision; small ones in a room for them."""
     missing: dict[tuple[torch.dtype, torch.device], list[tuple[Watched, Tensor]]] = {}
+    small: list[tuple[Watched, Tensor]] = []
     for one in watched:
         tensor = one.ref()
         if one.before is None and tensor is not None:
             values = flat(tensor)
-            missing.setdefault((values.dtype, values.device), []).append((one, values))
+            one.first_norm = float(torch.linalg.vector_norm(values, dtype=_sum_in(values.dtype)))
+            one.look = state_of(tensor)
+            if is_small(tensor) and tensor.dtype is torch.float32:
+                small.append((one, tensor))
+            else:
+                missing.setdefault((values.dtype, values.device), []).append((one, values))
+    if small:
+        room = Room([tensor for _, tensor in small], places, [one.index for one, _ in small])
+        for (one, _), copy in zip(small, room.copies(), strict=True):
+            one.room, one.before = room, copy
     for (dtype, device), members in missing.items():
-        room = torch.empty(sum(values.numel() for _, values in members), dtype=dtype, device=device)
+        buffer = torch.empty(sum(values.numel() for _, values in members), dtype=dtype, device=device)
         start = 0
         for one, values in members:
-            one.before = room[start : start + values.numel()].copy_(values)
+            one.before = buffer[start : start + values.numel()].copy_(values)
             start += values.numel()
-            one.first_norm = float(torch.linalg.vector_norm(values, dtype=_sum_in(dtype)))
-            tensor = one.ref()
-            one.look = None if tensor is None else state_of(tensor)
 
 
 def _sum_in(dtype: torch.dtype) -> torch.dtype:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 
-import numpy as np
-
-from clinometer.monitoring.facts import Facts
+from clinometer.monitoring.facts import Facts, median
 from clinometer.monitoring.trouble import Trouble
 
 WINDOW = 100
@@ -57,14 +55,14 @@ class Exploding:
                 return Trouble("fault", (), self._values(norm, self._first_norm))
         if len(self._norms) < ENOUGH:
             return None
-        median = float(np.median(self._norms))
+        usual = median(self._norms)
         worse = True
         if self._losses and math.isfinite(loss):
-            middle = float(np.median(self._losses))
+            middle = median(self._losses)
             worse = loss > middle + 0.5 * abs(middle)
-        high = norm > 10 * median and norm > 2 * self._highest and worse
+        high = norm > 10 * usual and norm > 2 * self._highest and worse
         self._row = self._row + 1 if high else 0
-        return Trouble("fault", (), self._values(norm, median)) if self._row >= 5 else None
+        return Trouble("fault", (), self._values(norm, usual)) if self._row >= 5 else None
 
     @staticmethod
     def _values(norm: float, usual: float) -> dict[str, str]:
@@ -96,7 +94,7 @@ class AlwaysClipped:
         if not self._on:
             return None
         values = {
-            "factor": f"{float(np.median(self._factors)):.2g}",
+            "factor": f"{median(self._factors):.2g}",
             "max_norm": f"{facts.scalar('max_norm'):.3g}",
             "norm": f"{facts.scalar('total_norm'):.3g}",
         }
@@ -125,24 +123,24 @@ class LossSpike:
         if len(self._first) < 20:
             self._first.append(loss)
         self._lowest, self._highest = min(self._lowest, loss), max(self._highest, loss)
-        median = float(np.median(self._losses)) if self._losses else loss
-        found = self._judge(loss, median)
-        self._widest = max(self._widest, abs(loss - median))
+        usual = median(self._losses) if self._losses else loss
+        found = self._judge(loss, usual)
+        self._widest = max(self._widest, abs(loss - usual))
         # A run that stays up there has a new level; until then it is judged by the old one.
         self._losses.append(loss)
         return found
 
-    def _judge(self, loss: float, median: float) -> Trouble | None:
+    def _judge(self, loss: float, usual: float) -> Trouble | None:
         if len(self._losses) < ENOUGH:
             return None
         highest = max(self._losses)
-        if loss <= highest + max(3 * (highest - median), 0.5 * abs(median)):
+        if loss <= highest + max(3 * (highest - usual), 0.5 * abs(usual)):
             return None
-        if loss - median < 0.01 * float(np.median(np.abs(self._first))):
+        if loss - usual < 0.01 * median(map(abs, self._first)):
             return None
-        if self._lowest < 0 < self._highest and loss - median <= self._widest:
+        if self._lowest < 0 < self._highest and loss - usual <= self._widest:
             return None
-        return Trouble("warning", (), {"loss": f"{loss:.4g}", "usual": f"{median:.4g}"})
+        return Trouble("warning", (), {"loss": f"{loss:.4g}", "usual": f"{usual:.4g}"})
 
 
 class ZeroRate:

@@ -17,7 +17,8 @@ from clinometer.monitoring.alerts import Alerts
 from clinometer.monitoring.asking import diagnose_now
 from clinometer.monitoring.chains import Chains
 from clinometer.monitoring.describe import describe, order_of_use
-from clinometer.monitoring.facts import facts_of
+from clinometer.monitoring.facts import Tensors, facts_of
+from clinometer.monitoring.joined import Gradients
 from clinometer.monitoring.losses import Losses
 from clinometer.monitoring.noise import EVERY as NOISE_EVERY
 from clinometer.monitoring.noise import NoiseScale
@@ -48,12 +49,13 @@ class Session:
         self._noise = NoiseScale()
         self._first_square: Any = None
         self._parts_before = 0
-        self._scratch = Scratch()
+        self._scratch, self._joined = Scratch(), Gradients()
         self._row: Row | None = None
         """The step under way, or the last one until the next begins."""
         self._whole = False
         """Nothing more is coming for the row, but what is logged."""
         self._described: list[dict[str, Any]] = []
+        self._known: Tensors | None = None
         self._positions: dict[int, int] = {}
         self._last_time: float | None = None
         self._logged_first: dict[str, bool] = {}
@@ -80,7 +82,7 @@ class Session:
     def let_go(self) -> None:
         """Give the memory back, and hold nobody."""
         for one in self.roster.watched:
-            one.before = None
+            one.before = one.room = None
         self._row = self.closure = None
 
     def event(self, kind: str, data: dict[str, Any]) -> None:
@@ -167,14 +169,16 @@ class Session:
         if self.roster.grew():
             row.widen(self.roster.watched)
         mine = [*self.roster.owned_by(optimizer), *(self.roster.unowned if first else ())]
-        refresh(mine)
+        refresh(self.roster.owned_by(optimizer), self._joined.places)
+        if first:  # apart, because another optimizer may be the first of the next round
+            refresh(self.roster.unowned, self._joined.places)
         self._read_gradients(row, mine, getattr(optimizer, "grad_scale", None))
         self.pins.before(optimizer)
         if self._scaler() is None and row.nonfinite():
             self._ask(row)
 
     def _read_gradients(self, row: Row, watched: list[Any], scale: Any) -> None:
-        read = row.read_gradients(watched, self.roster.living(), self._scratch)
+        read = row.read_gradients(watched, self.roster.living(), self._scratch, self._joined)
         if scale is not None and read:  # a fused optimizer takes the scale off by itself
             row.scales.append((read, torch.as_tensor(scale).clone()))
 
@@ -186,7 +190,8 @@ class Session:
         if row.measured:
             first = not row.stepped
             row.read_weights(
-                [*self.roster.owned_by(optimizer), *(self.roster.unowned if first else ())], self._scratch
+                [*self.roster.owned_by(optimizer), *(self.roster.unowned if first else ())],
+                self._scratch,
             )
             self.pins.after(optimizer)
         row.stepped.add(id(optimizer))
@@ -233,7 +238,9 @@ class Session:
             self.outlet.tell("histograms", row.step, row.counts)
         if pinned := self.pins.take(row.scalars.get("clip", 1.0)):
             self.outlet.tell("weights", row.step, pinned)
-        self.alerts.look(facts_of(row, self.roster, self._described))
+        if self._known is None or len(self._known.names) != len(row.statistics):
+            self._known = Tensors.of(self.roster, self._described[: len(row.statistics)])
+        self.alerts.look(facts_of(row, self.roster, self._known))
 
     def _add_noise(self, row: Row) -> None:
         if row.first_square is not None and row.parts >= 2 and row.taken and not row.after_clipping:

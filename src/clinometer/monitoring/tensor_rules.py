@@ -7,7 +7,7 @@ from collections import deque
 
 import numpy as np
 
-from clinometer.monitoring.facts import Facts
+from clinometer.monitoring.facts import Facts, median
 from clinometer.monitoring.trouble import Trouble
 
 
@@ -17,6 +17,8 @@ def _indices(mask: np.ndarray) -> tuple[int, ...]:
 
 def _highest(before: np.ndarray, now: np.ndarray) -> np.ndarray:
     """The highest so far of each tensor; there may be more of them now."""
+    if len(before) == len(now):
+        return np.fmax(before, now)
     return np.fmax(np.concatenate([before, np.zeros(len(now) - len(before))]), now)
 
 
@@ -109,7 +111,7 @@ class NeverMoves:
         able &= rms > 0.01 * self._highest_rms
         if not facts.taken or not able.any():
             return None
-        able &= rms > 1e-3 * np.median(rms[able])
+        able &= rms > 1e-3 * median(rms[able].tolist())
         still = able & (facts.of("update_norm") == 0)
         if not still.any():
             return None
@@ -155,18 +157,19 @@ class Vanishing:
 
     def look(self, facts: Facts) -> Trouble | None:
         rms = facts.grad_rms
-        kinds: dict[str, list[int]] = {}
-        for index in np.flatnonzero(facts.matrix & (rms > 0) & np.isfinite(rms) & ~np.isnan(facts.layer)):
-            kinds.setdefault(facts.kind[index], []).append(int(index))
+        kind, layer = facts.tensors.kind, facts.tensors.layer
         found: list[int] = []
         worst = 1.0
-        for members in kinds.values():
-            members.sort(key=lambda i: facts.layer[i])
-            if len(members) < 4:
+        able = np.flatnonzero(facts.matrix & (rms > 0) & np.isfinite(rms) & ~np.isnan(layer))
+        able = able[np.lexsort((layer[able], kind[able]))]
+        begins = np.flatnonzero(np.diff(kind[able], prepend=-1))
+        for start, stop in zip(begins.tolist(), np.append(begins[1:], len(able)).tolist(), strict=False):
+            if stop - start < 4:
                 continue
+            members = able[start:stop]
             first, second, last = rms[members[0]], rms[members[1]], rms[members[-1]]
             if first < self._FIRST * last and second < self._SECOND * last:
-                found += [i for i in members if rms[i] < self._SECOND * last]
+                found += members[rms[members] < self._SECOND * last].tolist()
                 worst = min(worst, first / last)
         if not found:
             return None
@@ -211,11 +214,12 @@ class UpdateRatio:
             return None
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = np.where(able, update / weight, np.nan)
-        half = np.median(ratio[able])
+        ratios = ratio[able]
+        half = math.nan if np.isnan(ratios).any() else median(ratios.tolist())
         worse = math.isfinite(loss) and bool(self._losses) and loss > 0.9 * min(self._losses)
         grown = able & (ratio > self._LARGE) & (weight > 10 * first)
         self._large = self._large + 1 if worse and grown.sum() * 2 >= able.sum() else 0
-        steep = bool(self._norms) and norm > 0.1 * float(np.median(self._norms))
+        steep = bool(self._norms) and norm > 0.1 * median(self._norms)
         self._small = self._small + 1 if half < self._SMALL and constant and steep else 0
         if self._large >= 20:
             return Trouble("warning", _indices(grown), {"ratio": f"{half:.1e}"}, "large")

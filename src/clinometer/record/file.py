@@ -35,6 +35,8 @@ class WriterFile:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.path = folder / schema.FILE_NAME
+        self._plain_path = os.fspath(self.path)
+        """Looked at before every write, and a Path would be put together anew each time."""
         self.id = ""
         self.connection: sqlite3.Connection
         self._inode: tuple[int, int] | None = None
@@ -86,7 +88,7 @@ class WriterFile:
 
     def must_be_there(self) -> None:
         """Raise OSError if the path leads elsewhere now: SQLite would go on writing to nowhere."""
-        found = os.stat(self.path)
+        found = os.stat(self._plain_path)
         if (found.st_dev, found.st_ino) != self._inode:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path))
 

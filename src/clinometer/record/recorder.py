@@ -110,8 +110,10 @@ class Recorder:
                 self._file.begin()
                 for window in closed:
                     windows.insert(self._file.connection, window)
-            self._file.execute("INSERT INTO steps VALUES (?, ?, ?, ?)", (step, float(time), numbers, rows))
-            if self._file.connection.in_transaction:
+            # sqlite3 takes a bytearray as it is; for anything else it first asks who could adapt it.
+            values = (step, float(time), bytearray(numbers), bytearray(rows))
+            self._file.connection.execute("INSERT INTO steps VALUES (?, ?, ?, ?)", values)
+            if closed or self._file.connection.in_transaction:
                 self._file.execute("COMMIT")
             self._rollups.add(step, time, numbers, rows)
             self._last = step
@@ -259,6 +261,8 @@ class Recorder:
             name for (name,) in query("SELECT name FROM tensors ORDER BY id").fetchall()
         ]
         self._scalars: dict[str, int] = dict(query("SELECT name, id FROM scalar_names").fetchall())
+        self._placed: tuple[tuple[str, ...], list[Any]] = (), []
+        """The names of the last step's scalars, and the places of these names."""
         (self._histograms,) = query("SELECT coalesce(max(ordinal) + 1, 0) FROM histograms").fetchone()
         self._rollups: Rollups = windows.reopen(self._file.connection, last)
         self._stale = False
@@ -266,6 +270,13 @@ class Recorder:
     def _numbers(self, step: int, scalars: Mapping[str, Any]) -> np.ndarray:
         """The scalars in the order of their names' ids; a new name is given the next id, with this step."""
         numbers = [_ABSENT] * len(self._scalars)
+        names = tuple(scalars)
+        if names == self._placed[0]:  # as in most steps
+            found = [v if type(v) is float and v == v else _number(v) for v in scalars.values()]
+            if None not in found:
+                for place, number in zip(self._placed[1], found, strict=True):
+                    numbers[place] = number
+                return np.array(numbers, dtype="<f8")
         for name, value in scalars.items():
             number = _number(value)
             if number is None:
@@ -277,6 +288,9 @@ class Recorder:
                     continue
                 numbers += [_ABSENT] * (len(self._scalars) - len(numbers))
             numbers[place] = number
+        places = [self._scalars.get(name) for name in names]
+        if None not in places:
+            self._placed = names, places
         return np.array(numbers, dtype="<f8")
 
     def _weight(self, step: int, row: dict[str, Any]) -> None:
