@@ -7,11 +7,14 @@ For each chunk of positions, with z = x Wᵀ its logits:
 
 so that neither the logits nor their gradient are ever whole, and nothing is computed twice. As in
 `functional.linear_cross_entropy` there is no double backward and no forward mode; unlike there the products
-are in bfloat16 under autocast (the sums of dW in float32), and the elementwise part is one compiled pass.
+are in bfloat16 under autocast (the sums of dW in float32), and what is between the products can be one
+compiled pass.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,28 +34,30 @@ def chunked_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     onednn: bool = False,
+    compiled: bool = False,
 ) -> Tensor:
     """`cross_entropy(linear(x, weight), targets)`; `reduction` is "mean" or "sum".
 
     Targets outside 0 … V-1 other than `ignore_index` are the caller's to refuse. A second backward through
-    the same loss raises RuntimeError.
+    the same loss raises RuntimeError. `compiled`: what is between the products in one compiled pass.
     """
     kind = x_BSD.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_BSD.dtype
     with torch.autocast(kind, enabled=False):
         x, targets = x_BSD.flatten(0, -2), targets_BS.flatten().long()
-        total: Tensor = _Chunked.apply(x, weight_VD, targets, ignore_index, dtype, onednn)  # pyright: ignore
+        how = (dtype, onednn, compiled, torch.is_grad_enabled())
+        total: Tensor = _Chunked.apply(x, weight_VD, targets, ignore_index, *how)  # pyright: ignore
         if reduction == "sum":
             return total
         return total / (targets != ignore_index).sum()
 
 
-def head_loss(
-    x_BSD: Tensor, head_weight: Tensor, targets: Tensor, reduction: str, *, onednn: bool
-) -> Tensor:
+def head_loss(x_BSD: Tensor, head_weight: Tensor, targets: Tensor, reduction: str, *, onednn: bool) -> Tensor:
     """From the final norm to the loss."""
     functional.check_targets(targets, head_weight.shape[0])
-    return chunked_cross_entropy(x_BSD, head_weight, targets, reduction=reduction, onednn=onednn)
+    return chunked_cross_entropy(
+        x_BSD, head_weight, targets, reduction=reduction, onednn=onednn, compiled=True
+    )
 
 
 class _Chunked(torch.autograd.Function):
@@ -65,15 +70,18 @@ class _Chunked(torch.autograd.Function):
         ignore_index: int,
         dtype: torch.dtype,
         onednn: bool,
+        compiled: bool,
+        with_gradients: bool,
     ) -> Tensor:
+        between = _compiled() if compiled else _loss_and_gradient
         w = weight.to(dtype)
         total = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        dx = torch.empty_like(x) if with_gradients and ctx.needs_input_grad[0] else None
+        dw = torch.zeros_like(weight) if with_gradients and ctx.needs_input_grad[1] else None
         for first in range(0, len(x), POSITIONS):
             part = slice(first, first + POSITIONS)
             x_part = x[part].to(dtype)
-            loss, dz = _loss_and_gradient(fast.linear(x_part, w, onednn=onednn), targets[part], ignore_index)
+            loss, dz = between(fast.linear(x_part, w, onednn=onednn), targets[part], ignore_index)
             total += loss
             if dx is not None:
                 dx[part] = fast.linear(dz, w.t(), onednn=onednn)
@@ -91,10 +99,14 @@ class _Chunked(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         # In place: dW is as large as the weight, and nobody else holds it.
         dx, dw = (None if grad is None else grad.mul_(d_total) for grad in gradients)
-        return dx, dw, None, None, None, None
+        return dx, dw, *[None] * 6
 
 
-@torch.compile(dynamic=True)
+@cache
+def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(_loss_and_gradient, dynamic=True)
+
+
 def _loss_and_gradient(z: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Sum of the positions' losses, and its gradient with respect to the logits z, in z's dtype."""
     wide = z.to(torch.promote_types(z.dtype, torch.float32))

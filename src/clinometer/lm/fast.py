@@ -31,7 +31,7 @@ keeps none is used."""
 
 _ROWS = 64
 
-_library = torch.library.Library("clinometer", "DEF")  # noqa: TOR901
+_library = torch.library.Library("clinometer", "DEF")
 _library.define("linear_onednn(Tensor x, Tensor weight) -> Tensor")
 
 
@@ -121,9 +121,7 @@ def transformer_block(
     return x_BSD + linear(functional.silu(gate) * value, w2, onednn=onednn)
 
 
-def head_loss(
-    x_BSD: Tensor, head_weight: Tensor, targets: Tensor, reduction: str, *, onednn: bool
-) -> Tensor:
+def head_loss(x_BSD: Tensor, head_weight: Tensor, targets: Tensor, reduction: str, *, onednn: bool) -> Tensor:
     """From the final norm to the loss; where it runs eagerly after all (validation), as `functional` does."""
     logits = linear(x_BSD, head_weight, onednn=onednn and torch.compiler.is_compiling())
     return functional.cross_entropy(logits, targets, reduction=reduction)

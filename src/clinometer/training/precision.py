@@ -54,13 +54,17 @@ def choose(*, device: str, precision: str, compile: str, total_flops: float) -> 
         wanted, why_compile = compile == "on", say("doctor.as_asked")
         if wanted and compiler is None:
             raise InputError("training.no_compiler")
-    from clinometer.lm.fast import onednn_is_faster
+    onednn = False
+    if wanted and where.type == "cpu" and precision == "float32":
+        from clinometer.lm.fast import onednn_is_faster
 
+        if onednn := onednn_is_faster():
+            why_compile = say("doctor.onednn", why=why_compile)
     return Choices(
         device=str(where),
         precision=precision,
         compile=wanted,
-        onednn=wanted and where.type == "cpu" and precision == "float32" and onednn_is_faster(),
+        onednn=onednn,
         threads=torch.get_num_threads(),
         why_precision=why,
         why_compile=why_compile,
