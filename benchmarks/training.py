@@ -1,12 +1,15 @@
 """Training, side by side with a nanoGPT checkout on this machine.
 
-    python -m benchmarks.training --nanogpt DIR --text FILE [--rounds 3] [--only loss,longer,speed,memory]
+    python -m benchmarks.training --nanogpt DIR --text FILE [--rounds 3]
+                                  [--only loss,longer,speed,memory,loop]
 
 loss     whole process, from nothing to validation loss 1.8857: nanoGPT's README CPU command against
          `clinometer train` on the same bytes, once with nothing cached and once more
 longer   loss, and then as many of our steps as fit into nanoGPT's own time: the loss after equal time
-speed    tokens/s at d_model 512, 4 layers, 16 heads, context 256, vocabulary 10,000, batch 16
-memory   largest resident memory of the same processes; --large: vocabulary 50,257, width 768, 12 layers
+speed    tokens/s at d_model 512, 4 layers, 16 heads, context 256, vocabulary 10,000, batch 16, and the
+         share of this machine's own matrix-product rate (2048³, same precision, in the same process)
+memory   largest resident memory of a step at vocabulary 50,257, width 768, 12 layers, batch 16 x 256
+loop     what the loop costs beside forward, backward and update (see benchmarks/loop.py)
 
 Each worker is a process of its own; the two sides alternate (A B A B …) and medians are compared.
 """
@@ -26,6 +29,7 @@ import time
 from pathlib import Path
 
 from benchmarks import rows as kept_rows
+from benchmarks.training_rows import memory_rows, race_rows, speed_rows
 
 TARGET = 1.8857
 NANOGPT_COMMAND = (
@@ -68,20 +72,26 @@ def main() -> None:
     parser.add_argument("--text", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--only", default="loss,speed,memory")
-    parser.add_argument("--large", action="store_true")
+    parser.add_argument("--only", default="loss,speed,memory,loop")
     arguments = parser.parse_args()
     wanted = set(arguments.only.split(","))
     print(machine())
+    if wanted & {"loss", "longer", "loop"} and arguments.text is None:
+        parser.error("--text FILE is needed for the race to the loss and for the loop")
     if wanted & {"loss", "longer"}:
-        if arguments.text is None:
-            parser.error("--text FILE is needed for the race to the loss")
-        race(arguments.nanogpt, arguments.text, arguments.rounds, "longer" in wanted)
-    if wanted & {"speed", "memory"}:
-        throughput(arguments.nanogpt, arguments.rounds, arguments.steps, LARGE if arguments.large else SHAPE)
+        raced = race(arguments.nanogpt, arguments.text, arguments.rounds, "longer" in wanted)
+        kept_rows.keep(arguments.json, raced)
+    if "speed" in wanted:
+        kept_rows.keep(arguments.json, throughput(arguments.nanogpt, arguments.rounds, arguments.steps))
+    if "memory" in wanted:
+        kept_rows.keep(arguments.json, memory(arguments.nanogpt))
+    if "loop" in wanted:
+        command = [sys.executable, "-m", "benchmarks.loop", "--text", str(arguments.text.absolute())]
+        command += ["--json", str(arguments.json.absolute())] if arguments.json else []
+        print(run(command, env=our_settings()))
 
 
-def race(nanogpt: Path, text: Path, rounds: int, longer: bool) -> None:
+def race(nanogpt: Path, text: Path, rounds: int, longer: bool) -> list[kept_rows.Row]:
     """Wall time of whole processes to the validation loss; `longer`: the loss after nanoGPT's own time."""
     theirs, cold, warm, long = [], [], [], []
     with tempfile.TemporaryDirectory() as scratch:
@@ -116,6 +126,7 @@ def race(nanogpt: Path, text: Path, rounds: int, longer: bool) -> None:
             f"  after nanoGPT's time: loss {median_of(long, 1):.4f} in {median_of(long, 0):.1f} s, "
             f"nanoGPT's {median_of(theirs, 1):.4f} in {median_of(theirs, 0):.1f} s"
         )
+    return race_rows(TARGET, theirs, cold, warm, long)
 
 
 def median_of(found: list[tuple[float, float]], column: int) -> float:
@@ -136,8 +147,8 @@ def ours(text: Path, folder: Path, caches: Path, steps: int) -> tuple[float, flo
     return seconds, [row["validation_loss"] for row in rows if "validation_loss" in row][-1]
 
 
-def throughput(nanogpt: Path, rounds: int, steps: int, shape: dict[str, int]) -> None:
-    """Tokens a second and peak memory of the same training step."""
+def throughput(nanogpt: Path, rounds: int, steps: int) -> list[kept_rows.Row]:
+    """Tokens a second of the same training step, and the share of this machine's matrix-product rate."""
     sides = {
         "nanoGPT eager": ["nanogpt", "float32", "eager"],
         "nanoGPT compiled": ["nanogpt", "float32", "compiled"],
@@ -148,16 +159,17 @@ def throughput(nanogpt: Path, rounds: int, steps: int, shape: dict[str, int]) ->
     results: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, side in sides.items():
-            command = [sys.executable, "-m", "benchmarks.training", "--worker", *side]
-            command += ["--shape", json.dumps(shape), "--nanogpt", str(nanogpt), "--steps", str(steps)]
-            out = run(command, env=our_settings() if side[0] == "ours" else {})
-            results[name].append(json.loads(out.splitlines()[-1]))
-    print(f"\nTraining step, {shape}, batch {BATCH} ({rounds} rounds of {steps} steps, medians)")
+            results[name].append(measured(side, SHAPE, nanogpt, steps))
+    print(f"\nTraining step, {SHAPE}, batch {BATCH} ({rounds} rounds of {steps} steps, medians)")
     for name, found in results.items():
         speed = statistics.median(f["tokens_per_second"] for f in found)
         memory = statistics.median(f["peak_gigabytes"] for f in found)
         begin = statistics.median(f["start_seconds"] for f in found)
-        print(f"  {name:22} {speed:8.0f} tokens/s   {memory:5.2f} GB   first step after {begin:5.1f} s")
+        share = statistics.median(f["matmul_share"] for f in found)
+        print(
+            f"  {name:22} {speed:8.0f} tokens/s  {100 * share:4.0f} % of the 2048³ rate"
+            f"  {memory:5.2f} GB  first step after {begin:5.1f} s"
+        )
 
     def ratio(a: str, b: str) -> float:
         pairs = zip(results[a], results[b], strict=True)
@@ -170,6 +182,34 @@ def throughput(nanogpt: Path, rounds: int, steps: int, shape: dict[str, int]) ->
     print(
         f"  clinometer bf16 / nanoGPT bf16 compiled: {ratio('clinometer bf16', 'nanoGPT bf16 compiled'):.2f}×"
     )
+    from clinometer.lm.config import TransformerConfig
+
+    config = TransformerConfig(**SHAPE, d_ff=feed_forward(SHAPE))
+    return speed_rows(results, config.flops_per_token())
+
+
+def memory(nanogpt: Path) -> list[kept_rows.Row]:
+    """Largest resident memory of a few steps at a large vocabulary, each in a process of its own."""
+    sides = {
+        "nanoGPT eager": ["nanogpt", "float32", "eager"],
+        "clinometer float32": ["ours", "float32", "eager"],
+        "clinometer bf16": ["ours", "bfloat16", "eager"],
+        "clinometer bf16 compiled": ["ours", "bfloat16", "compiled"],
+    }
+    print(f"\nPeak memory, {LARGE}, batch {BATCH}")
+    found: dict[str, float] = {}
+    for name, side in sides.items():
+        found[name] = measured(side, LARGE, nanogpt, 1)["peak_gigabytes"]
+        share = found[name] / found["nanoGPT eager"]
+        print(f"  {name:25} {found[name]:5.2f} GB   {share:.2f} x nanoGPT eager", flush=True)
+    return memory_rows(found)
+
+
+def measured(side: list[str], shape: dict[str, int], nanogpt: Path, steps: int) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.training", "--worker", *side]
+    command += ["--shape", json.dumps(shape), "--nanogpt", str(nanogpt), "--steps", str(steps)]
+    out = run(command, env=our_settings() if side[0] == "ours" else {})
+    return json.loads(out.splitlines()[-1])
 
 
 def worker(side: str, precision: str, form: str, shape: dict[str, int], nanogpt: Path, steps: int) -> None:
@@ -212,11 +252,12 @@ def worker(side: str, precision: str, form: str, shape: dict[str, int], nanogpt:
         from clinometer.optim.choice import make_optimizers
         from clinometer.optim.clipping import clip_grad_norm_
 
-        d_ff = -(-shape["d_model"] * 8 // (3 * 32)) * 32
-        model = TransformerLM(TransformerConfig(**shape, d_ff=d_ff))
+        model = TransformerLM(TransformerConfig(**shape, d_ff=feed_forward(shape)))
         (optimizer,) = make_optimizers(model.named_parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
         if form == "compiled":
-            model.compile_parts()
+            from clinometer.lm.fast import onednn_is_faster
+
+            model.compile_parts(onednn=precision == "float32" and onednn_is_faster())
 
         def step(x: torch.Tensor, y: torch.Tensor) -> None:
             with context:
@@ -236,7 +277,25 @@ def worker(side: str, precision: str, form: str, shape: dict[str, int], nanogpt:
         times.append(time.perf_counter() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     speed = BATCH * S / statistics.median(times)
-    print(json.dumps({"tokens_per_second": speed, "peak_gigabytes": peak, "start_seconds": started}))
+    from clinometer.lm.config import TransformerConfig
+    from clinometer.training.precision import matmul_rate
+
+    # nanoGPT's block has as many weights in products as ours, so the same count serves both.
+    flops = TransformerConfig(**shape, d_ff=feed_forward(shape)).flops_per_token()
+    print(
+        json.dumps(
+            {
+                "tokens_per_second": speed,
+                "peak_gigabytes": peak,
+                "start_seconds": started,
+                "matmul_share": speed * flops / matmul_rate(torch.device("cpu"), precision, size=2048),
+            }
+        )
+    )
+
+
+def feed_forward(shape: dict[str, int]) -> int:
+    return -(-shape["d_model"] * 8 // (3 * 32)) * 32
 
 
 def prepare_characters(checkout: Path, text: Path) -> None:

@@ -235,7 +235,7 @@ def cross_entropy(
     logits × 1000 are as safe as logits. Raises `InputError` for a target outside 0 … V-1.
     """
     V = logits.shape[-1]
-    _check_targets(targets, V, ignore_index)
+    check_targets(targets, V, ignore_index)
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()
     loss = F.cross_entropy(
@@ -259,7 +259,7 @@ def linear_cross_entropy(
     """
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):  # torch before 2.13
         return cross_entropy(linear(x_BSD, weight), targets, ignore_index=ignore_index, reduction=reduction)
-    _check_targets(targets, weight.shape[0], ignore_index)
+    check_targets(targets, weight.shape[0], ignore_index)
     return F.linear_cross_entropy(
         x_BSD.reshape(-1, x_BSD.shape[-1]),
         weight,
@@ -289,7 +289,8 @@ def check_weights(weights: Mapping[str, Tensor], config: TransformerConfig) -> N
             )
 
 
-def _check_targets(targets: Tensor, size: int, ignore_index: int) -> None:
+def check_targets(targets: Tensor, size: int, ignore_index: int = -100) -> None:
+    """Raise `InputError` for a target outside 0 … size-1 (on the CPU; a GPU asserts by itself)."""
     if torch.compiler.is_compiling() or targets.device.type != "cpu":
         return
     wrong = ((targets < 0) | (targets >= size)) & (targets != ignore_index)

@@ -33,7 +33,7 @@ def first_model(config: RunConfig, choices: Choices, vocab_size: int) -> Transfo
     generator = torch.Generator().manual_seed(config.training.seed)
     model = TransformerLM(config.model.transformer(vocab_size), generator=generator).to(choices.device)
     if choices.compile:
-        model.compile_parts()
+        model.compile_parts(onednn=choices.onednn)
     return model
 
 
