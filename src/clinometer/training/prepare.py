@@ -275,9 +275,12 @@ def _train_tokenizer(config: RunConfig, corpus: Corpus, notices: Notices) -> Tok
 
 
 def _training_text(config: RunConfig, corpus: Corpus) -> Iterator[str]:
-    """Documents of the training side, so that nothing of the validation text shapes the vocabulary."""
+    """The training side in pieces, so that nothing of the validation text shapes the vocabulary.
+
+    Not in documents: a file of gigabytes may be one.
+    """
     left = TOKENIZER_CHARACTERS
-    for side, text in split(corpus, config.data.validation_fraction).documents_of(corpus):
+    for side, text, _ in split(corpus, config.data.validation_fraction).parts(corpus):
         if side == "train":
             yield text[:left]
             left -= len(text)
