@@ -57,7 +57,7 @@ BENCHMARKS = [
     Benchmark(
         name="optimizer",
         minutes=1,
-        full=lambda given: [["--params", "20e6"], ["--params", "124e6"]],
+        full=lambda given: [["--params", "20e6"], ["--gpt2"]],
         quick=lambda given: [["--params", "20e6", "--rounds", "3", "--slow-rounds", "1"]],
     ),
     Benchmark(

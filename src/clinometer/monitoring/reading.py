@@ -108,7 +108,7 @@ class Row:
             counts = None if self.counts is None else np.zeros((len(small), BUCKETS), np.int64)
             numbers = joined.measure([g for _, g, _ in small], [m for _, _, m in small], scratch, counts)
             self.statistics[np.array(indices)[:, None], _GRADIENT] = numbers
-            if self.counts is not None:
+            if self.counts is not None and counts is not None:
                 self.counts[indices, 0] += counts
         for members in elsewhere.values():
             indices = [index for index, _, _ in members]
