@@ -67,13 +67,12 @@ def test_joined_gradients_have_the_numbers_of_separate_ones(seed, kinds):
         np.testing.assert_allclose(found[number], expected, rtol=1e-5, atol=1e-6, equal_nan=True)
         assert counts[number].tolist() == (2 * alone).tolist()
         wide = g.double()
-        if kinds[number][2] in ("broken", "tiny", "huge"):  # measured alone, after all
-            assert found[number].tolist() == pytest.approx(list(expected), rel=0, abs=0, nan_ok=True)
+        assert found[number, 1:4].tolist() == list(expected[1:4])  # no sums: to the bit
+        if kinds[number][2] in ("broken", "tiny", "huge"):  # measured alone in the end, to five digits
             continue
         assert found[number, 0] == pytest.approx(float(wide.norm()), rel=1e-6)
         if m is not None:
             assert found[number, 5] == pytest.approx(float(m.double().norm()), rel=1e-6)
-        assert found[number, 1:4].tolist() == list(expected[1:4])  # no sums: to the bit
 
 
 def test_a_tensors_numbers_do_not_depend_on_its_neighbours():
@@ -106,7 +105,7 @@ def test_joined_weights_have_their_norms_and_updates(size):
     for _ in range(2):
         before = [w.clone() for w in weights]
         for w in weights:
-            w.add_(torch.randn(w.shape, generator=generator) * size)
+            w.add_(torch.randn(w.shape, generator=generator), alpha=size)
         counts = np.zeros((2, len(weights), 64), np.int64)
         found = room.measure(weights, counts)
         for number, (now, old) in enumerate(zip(weights, before, strict=True)):
