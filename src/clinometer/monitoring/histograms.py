@@ -23,9 +23,9 @@ class Rooms(Protocol):
 
 
 def count_zeros(values: Tensor, rooms: Rooms) -> int:
-    """Exact zeros in a row of numbers on the host: by numpy, twice as fast as by torch.count_nonzero."""
-    alive = rooms.room("alive", values.numel(), torch.bool).numpy()
-    return values.numel() - int(np.count_nonzero(np.not_equal(values.numpy(), 0, out=alive)))
+    """Exact zeros in a row of numbers on the host: through bools, faster than torch.count_nonzero."""
+    alive = rooms.room("alive", values.numel(), torch.bool).copy_(values)
+    return values.numel() - int(np.count_nonzero(alive.numpy()))
 
 
 def _buckets(values: Tensor, out: Tensor, rooms: Rooms) -> None:

@@ -15,7 +15,14 @@ from clinometer.monitoring.device import gradients_on_device, weights_on_device
 from clinometer.monitoring.histograms import BUCKETS, count_into
 from clinometer.monitoring.joined import Gradients, Places, Room, is_small
 from clinometer.monitoring.roster import Watched, give_memory, state_of
-from clinometer.monitoring.statistics import SPAN, STATISTICS, Scratch, flat, measure_gradient, measure_weight
+from clinometer.monitoring.statistics import (
+    PIECE,
+    STATISTICS,
+    Scratch,
+    flat,
+    measure_gradient,
+    measure_weight,
+)
 
 _GRADIENT = [STATISTICS.index(n) for n in ("grad_norm", "grad_max", "grad_zeros", "grad_nonfinite")] + [
     STATISTICS.index(n) for n in ("cosine", "moment_norm")
@@ -266,8 +273,8 @@ def _moment_of(tensor: Tensor, states: list[Any]) -> Tensor | None:
 
 
 def _count(counts: np.ndarray, values: Tensor, scratch: Scratch) -> None:
-    for span in values.split(SPAN) if values.numel() else ():
-        count_into(counts, span, scratch)
+    for piece in values.split(PIECE) if values.numel() else ():
+        count_into(counts, piece, scratch)
 
 
 def _on_host(values: Tensor) -> Tensor:

@@ -4,10 +4,10 @@
     weight_norm ‖θ‖₂ after the step · update_norm ‖θ_after − θ_before‖₂
     cosine ⟨g, m⟩/(‖g‖‖m‖) and moment_norm ‖m‖₂, m the first moment as it was before the step
 
-A tensor is read once, in spans that stay in a processor's cache: all that is asked of one span comes before
-the next, so memory is paid for one pass and not for five. Products are added up over the pieces of a span in
-float32 (many accumulators, error below 1e-5), over pieces in Python's float64. Squares leave float32's range
-from |g| ≈ 1e19 on and below 1e-19: such a span is added up in float64.
+A tensor is read once, in pieces that fit a core's cache: all sums over one piece come before the next, so
+memory is paid for one pass and not for five. Sums over a piece are float32 (dot products: many accumulators,
+error below 1e-5), sums over pieces are Python's float64. Squares leave float32's range from |g| ≈ 1e19 on and
+below 1e-19: such a piece is added up in float64.
 """
 
 from __future__ import annotations
@@ -34,9 +34,7 @@ STATISTICS = (
 """The order of the numbers in a row."""
 
 PIECE = 1 << 17
-"""Entries whose products are added up in float32."""
-SPAN = 1 << 18
-"""Entries looked at together, 1 MiB: fewer calls, and what they share is still near."""
+"""Entries looked at together: with the scratch 1 to 1.5 MiB, shared by two cores' caches."""
 
 LARGEST = float(np.finfo(np.float32).max)
 TRUSTED = (1e-12, 1e15)
@@ -63,7 +61,7 @@ class OfWeight(NamedTuple):
 
 
 class Scratch:
-    """Room for one span in each precision, made once."""
+    """Room for one piece in each precision, made once."""
 
     def __init__(self) -> None:
         self._rooms: dict[tuple[str, torch.dtype], Tensor] = {}
@@ -71,7 +69,7 @@ class Scratch:
     def room(self, name: str, size: int, dtype: torch.dtype) -> Tensor:
         room = self._rooms.get((name, dtype))
         if room is None:
-            room = self._rooms[name, dtype] = torch.empty(SPAN, dtype=dtype, device="cpu")
+            room = self._rooms[name, dtype] = torch.empty(PIECE, dtype=dtype, device="cpu")
         return room[:size]
 
     def wide(self, name: str, piece: Tensor) -> Tensor:
@@ -104,10 +102,12 @@ def measure_gradient(
         return _unusual(grad, moment, scratch, counts)
     values = flat(grad)
     m = None if moment is None or moment.shape != grad.shape else flat(moment)
+    size = values.numel()
     square = product = moment_square = largest = 0.0
     zeros = nonfinite = 0
-    for number, span in enumerate(values.split(SPAN) if values.numel() else ()):
-        g = scratch.wide("g", span)
+    for start in range(0, size, PIECE):
+        piece = values if size <= PIECE else values[start : start + PIECE]
+        g = scratch.wide("g", piece)
         magnitude = torch.abs(g, out=scratch.room("abs", g.numel(), g.dtype))
         low, high = (float(x) for x in torch.aminmax(magnitude))
         if not low > 0:  # also when it is NaN
@@ -116,17 +116,17 @@ def measure_gradient(
             nonfinite += g.numel() - int(torch.isfinite(g).sum())
             high = math.inf
         largest = max(largest, high)
-        if counts is not None:
-            count_into(counts, g, scratch)
-        part = None if m is None else scratch.wide("m", m[number * SPAN : (number + 1) * SPAN])
         if high > 0:
             square += _square(g, high)
-            if part is not None:
-                product += _dot(g, part.to(g.dtype), small_is_fine=high >= TRUSTED[0])
-        if part is not None:
+        if counts is not None:
+            count_into(counts, g, scratch)
+        if m is not None:
+            part = scratch.wide("m", m if size <= PIECE else m[start : start + PIECE])
             moment_square += _dot(part, part)
+            if high > 0:
+                product += _dot(g, part.to(g.dtype), small_is_fine=high >= TRUSTED[0])
     return _finished(
-        values.numel(), square, largest, zeros, nonfinite, product, moment_square if m is not None else None
+        size, square, largest, zeros, nonfinite, product, moment_square if m is not None else None
     )
 
 
@@ -141,47 +141,39 @@ def measure_weight(
     With `counts`, the histograms of the weight and of its update are added to the first and the second.
     """
     values = flat(weight)
+    size = values.numel()
     square = moved = 0.0
-    for number, new in enumerate(values.split(SPAN) if values.numel() else ()):
-        old = before[number * SPAN : (number + 1) * SPAN]
+    for start in range(0, size, PIECE):
+        new = values if size <= PIECE else values[start : start + PIECE]
+        old = before if size <= PIECE else before[start : start + PIECE]
         wide = scratch.wide("g", new)
         difference = scratch.wide("m", old).sub_(wide)  # in `before` itself, which is overwritten below
         moved += _dot(difference, difference)
-        if counts is not None:
-            count_into(counts[1], difference, scratch)
-        old.copy_(new)
         square += _dot(wide, wide)
         if counts is not None:
             count_into(counts[0], wide, scratch)
+            count_into(counts[1], difference, scratch)
+        old.copy_(new)
     return OfWeight(_norm(square), _norm(moved))
 
 
 def _square(g: Tensor, largest: float) -> float:
+    if TRUSTED[0] < largest < TRUSTED[1]:
+        return float(torch.dot(g, g))
     if largest == math.inf:
         return math.inf
-    if TRUSTED[0] < largest < TRUSTED[1]:
-        return _sum_of_products(g, g)
     wide = g.double()
     return float(torch.dot(wide, wide))
 
 
 def _dot(a: Tensor, b: Tensor, *, small_is_fine: bool = False) -> float:
     """⟨a, b⟩, in float64 where float32's result may have lost something."""
-    product = _sum_of_products(a, b)
+    product = float(torch.dot(a, b))
     if small_is_fine and abs(product) < TRUSTED_SQUARE[1]:
         return product
     if a.dtype == torch.float64 or TRUSTED_SQUARE[0] < abs(product) < TRUSTED_SQUARE[1]:
         return product
     return float(torch.dot(a.double(), b.double()))
-
-
-def _sum_of_products(a: Tensor, b: Tensor) -> float:
-    if a.numel() <= PIECE:
-        return float(torch.dot(a, b))
-    if a is b:
-        return sum(float(torch.dot(one, one)) for one in a.split(PIECE))
-    pairs = zip(a.split(PIECE), b.split(PIECE), strict=True)
-    return sum(float(torch.dot(one, other)) for one, other in pairs)
 
 
 def _norm(square: float) -> float:
