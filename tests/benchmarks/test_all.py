@@ -39,7 +39,8 @@ def test_each_benchmark_is_called_with_its_arguments_and_the_file(tmp_path, monk
     file = tmp_path / "machine.json"
     assert everything.run(named("optimizer"), given(), file)
     assert called == [
-        ["-m", "benchmarks.optimizer", "--params", size, "--json", str(file)] for size in ("20e6", "124e6")
+        ["-m", "benchmarks.optimizer", *size, "--json", str(file)]
+        for size in (["--params", "20e6"], ["--gpt2"])
     ]
     called.clear()
     everything.run(named("training"), given(nanogpt="there", text="it.txt"), file)

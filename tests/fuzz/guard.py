@@ -99,10 +99,13 @@ def _taken() -> int:
 
 def answered(question: Callable[[], object]) -> bool:
     """Whether there was an answer; a refusal must have words in both languages. Anything else is raised."""
+    refusal = None
     try:
         question()
     except InputError as error:
-        for language in ("en", "zh"):
-            assert error.render(language).strip()
-        return False
-    return True
+        refusal = error
+    if refusal is None:
+        return True
+    for language in ("en", "zh"):
+        assert refusal.render(language).strip()
+    return False
