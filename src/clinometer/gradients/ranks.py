@@ -81,7 +81,7 @@ class Ranks:
         found: dict[int, Tensor] = {}
         mine = {id(tensor) for tensor in self._tensors.values()}
         for module in self._modules:
-            groups = _fsdp_groups(module)
+            groups = fsdp_groups(module)
             parts = [part for group in groups for part in group.fsdp_params]
             if any(not hasattr(part, "_unsharded_param") for part in parts):
                 module.unshard()  # pyright: ignore[reportCallIssue]
@@ -178,12 +178,13 @@ def whole(tensor: Tensor) -> Tensor:
 def shard_again(modules: Iterable[nn.Module]) -> None:
     """FSDP's modules hold shards again, as they do between steps; a forward alone leaves some whole."""
     for module in modules:
-        for group in _fsdp_groups(module):
+        for group in fsdp_groups(module):
             if not group.is_sharded:
                 group._to_sharded()
 
 
-def _fsdp_groups(module: nn.Module) -> list[Any]:
+def fsdp_groups(module: nn.Module) -> list[Any]:
+    """The groups of parameters that FSDP2 gathers for this module itself."""
     if not hasattr(module, "_get_fsdp_state") or "torch.distributed.fsdp" not in sys.modules:
         return []
     state: Any = module._get_fsdp_state()  # pyright: ignore[reportCallIssue]

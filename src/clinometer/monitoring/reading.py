@@ -15,6 +15,7 @@ from clinometer.monitoring.device import gradients_on_device, weights_on_device
 from clinometer.monitoring.histograms import BUCKETS, count_into
 from clinometer.monitoring.roster import Watched, give_memory, state_of
 from clinometer.monitoring.statistics import STATISTICS, Scratch, flat, measure_gradient, measure_weight
+from clinometer.sharding import local
 
 _GRADIENT = [STATISTICS.index(n) for n in ("grad_norm", "grad_max", "grad_zeros", "grad_nonfinite")] + [
     STATISTICS.index(n) for n in ("cosine", "moment_norm")
@@ -60,6 +61,14 @@ class Row:
         """Some clipping came before the measurement and cannot be taken back."""
         self.clipped = False
         self._late: list[tuple[list[int], list[int], Tensor, Any]] = []
+        self.clips_seen: list[tuple[list[int], float]] = []
+        """Which tensors were clipped, to which largest total, right after they were measured."""
+        self.exchange: Any = None
+        """What is under way between the ranks that hold the tensors in parts; then, from all of them:"""
+        self.first_norm: np.ndarray | None = None
+        self.moved_elsewhere: np.ndarray | None = None
+        self.noise_ranks = 1
+        """Ranks whose gradients were not yet averaged when the first micro-batch was measured."""
 
     def widen(self, watched: list[Watched]) -> None:
         """Room for tensors that came while the step was under way."""
@@ -85,6 +94,7 @@ class Row:
             grad = tensor.grad if tensor.is_leaf or tensor.retains_grad else None
             if grad is None:
                 continue
+            grad = local(grad)
             self.read.add(one.index)
             found.append(one.index)
             moment = _moment_of(tensor, states)
@@ -137,13 +147,17 @@ class Row:
         """Whether a gradient on the host has an entry that is not finite."""
         return bool(np.any(self.statistics[:, STATISTICS.index("grad_nonfinite")] > 0))
 
-    def finish(self) -> None:
-        """Fetch what a device still holds, and take scale and clipping off the gradients' norms."""
+    def fetch(self) -> None:
+        """What a device still holds, once it is there."""
         for rows, columns, numbers, event in self._late:
             if event is not None:
                 event.synchronize()
             self.statistics[np.ix_(rows, columns)] = numbers.double().numpy()
         self._late = []
+
+    def finish(self) -> None:
+        """Fetch what a device still holds, and take scale and clipping off the gradients' norms."""
+        self.fetch()
         both = [_NORM, _LARGEST]
         for indices, scale in self.scales:
             self.statistics[np.ix_(indices, both)] /= float(scale)
@@ -156,6 +170,10 @@ class Row:
                 self.statistics[np.ix_(indices, both)] /= factor
             elif any(self.statistics[indices, _NORM] == 0) or not math.isfinite(total):
                 self.after_clipping = True
+            self.scalars["max_norm"] = largest
+        for indices, largest in self.clips_seen:
+            total = float(np.sqrt(np.nansum(self.statistics[indices, _NORM] ** 2)))
+            factors.append(min(1.0, largest / (total + 1e-6)) if math.isfinite(total) else math.nan)
             self.scalars["max_norm"] = largest
         if factors:
             self.scalars["clip"] = math.prod(factors)
@@ -207,7 +225,7 @@ def _moment_of(tensor: Tensor, states: list[Any]) -> Tensor | None:
             for key in _MOMENTS:
                 moment = held.get(key) if isinstance(held, dict) else None
                 if isinstance(moment, Tensor):
-                    return moment
+                    return local(moment)
     return None
 
 

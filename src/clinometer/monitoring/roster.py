@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from clinometer.gradients.subject import Subject
-from clinometer.messages import InputError
 from clinometer.monitoring.statistics import flat
+from clinometer.sharding import is_sharded, local
 
 
 class Watched:
@@ -54,6 +54,9 @@ class Watched:
 
 def state_of(tensor: Tensor) -> tuple[int, int]:
     """What changes when somebody writes to a tensor, `tensor.data.add_()` apart."""
+    if is_sharded(tensor):
+        part = local(tensor)
+        return tensor._version + part._version, part.data_ptr()
     return (-1 if tensor.is_inference() else tensor._version), tensor.data_ptr()
 
 
@@ -131,8 +134,6 @@ class Roster:
         known = self.find(tensor)
         if known is not None:
             return known
-        if getattr(tensor, "placements", None) is not None:
-            raise InputError("watch.sharded", name=name)
         taken = {w.name for w in self.watched} if any(w.name == name for w in self.watched) else set()
         while name in taken:
             name += "'"  # it took the place of one that is gone

@@ -55,7 +55,11 @@ def watch(
     steps. `name` and `config`: what should stand in the run's description.
 
     Cost: one pass over gradients, first moments and weights, and a copy of the weights in memory.
-    Raises InputError for something that is no optimizer, no model or no sink, and for sharded parameters.
+    Of sharded tensors (FSDP2, tensor parallel) the numbers are those of the full ones, the same on every
+    rank, for one reduction of sums and one of maxima a step; every rank makes the watch, and the first
+    writes. Under DDP nothing is exchanged; each rank may watch, and the first writes.
+    Raises InputError for something that is no optimizer, no model or no sink, and if ranks of a sharded model
+    do not come or watch something else.
     """
     return Watch(model, optimizer, to, every, {"name": name, **(config or {})})
 
@@ -265,10 +269,12 @@ class Watch:
 
     def _give_up(self, reason: str) -> None:
         warnings.warn(say("watch.gave_up", error=reason), RuntimeWarning, stacklevel=4)
+        self._session.leave(reason)
         self._end("failed")
 
     def _end(self, state: str) -> None:
         self.closed = True
+        self._session.leave(state)
         for handle in self._handles:
             handle.remove()
         self._handles = []
