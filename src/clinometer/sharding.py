@@ -54,6 +54,15 @@ def local(tensor: Tensor) -> Tensor:
     return part.wait() if hasattr(part, "trigger_wait") else part  # its collective may be under way
 
 
+def version(tensor: Tensor) -> int:
+    """Another number after anybody wrote to the tensor in place; FSDP writes to a DTensor's part."""
+    if not is_sharded(tensor):
+        return tensor._version
+    distributed: Any = tensor
+    with torch.no_grad():
+        return tensor._version + distributed.to_local()._version
+
+
 def counts_here(tensor: Tensor) -> bool:
     """Whether this rank's part counts in a sum: it is the first along each replicated dimension."""
     distributed: Any = tensor

@@ -116,7 +116,7 @@ def _rank(rank, folder):
     facts["no sync"] = facts_of(
         *train(model, **here, steps=20, parts=2, no_sync=model.set_requires_gradient_sync)
     )
-    facts["no sync noise"] = added
+    facts["no sync noise"] = list(added)
     model = sharded(mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float64))
     facts["no sync, reduced in another precision"] = facts_of(
         *train(model, **here, steps=3, parts=2, no_sync=model.set_requires_gradient_sync)
@@ -164,8 +164,6 @@ def _rank(rank, folder):
     facts["alone"] = refused(lambda: rank or watch(model, optimizer, Kept()))
     dist.barrier()
     facts["others"] = refused(lambda: watch(model, optimizer, Kept(), 1 + rank).close())
-    meeting._made.clear()
-    dist.barrier()
     facts["flattened"] = refused(
         lambda: watch(
             dist.fsdp.FullyShardedDataParallel(Net(), device_id=torch.device("cpu")), optimizer, Kept()
@@ -192,14 +190,14 @@ def alone(**options):
 
 
 def same_numbers(found, expected, rtol=2e-5):
-    """The largest relative difference of all numbers of all steps; cosines differ absolutely."""
+    """All numbers of all steps; what cancels to almost nothing has the rounding of what cancelled."""
     assert [row[0] for row in found["rows"]] == [row[0] for row in expected["rows"]]
     a, b = (np.array([row[1] for row in facts["rows"]], float) for facts in (found, expected))
     order = [found["names"].index(name) for name in expected["names"]]
     a = a[:, order]
     assert np.array_equal(np.isnan(a), np.isnan(b))
     for column, name in enumerate(STATISTICS):
-        atol = 1e-4 if name == "cosine" else 1e-9
+        atol = 1e-4 if name == "cosine" else 1e-6 * np.nanmax(b[..., column])
         assert np.allclose(a[..., column], b[..., column], rtol=rtol, atol=atol, equal_nan=True), name
     for mine, theirs in zip(found["scalars"], expected["scalars"], strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4, nan_ok=True)
@@ -224,7 +222,8 @@ def test_all_statistics_are_those_of_one_process(ranks, kind, options):
     found = ranks[0][kind]
     same_numbers(found, expected)
     assert found["numel"] == [expected["numel"][expected["names"].index(name)] for name in found["names"]]
-    assert found["counts"] == expected["counts"] or _nearly(found["counts"], expected["counts"])
+    if kind != "fsdp torch clip":  # measured before clipping; one process counts what is left after it
+        assert _nearly(found["counts"], expected["counts"])
     assert ranks[1][kind]["rows"] == []  # the first rank alone writes
     for facts in ranks:
         assert facts[kind]["alerts"] == expected["alerts"]
@@ -269,7 +268,8 @@ def test_a_pinned_entry_is_told_whichever_rank_has_it(ranks, kind):
     for (step, rows), (step_there, rows_there) in zip(ranks[0][kind]["pinned"], expected, strict=True):
         assert step == step_there
         for row, there in zip(rows, rows_there, strict=True):
-            assert row == pytest.approx(json.loads(json.dumps(there)), rel=1e-4, abs=1e-9)
+            assert row.pop("index") == list(there.pop("index"))
+            assert row == pytest.approx(there, rel=1e-4, abs=2e-8)
 
 
 def test_mixed_precision_is_measured_as_it_is(ranks):
@@ -281,9 +281,15 @@ def test_mixed_precision_is_measured_as_it_is(ranks):
 
 
 def test_the_noise_scale_is_that_of_one_process(ranks):
-    found = [scalars.get("noise_scale") for scalars in ranks[0]["parts"]["scalars"]]
-    expected = [scalars.get("noise_scale") for scalars in alone(steps=52, parts=2)["scalars"]]
-    assert found[-1] is not None
+    found, expected = (
+        {
+            number: scalars["noise_scale"]
+            for number, scalars in enumerate(facts["scalars"])
+            if "noise_scale" in scalars
+        }
+        for facts in (ranks[0]["parts"], alone(steps=52, parts=2))
+    )
+    assert found
     assert found == pytest.approx(expected, rel=1e-3)
 
 
@@ -326,9 +332,9 @@ def test_a_rank_that_skips_a_step_ends_the_watching_with_the_reason_and_not_the_
     for facts in ranks:
         (said,) = facts["skipped by one"]
         assert "not at the same step: backwards is 2 on one and 3 on another" in said
-        assert any(
-            "did not come within 3 s" in s or "no longer watches" in s for s in facts["never steps again"]
-        )
+    (said,) = ranks[0]["never steps again"]
+    assert "did not come within 3 s" in said or "rank 1 no longer watches (done)" in said
+    assert ranks[1]["never steps again"] == []
 
 
 def test_a_watch_closed_on_one_rank_is_named(ranks):

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clinometer.monitoring.roster import Roster
-from clinometer.sharding import local
+from clinometer.sharding import local, version
 
 _FOLLOWED = 3
 
@@ -30,7 +30,7 @@ class _Chain:
 
     def now(self) -> list[Any]:
         tensors = [reference() for reference in self.tensors]
-        return [None if t is None or t.grad is None else (id(t.grad), t.grad._version) for t in tensors]
+        return [None if t is None or t.grad is None else (id(t.grad), version(t.grad)) for t in tensors]
 
 
 class Chains:

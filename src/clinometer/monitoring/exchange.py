@@ -1,6 +1,6 @@
 """What the ranks of a sharded training tell each other of one step: a vector of sums and one of maxima.
 
-    ‖g‖² = Σ_ranks ‖g_local‖²   max|g| = max_ranks max|g_local|    ⟨g, m⟩, ‖m‖², zeros, NaN, ‖θ‖², ‖Δθ‖² so too
+    ‖g‖² = Σ_ranks ‖g_local‖²   max|g| = max_ranks max|g_local|   ⟨g, m⟩, ‖m‖², zeros, NaN, ‖θ‖², ‖Δθ‖² alike
 
 Each rank measures its part as one process measures the whole; out of its numbers come sums, which are added
 up with every entry counted once. Both vectors are sent when a step ends and are needed when the next one is

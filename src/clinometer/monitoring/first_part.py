@@ -1,4 +1,4 @@
-"""‖·‖² of the first micro-batch's gradient, for the noise scale, with what several ranks make of it."""
+"""The noise scale of a session: the first micro-batch's ‖g‖², with what several ranks make of it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from clinometer.monitoring.meeting import replicas
+from clinometer.monitoring.noise import NoiseScale
+from clinometer.monitoring.reading import Row
 from clinometer.monitoring.roster import Roster
 from clinometer.monitoring.shards import Shards, square_of
 
@@ -19,6 +21,7 @@ class FirstPart:
         self._roster = roster
         self._shards = shards
         self._replicas = [weakref.ref(one) for one in replicas(roster.model)]
+        self._noise = NoiseScale()
         self._square: Any = None
         self._ranks = 1
 
@@ -40,6 +43,18 @@ class FirstPart:
         """The number, if there is one, and how many ranks' gradients were not averaged then."""
         square, self._square = self._square, None
         return square, self._ranks
+
+    def tell(self, row: Row) -> None:
+        """Add the step to the averages, and their noise scale to its numbers."""
+        if row.first_square is not None and row.parts >= 2 and row.taken and not row.after_clipping:
+            scale = row.scalars.get("grad_scale", 1.0)
+            whole = row.scalars["total_norm"] ** 2
+            self._noise.add(float(row.first_square) / scale**2, whole, row.parts, row.noise_ranks)
+        value = self._noise.value()
+        if value is not None and row.parts >= 2:
+            tokens = row.scalars.get("tokens")
+            row.scalars["noise_scale"] = value * tokens / row.parts if tokens else value
+            row.scalars["noise_scale.batches"] = value / (row.parts * row.noise_ranks)
 
     def _apart(self) -> int:
         for reference in self._replicas:

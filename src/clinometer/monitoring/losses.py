@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from clinometer.sharding import local
+from clinometer.sharding import local, version
 
 
 class Losses:
@@ -37,7 +37,7 @@ class Losses:
         if self._depth > 1:  # a backward inside a backward: reentrant checkpointing
             return
         self._held = [t.grad if t.is_leaf else None for t in tensors]  # held, so that no id comes twice
-        self._before = [None if g is None else (id(g), g._version) for g in self._held]
+        self._before = [None if g is None else (id(g), version(g)) for g in self._held]
         if not self.parts:
             self.clean = all(state is None for state in self._before)
 
@@ -52,7 +52,7 @@ class Losses:
         reached = self.reduced = False
         for number, (tensor, before) in enumerate(zip(tensors, self._before, strict=False)):
             grad = tensor.grad if tensor.is_leaf else None
-            if grad is not None and (id(grad), grad._version) != before:
+            if grad is not None and (id(grad), version(grad)) != before:
                 reached, self.reduced = True, number < own
                 break
         self._held, self._before = [], []

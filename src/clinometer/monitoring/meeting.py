@@ -97,6 +97,8 @@ class Meeting:
             passed = time.monotonic() - begun
             names = ", ".join(map(str, absent[:8]))
             if passed > PATIENCE:
+                self._store.delete_key(f"{base}/{rank()}")  # nobody shall count on this rank
+                _made[self.ranks] -= 1
                 raise InputError("watch.ranks.absent", ranks=names, count=len(absent), seconds=int(passed))
             if passed > _SPEAK and not spoken:
                 spoken = True

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from clinometer.gradients.subject import Subject
 from clinometer.monitoring.statistics import flat
-from clinometer.sharding import is_sharded, local
+from clinometer.sharding import local, version
 
 
 class Watched:
@@ -54,10 +54,7 @@ class Watched:
 
 def state_of(tensor: Tensor) -> tuple[int, int]:
     """What changes when somebody writes to a tensor, `tensor.data.add_()` apart."""
-    if is_sharded(tensor):
-        part = local(tensor)
-        return tensor._version + part._version, part.data_ptr()
-    return (-1 if tensor.is_inference() else tensor._version), tensor.data_ptr()
+    return (-1 if tensor.is_inference() else version(tensor)), local(tensor).data_ptr()
 
 
 class Roster:

@@ -22,7 +22,6 @@ from clinometer.monitoring.facts import facts_of
 from clinometer.monitoring.first_part import FirstPart
 from clinometer.monitoring.losses import Losses
 from clinometer.monitoring.noise import EVERY as NOISE_EVERY
-from clinometer.monitoring.noise import NoiseScale
 from clinometer.monitoring.outlet import Outlet
 from clinometer.monitoring.pins import Pins
 from clinometer.monitoring.reading import Row, refresh
@@ -55,7 +54,6 @@ class Session:
         self.on_alert: Callable[[dict[str, Any]], None] | None = None
         self._losses = Losses()
         self._chains = Chains(self.roster)
-        self._noise = NoiseScale()
         self._parts_before = 0
         self._scratch = Scratch()
         self._row: Row | None = None
@@ -243,7 +241,7 @@ class Session:
             return
         self.shards.receive(row, self.pins, self.closure)
         row.finish()
-        self._add_noise(row)
+        self._first_part.tell(row)
         self._describe()
         statistics = row.statistics.astype("float32")
         self.outlet.tell("step", row.step, row.time, row.scalars, statistics)
@@ -252,18 +250,6 @@ class Session:
         if pinned := self.pins.take(row.scalars.get("clip", 1.0)):
             self.outlet.tell("weights", row.step, pinned)
         self.alerts.look(facts_of(row, self.roster, self._described))
-
-    def _add_noise(self, row: Row) -> None:
-        if row.first_square is not None and row.parts >= 2 and row.taken and not row.after_clipping:
-            scale = row.scalars.get("grad_scale", 1.0)
-            self._noise.add(
-                float(row.first_square) / scale**2, row.scalars["total_norm"] ** 2, row.parts, row.noise_ranks
-            )
-        value = self._noise.value()
-        if value is not None and row.parts >= 2:
-            tokens = row.scalars.get("tokens")
-            row.scalars["noise_scale"] = value * tokens / row.parts if tokens else value
-            row.scalars["noise_scale.batches"] = value / (row.parts * row.noise_ranks)
 
     def _describe(self) -> None:
         if len(self._described) < len(self.roster.watched):

@@ -74,7 +74,7 @@ def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return method(self, *args, **kwargs)
         except InputError as error:
-            self._give_up(str(error))
+            self._give_up(str(error), "stopped" if error.key.startswith("watch.ranks.") else "gave_up")
         except Exception as error:
             self._give_up(f"{type(error).__name__}: {error}")
         return None
@@ -267,8 +267,8 @@ class Watch:
     def scaler_stepped(self, scaler: Any, optimizer: Any) -> None:
         self._call("scaler_stepped", scaler, optimizer)
 
-    def _give_up(self, reason: str) -> None:
-        warnings.warn(say("watch.gave_up", error=reason), RuntimeWarning, stacklevel=4)
+    def _give_up(self, reason: str, key: str = "gave_up") -> None:
+        warnings.warn(say(f"watch.{key}", error=reason), RuntimeWarning, stacklevel=4)
         self._session.leave(reason)
         self._end("failed")
 
