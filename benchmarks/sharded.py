@@ -149,7 +149,8 @@ def main(rank: int, ranks: int, width: int, rounds: int) -> None:
         if rounds:
             print(f"step {1e3 * without:.2f} ms, watched {1e3 * watching:.2f} ms: {watching / without:.3f}")
         print(
-            f"two vectors over gloo, {ranks} ranks: 300 tensors {1e6 * small:.0f} µs, 3000 {1e6 * large:.0f} µs"
+            f"two vectors over gloo, {ranks} ranks: {1e6 * small:.0f} µs for 300 tensors, "
+            f"{1e6 * large:.0f} µs for 3000"
         )
 
 

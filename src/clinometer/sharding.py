@@ -126,6 +126,7 @@ class Together:
         """All ranks that hold a part of some tensor; none if nothing is sharded."""
         self._rounds: list[tuple[list[int] | None, list[Any], torch.device]] = []
         self._counts = [t is None or not is_sharded(t) or counts_here(t) for t in tensors]
+        self._once = list(self._counts)
         if not by_ranks:
             return
         widest = max(by_ranks, key=len)
@@ -133,6 +134,10 @@ class Together:
         by_ranks[widest] = sorted([*by_ranks[widest], *copies])
         for index in copies:
             self._counts[index] = widest[0] == rank()
+        # Over all ranks at once, a tensor spread over some of them has copies on others: the first's count.
+        for ranks, indices in by_ranks.items():
+            for index in indices:
+                self._once[index] = self._counts[index] and self.ranks[0] in ranks
         for ranks, indices in by_ranks.items():
             everything = None if len(by_ranks) == 1 else indices
             device = torch.device(meshes[ranks].device_type)
@@ -147,6 +152,11 @@ class Together:
     def counts(self) -> list[bool]:
         """For each tensor whether its part here counts in a sum."""
         return list(self._counts)
+
+    @property
+    def counts_once(self) -> list[bool]:
+        """The same for one sum over all of `ranks` at once."""
+        return list(self._once)
 
     def sums(self, values: Tensor) -> Tensor:
         """Sums over the ranks of `values` [number of tensors, …], float64; each entry counted once."""

@@ -55,7 +55,7 @@ class Exchange:
         self._meeting = meeting
         self._numel = numel
         self._shape = statistics.shape[0], pinned.shape, None if counts is None else counts.shape
-        here = np.array(meeting.together.counts)
+        here = np.array(meeting.together.counts_once)
         sums = _sums_of(statistics, local_numel, first_norm)
         parts = [np.where(here[:, None], sums, 0.0).ravel(), pinned.ravel()]
         parts.append(np.array([scalars[name] for name in SUMMED]))

@@ -99,10 +99,10 @@ class Meeting:
             if passed > PATIENCE:
                 self._store.delete_key(f"{base}/{rank()}")  # nobody shall count on this rank
                 _made[self.ranks] -= 1
-                raise InputError("watch.ranks.absent", ranks=names, count=len(absent), seconds=int(passed))
+                raise InputError("watch.ranks.absent", ranks=names, seconds=int(passed))
             if passed > _SPEAK and not spoken:
                 spoken = True
-                print(say("watch.ranks.waiting", ranks=names, count=len(absent)), file=sys.stderr)
+                print(say("watch.ranks.waiting", ranks=names), file=sys.stderr)
             time.sleep(min(0.001 + passed / 10, 0.2))
         for other in self.ranks:
             theirs = json.loads(self._store.get(f"{base}/{other}"))

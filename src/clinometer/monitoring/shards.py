@@ -114,7 +114,7 @@ class Shards:
         tensors = [one.ref() for one in self._roster.watched]
         grads = [
             (tensor.grad, counts)
-            for tensor, counts in zip(tensors, meeting.together.counts, strict=False)
+            for tensor, counts in zip(tensors, meeting.together.counts_once, strict=False)
             if tensor is not None and tensor.is_leaf and tensor.grad is not None
         ]
         if any(is_sharded(grad) for grad, _ in grads):
@@ -157,7 +157,7 @@ class Shards:
             parts,
             np.array([one.first_norm for one in watched]),
             np.array([one.moved_elsewhere for one in watched], bool),
-            pins.numbers(meeting.together.counts),
+            pins.numbers(meeting.together.counts_once),
             self._scalars(row, pins, closure),
         )
 
