@@ -19,6 +19,7 @@ from clinometer.monitoring import watcher
 from clinometer.monitoring.alerts import render
 from clinometer.monitoring.watcher import Sink, Watch
 from clinometer.record.recorder import Recorder
+from clinometer.sharding import rank
 
 Target = str | PathLike[str] | Sink
 
@@ -44,9 +45,14 @@ def watch(
     `.pin(name, index)`; `.close()` ends it, else the end of the program does. Where the run is written and
     each alert are printed to standard error; set `.on_alert` to hear them instead.
 
+    In several processes (torchrun) call it on every rank: numbers are those of the whole tensors, also under
+    FSDP2, and the first rank writes the run file.
+
     Raises InputError: no model, no optimizer, a folder that holds a run already or cannot be written.
     """
     targets = [to] if to is None or isinstance(to, str | PathLike | Sink) else list(to)
+    if rank() != 0:  # of several processes that train together the first alone writes a run file
+        targets = [target for target in targets if isinstance(target, Sink)]
     sinks = [_sink(target) for target in targets]
     folders = [sink.folder for sink in sinks if isinstance(sink, Recorder)]
     name = name or (folders[0].name if folders else None)
@@ -57,7 +63,8 @@ def watch(
             if isinstance(sink, Recorder):
                 sink.close("failed")
         raise
-    one.on_alert = _Printer()
+    if rank() == 0:
+        one.on_alert = _Printer()
     for folder in folders:
         print(say("watch.writes", count=len(one.names), folder=folder), file=sys.stderr)
     return one

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clinometer.monitoring.roster import Roster
+from clinometer.sharding import local, version
 
 _FOLLOWED = 3
 
@@ -29,7 +30,7 @@ class _Chain:
 
     def now(self) -> list[Any]:
         tensors = [reference() for reference in self.tensors]
-        return [None if t is None or t.grad is None else (id(t.grad), t.grad._version) for t in tensors]
+        return [None if t is None or t.grad is None else (id(t.grad), version(t.grad)) for t in tensors]
 
 
 class Chains:
@@ -73,6 +74,7 @@ def _is_zero(chain: _Chain) -> bool:
         tensor = reference()
         if tensor is None or tensor.grad is None:
             continue
-        if tensor.grad.layout is not torch.strided or bool(tensor.grad.any()):
+        grad = local(tensor.grad)
+        if grad.layout is not torch.strided or bool(grad.any()):
             return False
     return True

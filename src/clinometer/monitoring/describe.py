@@ -46,15 +46,18 @@ def describe(
     ]
 
 
-def order_of_use(losses: Iterable[Tensor], watched: Sequence[Watched]) -> dict[int, int]:
+def order_of_use(
+    losses: Iterable[Tensor], watched: Sequence[Watched], stand_ins: Mapping[int, int] | None = None
+) -> dict[int, int]:
     """Position of each tensor, by its place in the list, in the order in which the forward first used it.
 
     Nodes of the autograd graph are numbered as the forward makes them, and a tensor stands where its first
     user stands; a compiled function is one node, whose inputs come in the order of use. What the graph does
     not reach (frozen, unused) keeps its place behind the tensor registered before it. Empty if
-    it reaches none.
+    it reaches none. `stand_ins`: by the id of a tensor that the graph holds instead, that of the watched one.
     """
     used: dict[int, tuple[int, int]] = {}
+    names = stand_ins or {}
     seen: set[Any] = set()
     queue = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
     while queue:
@@ -71,7 +74,8 @@ def order_of_use(losses: Iterable[Tensor], watched: Sequence[Watched]) -> dict[i
                 queue.append(following)
             else:
                 at = (number, place)
-                used[id(leaf)] = min(used.get(id(leaf), at), at)
+                name = names.get(id(leaf), id(leaf))
+                used[name] = min(used.get(name, at), at)
     if not any(id(one.ref()) in used for one in watched):
         return {}  # another model's loss
     keys: list[tuple[tuple[int, int], int]] = []

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from clinometer.sharding import local
+
 _foreach_norm = torch._foreach_norm  # pyright: ignore[reportPrivateImportUsage]
 _foreach_sub_ = torch._foreach_sub_  # pyright: ignore[reportPrivateImportUsage]
 _foreach_copy_ = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
@@ -55,7 +57,7 @@ def gradients_on_device(grads: list[Tensor], moments: list[Tensor | None]) -> Te
 def weights_on_device(weights: list[Tensor], before: list[Tensor]) -> Tensor:
     """[number of weights, 2]: ‖θ‖ and ‖θ − before‖; `before` (flat) is θ afterwards."""
     precision = _precision(weights[0])
-    rows = [_row(weight) for weight in weights]
+    rows = [_row(local(weight)) for weight in weights]
     norms = _norms(rows, precision)
     if all(old.dtype in (torch.float32, torch.float64) for old in before):
         _foreach_sub_(before, rows)

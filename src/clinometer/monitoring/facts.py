@@ -126,8 +126,12 @@ def facts_of(row: Row, roster: Roster, known: Tensors) -> Facts:
         owned=owned,
         stepped=stepped,
         learns=np.array([t is not None and t.requires_grad for t in tensors], bool),
-        moved_elsewhere=np.array([one.moved_elsewhere for one in watched], bool),
-        first_norm=np.array([one.first_norm for one in watched]),
+        moved_elsewhere=np.array([one.moved_elsewhere for one in watched], bool)
+        if row.moved_elsewhere is None
+        else row.moved_elsewhere,
+        first_norm=np.array([one.first_norm for one in watched])
+        if row.first_norm is None
+        else row.first_norm,
         lr=lr,
         rates=rates,
         taken=row.taken,

@@ -7,10 +7,13 @@ model's loop are not taken for this one's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
+
+from clinometer.sharding import local, version
 
 
 class Losses:
@@ -21,31 +24,36 @@ class Losses:
         """Backward calls that reached the watched tensors."""
         self.clean = False
         """No tensor had a gradient when the first of them began."""
+        self.reduced = False
+        """The last backward reached a watched tensor itself, and not only what FSDP will reduce to it."""
         self._values: list[Any] = []
         self._whole = True
         self._depth = 0
         self._before: list[tuple[int, int] | None] = []
         self._held: list[Tensor | None] = []
 
-    def begins(self, tensors: Iterable[Tensor]) -> None:
+    def begins(self, tensors: Iterable[Any]) -> None:
         self._depth += 1
         if self._depth > 1:  # a backward inside a backward: reentrant checkpointing
             return
         self._held = [t.grad if t.is_leaf else None for t in tensors]  # held, so that no id comes twice
-        self._before = [None if g is None else (id(g), g._version) for g in self._held]
+        self._before = [None if g is None else (id(g), version(g)) for g in self._held]
         if not self.parts:
             self.clean = all(state is None for state in self._before)
 
-    def ended(self, tensors: Iterable[Tensor], losses: Sequence[Tensor], given: Any, scale: Any) -> bool:
-        """Whether this backward, the outermost one, reached a watched tensor; then its loss is added."""
+    def ended(
+        self, tensors: Iterable[Any], losses: Sequence[Tensor], given: Any, scale: Any, own: float = math.inf
+    ) -> bool:
+        """Whether this backward, the outermost one, reached a watched tensor; then its loss is added.
+        The first `own` tensors are the watched ones themselves."""
         self._depth = max(0, self._depth - 1)
         if self._depth:
             return False
-        reached = False
-        for tensor, before in zip(tensors, self._before, strict=False):
+        reached = self.reduced = False
+        for number, (tensor, before) in enumerate(zip(tensors, self._before, strict=False)):
             grad = tensor.grad if tensor.is_leaf else None
-            if grad is not None and (id(grad), grad._version) != before:
-                reached = True
+            if grad is not None and (id(grad), version(grad)) != before:
+                reached, self.reduced = True, number < own
                 break
         self._held, self._before = [], []
         if not reached:
@@ -53,7 +61,7 @@ class Losses:
         self.parts += 1
         if given is None and all(loss.numel() == 1 and not loss.is_complex() for loss in losses):
             for loss in losses:
-                value = loss.detach().reshape(())
+                value = local(loss.detach()).reshape(())
                 value = float(value) if value.device.type == "cpu" else value.clone()
                 self._values.append(value if scale is None else value / scale)
         else:

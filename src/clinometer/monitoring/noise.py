@@ -26,12 +26,15 @@ class NoiseScale:
         self._weight = 0.0
         self._count = 0
 
-    def add(self, first_square: float, whole_square: float, parts: int) -> None:
+    def add(self, first_square: float, whole_square: float, parts: int, ranks: int = 1) -> None:
         """|Σ of the first part|² and |Σ of all parts|², as they stand in `.grad`, for `parts` ≥ 2 equal ones.
 
-        The first part is 1/parts of the batch, so its own gradient is `parts` times what stands there.
+        The first part is 1/parts of the batch, so its own gradient is `parts` times what stands there. Where
+        the first part was one rank's own, and the whole is the mean over `ranks` of them, the batch has that
+        many times as many parts.
         """
         small, large = parts * parts * first_square, whole_square
+        parts *= ranks
         if parts < 2 or not (small < float("inf") and large < float("inf")):
             return
         signal = (parts * large - small) / (parts - 1)

@@ -23,6 +23,7 @@ from clinometer.monitoring.statistics import (
     measure_gradient,
     measure_weight,
 )
+from clinometer.sharding import local
 
 _GRADIENT = [STATISTICS.index(n) for n in ("grad_norm", "grad_max", "grad_zeros", "grad_nonfinite")] + [
     STATISTICS.index(n) for n in ("cosine", "moment_norm")
@@ -68,6 +69,14 @@ class Row:
         """Some clipping came before the measurement and cannot be taken back."""
         self.clipped = False
         self._late: list[tuple[list[int], list[int], Tensor, Any]] = []
+        self.clips_seen: list[tuple[list[int], float]] = []
+        """Which tensors were clipped, to which largest total, right after they were measured."""
+        self.exchange: Any = None
+        """What is under way between the ranks that hold the tensors in parts; then, from all of them:"""
+        self.first_norm: np.ndarray | None = None
+        self.moved_elsewhere: np.ndarray | None = None
+        self.noise_ranks = 1
+        """Ranks whose gradients were not yet averaged when the first micro-batch was measured."""
 
     def widen(self, watched: list[Watched]) -> None:
         """Room for tensors that came while the step was under way."""
@@ -98,6 +107,7 @@ class Row:
             grad = tensor.grad if tensor.is_leaf or tensor.retains_grad else None
             if grad is None:
                 continue
+            grad = local(grad)
             self.read.add(one.index)
             found.append(one.index)
             moment = _moment_of(tensor, states)
@@ -193,13 +203,17 @@ class Row:
         """Whether a gradient on the host has an entry that is not finite."""
         return bool(np.any(self.statistics[:, STATISTICS.index("grad_nonfinite")] > 0))
 
-    def finish(self) -> None:
-        """Fetch what a device still holds, and take scale and clipping off the gradients' norms."""
+    def fetch(self) -> None:
+        """What a device still holds, once it is there."""
         for rows, columns, numbers, event in self._late:
             if event is not None:
                 event.synchronize()
             self.statistics[np.ix_(rows, columns)] = numbers.double().numpy()
         self._late = []
+
+    def finish(self) -> None:
+        """Fetch what a device still holds, and take scale and clipping off the gradients' norms."""
+        self.fetch()
         both = slice(_NORM, _LARGEST + 1)
         for indices, scale in self.scales:
             self.statistics[indices, both] /= float(scale)
@@ -212,6 +226,10 @@ class Row:
                 self.statistics[indices, both] /= factor
             elif any(self.statistics[indices, _NORM] == 0) or not math.isfinite(total):
                 self.after_clipping = True
+            self.scalars["max_norm"] = largest
+        for indices, largest in self.clips_seen:
+            total = float(np.sqrt(np.nansum(self.statistics[indices, _NORM] ** 2)))
+            factors.append(min(1.0, largest / (total + 1e-6)) if math.isfinite(total) else math.nan)
             self.scalars["max_norm"] = largest
         if factors:
             self.scalars["clip"] = math.prod(factors)
@@ -268,7 +286,7 @@ def _moment_of(tensor: Tensor, states: list[Any]) -> Tensor | None:
             for key in _MOMENTS:
                 moment = held.get(key)
                 if isinstance(moment, Tensor):
-                    return moment
+                    return local(moment)
     return None
 
 

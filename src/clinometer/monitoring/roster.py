@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from clinometer.gradients.subject import Subject
-from clinometer.messages import InputError
 from clinometer.monitoring.joined import Places, Room, is_small
 from clinometer.monitoring.statistics import flat
+from clinometer.sharding import local, version
 
 
 class Watched:
@@ -58,7 +58,7 @@ class Watched:
 
 def state_of(tensor: Tensor) -> tuple[int, int]:
     """What changes when somebody writes to a tensor, `tensor.data.add_()` apart."""
-    return (-1 if tensor.is_inference() else tensor._version), tensor.data_ptr()
+    return (-1 if tensor.is_inference() else version(tensor)), local(tensor).data_ptr()
 
 
 class Roster:
@@ -135,8 +135,6 @@ class Roster:
         known = self.find(tensor)
         if known is not None:
             return known
-        if getattr(tensor, "placements", None) is not None:
-            raise InputError("watch.sharded", name=name)
         taken = {w.name for w in self.watched} if any(w.name == name for w in self.watched) else set()
         while name in taken:
             name += "'"  # it took the place of one that is gone

@@ -9,25 +9,28 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from clinometer.gradients.ranks import refuse_flattened
 from clinometer.gradients.step import innermost
 from clinometer.monitoring.alerts import Alerts
 from clinometer.monitoring.asking import diagnose_now
 from clinometer.monitoring.chains import Chains
 from clinometer.monitoring.describe import describe, order_of_use
 from clinometer.monitoring.facts import Tensors, facts_of
+from clinometer.monitoring.first_part import FirstPart
 from clinometer.monitoring.joined import Gradients
 from clinometer.monitoring.losses import Losses
 from clinometer.monitoring.noise import EVERY as NOISE_EVERY
-from clinometer.monitoring.noise import NoiseScale
 from clinometer.monitoring.outlet import Outlet
 from clinometer.monitoring.pins import Pins
 from clinometer.monitoring.reading import Row, refresh
 from clinometer.monitoring.roster import Roster
-from clinometer.monitoring.statistics import STATISTICS, Scratch, flat
+from clinometer.monitoring.shards import Shards
+from clinometer.monitoring.statistics import STATISTICS, Scratch
 from clinometer.monitoring.surroundings import environment, memory_in_use
+from clinometer.sharding import is_sharded, rank
 
 HISTOGRAMS_EVERY = 16
 
@@ -36,7 +39,13 @@ class Session:
     """Called by Watch, which guards it; under no_grad and without autocast."""
 
     def __init__(self, model: Any, optimizers: Sequence[Optimizer], outlet: Outlet, every: int) -> None:
+        if isinstance(model, nn.Module):
+            refuse_flattened(model.modules())
         self.roster = Roster(model, optimizers)
+        self.shards = Shards(self.roster, every)
+        self._first_part = FirstPart(self.roster, self.shards)
+        if not self.shards.writes or (self._first_part.replicated and rank() != 0):
+            outlet.sinks.clear()  # the same numbers on every rank: the first alone writes
         self.outlet = outlet
         self.every = every
         self.step = 0
@@ -46,8 +55,6 @@ class Session:
         self.on_alert: Callable[[dict[str, Any]], None] | None = None
         self._losses = Losses()
         self._chains = Chains(self.roster)
-        self._noise = NoiseScale()
-        self._first_square: Any = None
         self._parts_before = 0
         self._scratch, self._joined = Scratch(), Gradients()
         self._row: Row | None = None
@@ -84,6 +91,10 @@ class Session:
         for one in self.roster.watched:
             one.before = one.room = None
         self._row = self.closure = None
+
+    def leave(self, reason: str) -> None:
+        """Over, for this rank: others that watch the same sharded tensors need not wait for it."""
+        self.shards.leave(reason)
 
     def event(self, kind: str, data: dict[str, Any]) -> None:
         self.outlet.tell("event", self.step, time.time(), kind, data)
@@ -143,7 +154,8 @@ class Session:
         return self._open_row()
 
     def _open_row(self) -> Row:
-        self.roster.grew()
+        if self.roster.grew():
+            self.shards.meet()
         number = self.step + 1
         measured = (number - 1) % self.every == 0
         # The same steps however often the run is stopped and resumed.
@@ -167,6 +179,7 @@ class Session:
         if not row.measured:
             return
         if self.roster.grew():
+            self.shards.meet()
             row.widen(self.roster.watched)
         mine = [*self.roster.owned_by(optimizer), *(self.roster.unowned if first else ())]
         refresh(self.roster.owned_by(optimizer), self._joined.places)
@@ -174,7 +187,7 @@ class Session:
             refresh(self.roster.unowned, self._joined.places)
         self._read_gradients(row, mine, getattr(optimizer, "grad_scale", None))
         self.pins.before(optimizer)
-        if self._scaler() is None and row.nonfinite():
+        if self._scaler() is None and self._may_ask() and self.shards.any(row.nonfinite()):
             self._ask(row)
 
     def _read_gradients(self, row: Row, watched: list[Any], scale: Any) -> None:
@@ -217,9 +230,11 @@ class Session:
         scaler = self._scaler()
         if scaler is not None and scaler._scale is not None:
             row.scalars["grad_scale"] = scaler._scale.clone()
-        row.first_square, self._first_square = self._first_square, None
+        row.first_square, row.noise_ranks = self._first_part.take()
         self._parts_before = row.parts
         self._scaling, self._unscaled = False, set()
+        if row.device is None:  # what a GPU still computes is sent when it has arrived
+            self.shards.send(row, self.pins, self.closure)
 
     def flush(self) -> None:
         """Tell the sinks the last whole step, if they do not know it yet."""
@@ -229,8 +244,9 @@ class Session:
         row.told = True
         if not row.measured:
             return
+        self.shards.receive(row, self.pins, self.closure)
         row.finish()
-        self._add_noise(row)
+        self._first_part.tell(row)
         self._describe()
         statistics = row.statistics.astype("float32")
         self.outlet.tell("step", row.step, row.time, row.scalars, statistics)
@@ -241,16 +257,6 @@ class Session:
         if self._known is None or len(self._known.names) != len(row.statistics):
             self._known = Tensors.of(self.roster, self._described[: len(row.statistics)])
         self.alerts.look(facts_of(row, self.roster, self._known))
-
-    def _add_noise(self, row: Row) -> None:
-        if row.first_square is not None and row.parts >= 2 and row.taken and not row.after_clipping:
-            scale = row.scalars.get("grad_scale", 1.0)
-            self._noise.add(float(row.first_square) / scale**2, row.scalars["total_norm"] ** 2, row.parts)
-        value = self._noise.value()
-        if value is not None and row.parts >= 2:
-            tokens = row.scalars.get("tokens")
-            row.scalars["noise_scale"] = value * tokens / row.parts if tokens else value
-            row.scalars["noise_scale.batches"] = value / row.parts
 
     def _describe(self) -> None:
         if len(self._described) < len(self.roster.watched):
@@ -263,9 +269,9 @@ class Session:
         if self._asking:
             return
         if not self._positions:
-            self._positions = order_of_use(losses, self.roster.watched)
+            self._positions = order_of_use(losses, self.roster.watched, self.shards.stand_ins())
         self._chains.backward_begins()
-        self._losses.begins(self.roster.tensors())
+        self._losses.begins([*self.roster.tensors(), *self.shards.gathered()])
 
     def backward_failed(self) -> None:
         self._losses.failed()
@@ -277,15 +283,15 @@ class Session:
         scale = scaler._scale if scaler is not None and self._scaling else None
         tensors = self.roster.tensors()
         self._chains.backward_ended()
-        if not self._losses.ended(tensors, losses, given, scale):
+        if not self._losses.ended([*tensors, *self.shards.gathered()], losses, given, scale, len(tensors)):
             return
+        self.shards.backwards += self._losses.reduced
         row = self._row
         if row is not None and not self._whole:
             row.read.clear()  # what was measured when values were clipped is out of date
         due = (self.step % NOISE_EVERY) == 0 and self._parts_before >= 2
         if due and self._losses.parts == 1 and self._losses.clean:
-            grads = [t.grad for t in tensors if t.is_leaf and t.grad is not None]
-            self._first_square = sum(_square(g) for g in grads)
+            self._first_part.measure()
 
     def clipping(self, grads: Iterable[Tensor], total_norm: Any, max_norm: float) -> None:
         row, indices = self._row_of(grads)
@@ -293,6 +299,13 @@ class Session:
             return
         row.clipped = True
         row.clipped_while_scaled |= self._scaling and not self._unscaled
+        if is_sharded(total_norm):
+            # Its value is known when all ranks have told their part. Measured now, no value is needed.
+            self._look_now(row)
+            if max_norm < math.inf:
+                row.clips_seen.append((indices, max_norm))
+            self.pins.before_clipping()
+            return
         if isinstance(total_norm, Tensor):
             total_norm = total_norm.detach()
             if total_norm.device.type == "cpu" and not math.isfinite(float(total_norm)):
@@ -368,11 +381,13 @@ class Session:
         if self.on_alert is not None:
             self.on_alert(alert)
 
+    def _may_ask(self) -> bool:
+        return self.closure is not None and self.roster.model is not None and not self._diagnosed
+
     def _ask(self, row: Row) -> None:
         """Ask diagnose() while the weights are still those that gave this gradient."""
         model = self.roster.model
-        if self.closure is None or model is None or self._diagnosed:
-            return
+        assert self.closure is not None
         self._diagnosed = True
         self._asking = True
         try:
@@ -380,14 +395,3 @@ class Session:
         finally:
             self._asking = False
         self.event("report", data)
-
-
-def _square(grad: Tensor) -> Any:
-    """‖g‖², a number on the host and a tensor on a device."""
-    values = flat(grad)
-    if values.device.type == "cpu":
-        return (
-            float(torch.linalg.vector_norm(values, dtype=torch.promote_types(values.dtype, torch.float32)))
-            ** 2
-        )
-    return torch.linalg.vector_norm(values.float()).square()

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from clinometer.monitoring.histograms import count_into, count_zeros
+from clinometer.sharding import local
 
 STATISTICS = (
     "grad_norm",
@@ -81,8 +82,8 @@ class Scratch:
 
 def flat(tensor: Tensor) -> Tensor:
     """Its entries in one row: a view where that is possible. A complex tensor gives its real parts beside
-    its imaginary ones, a sparse one what it stores."""
-    tensor = tensor.detach()
+    its imaginary ones, a sparse one what it stores, a sharded one its part here."""
+    tensor = local(tensor).detach()
     if tensor.layout is not torch.strided:
         tensor = tensor.coalesce().values() if tensor.layout is torch.sparse_coo else tensor.to_dense()
     if tensor.is_complex():

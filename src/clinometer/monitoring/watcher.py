@@ -55,7 +55,11 @@ def watch(
     steps. `name` and `config`: what should stand in the run's description.
 
     Cost: one pass over gradients, first moments and weights, and a copy of the weights in memory.
-    Raises InputError for something that is no optimizer, no model or no sink, and for sharded parameters.
+    Of sharded tensors (FSDP2, tensor parallel) the numbers are those of the full ones, the same on every
+    rank, for one reduction of sums and one of maxima a step; every rank makes the watch, and the first
+    writes. Under DDP nothing is exchanged; each rank may watch, and the first writes.
+    Raises InputError for something that is no optimizer, no model or no sink, and if ranks of a sharded model
+    do not come or watch something else.
     """
     return Watch(model, optimizer, to, every, {"name": name, **(config or {})})
 
@@ -70,7 +74,7 @@ def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return method(self, *args, **kwargs)
         except InputError as error:
-            self._give_up(str(error))
+            self._give_up(str(error), "stopped" if error.key.startswith("watch.ranks.") else "gave_up")
         except Exception as error:
             self._give_up(f"{type(error).__name__}: {error}")
         return None
@@ -263,12 +267,14 @@ class Watch:
     def scaler_stepped(self, scaler: Any, optimizer: Any) -> None:
         self._call("scaler_stepped", scaler, optimizer)
 
-    def _give_up(self, reason: str) -> None:
-        warnings.warn(say("watch.gave_up", error=reason), RuntimeWarning, stacklevel=4)
+    def _give_up(self, reason: str, key: str = "gave_up") -> None:
+        warnings.warn(say(f"watch.{key}", error=reason), RuntimeWarning, stacklevel=4)
+        self._session.leave(reason)
         self._end("failed")
 
     def _end(self, state: str) -> None:
         self.closed = True
+        self._session.leave(state)
         for handle in self._handles:
             handle.remove()
         self._handles = []
