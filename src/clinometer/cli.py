@@ -58,8 +58,7 @@ def main() -> NoReturn:
     except (InputError, cyclopts.CycloptsError) as error:
         if with_traceback:
             raise
-        _console(stderr=True).print(_explain(error), **PLAIN)
-        sys.exit(2)
+        _refuse(_explain(error))
     except (MemoryError, RuntimeError) as error:
         if with_traceback or not _is_out_of_memory(error):
             raise
@@ -68,6 +67,16 @@ def main() -> NoReturn:
     except BrokenPipeError:  # `clinometer … | head`: whoever read us has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+
+
+def _refuse(text: str) -> NoReturn:
+    """Say what is wrong, and end with 2; of several ranks that find the same one says it."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        from clinometer.training.parallel import refuse_together
+
+        refuse_together(text, 2)
+    _console(stderr=True).print(text, **PLAIN)
+    sys.exit(2)
 
 
 def build_app() -> App:

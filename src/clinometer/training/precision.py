@@ -25,6 +25,9 @@ class Choices:
     precision: str
     compile: bool
     threads: int
+    ranks: int = 1
+    parallel: str = "one"
+    """How several ranks share the work: "fsdp" or "ddp"."""
     why_precision: str = ""
     why_compile: str = ""
 
