@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from clinometer.gradients.graph import Graph, Node, operation, same_values
 from clinometer.gradients.keeping import dense_parts
-from clinometer.gradients.ranks import is_sharded
 from clinometer.gradients.tracing import Trace
+from clinometer.sharding import is_sharded
 
 Read = Callable[[str], Any]
 """What a node saved under a name; None when it saved nothing, or it may not be read."""

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clinometer.gradients.ranks import is_sharded
 from clinometer.gradients.wording import words
+from clinometer.sharding import is_sharded
 
 _ESCAPES = {
     "item": "item",

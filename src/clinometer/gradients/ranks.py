@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from clinometer.messages import InputError
+from clinometer.sharding import is_distributed, is_sharded
 
 _NOTHING = -1.0
 _NAN = 1e300
@@ -42,7 +43,7 @@ class Ranks:
     @property
     def unseen(self) -> bool:
         """Whether there are other processes, and nothing tells what they share with this one."""
-        return self.alone and _several()
+        return self.alone and is_distributed()
 
     @property
     def replicated(self) -> bool:
@@ -144,7 +145,7 @@ class Ranks:
 
     def _all_groups(self) -> list[tuple[Any, torch.device]]:
         """Every group of processes that a tensor or a wrapper belongs to, in an order all ranks share."""
-        if not _several():
+        if not is_distributed():
             return []
         found: dict[Any, torch.device] = {}
         refuse_flattened(self._modules)
@@ -159,23 +160,11 @@ class Ranks:
 
 def refuse_flattened(modules: Iterable[nn.Module]) -> None:
     """Raises InputError for FSDP's first version, which hands out views of one flat parameter."""
-    if not _several():
+    if not is_distributed():
         return
     for module in modules:
         if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__):
             raise InputError("gradients.ranks.fsdp1")
-
-
-def _several() -> bool:
-    """Whether this is one of several processes."""
-    if "torch.distributed" not in sys.modules or not torch.distributed.is_available():
-        return False
-    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor: one part of it in this process, the rest in others."""
-    return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
 
 
 def whole(tensor: Tensor) -> Tensor:

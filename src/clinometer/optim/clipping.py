@@ -18,6 +18,7 @@ from torch import Tensor
 from clinometer.clip_observers import observers
 from clinometer.messages import InputError
 from clinometer.optim.fusing import refuse_unusual
+from clinometer.sharding import Together, is_sharded, local
 
 _ROW = (64, 65536)  # entries that are summed in float32 before float64 takes over: error below 1e-5
 _TRUSTED = 1e-15  # a smaller float32 norm may have lost squares to underflow
@@ -35,10 +36,11 @@ def gradient_norms(parameters: Tensor | Iterable[Tensor]) -> GradientNorms:
     """The L2 norm of each gradient and of all together, in the gradients' units; nothing is changed.
 
     Parameters without a gradient are left out, and a gradient that comes twice counts once. Everything is on
-    the first gradient's device, without waiting for it; DTensors give the norms of the full tensors (a
-    collective: every rank calls). Raises `InputError` on sparse and complex gradients.
+    the first gradient's device, without waiting for it. DTensors give the norms of the full tensors, equal on
+    all ranks, for one collective (every rank calls, with the same parameters); plain tensors beside them
+    count as copies. Raises `InputError` on sparse and complex gradients.
     """
-    return _norms(_distinct_gradients(parameters))
+    return _norms(*_distinct_gradients(parameters))
 
 
 @torch.no_grad()
@@ -46,13 +48,15 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> T
     """Scale all gradients together so that their total norm is at most `max_norm`; returns the norm before.
 
     A total that is not finite leaves the gradients as they are, for the caller to see and to skip: scaling
-    would spread the NaN to every tensor. `max_norm` = inf only measures. Raises `InputError` unless
-    max_norm > 0, and on sparse and complex gradients. Source: Pascanu et al. 2013, §3.2; the 1e-6 is torch's.
+    would spread the NaN to every tensor. `max_norm` = inf only measures. Of sharded gradients (FSDP2, tensor
+    parallel) the total is that of the full ones: a plain tensor, equal on all ranks. Raises `InputError`
+    unless max_norm > 0, and on sparse and complex gradients. Source: Pascanu et al. 2013, §3.2; the 1e-6 is
+    torch's.
     """
     if not (isinstance(max_norm, (int, float)) and max_norm > 0):
         raise InputError("optim.max_norm", value=max_norm)
-    grads = _distinct_gradients(parameters)
-    total = _norms(grads).total
+    grads, absent = _distinct_gradients(parameters)
+    total = _norms(grads, absent).total
     if grads and max_norm != math.inf:
         for observe in observers:
             observe(grads, total, max_norm)
@@ -60,30 +64,63 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> T
     return total
 
 
-def _distinct_gradients(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
+def _distinct_gradients(
+    parameters: Tensor | Iterable[Tensor],
+) -> tuple[list[Tensor], list[tuple[int, Tensor]]]:
+    """The gradients; and each DTensor that has none, with its place among them: other ranks may have some."""
     distinct: dict[int, Tensor] = {}
+    absent: dict[int, tuple[int, Tensor]] = {}
     for index, parameter in enumerate([parameters] if isinstance(parameters, Tensor) else parameters):
         grad = parameter.grad
         if grad is not None:
             refuse_unusual(grad, f"parameters[{index}]")
             distinct[id(grad)] = grad
-    return list(distinct.values())
+        elif is_sharded(parameter):
+            absent.setdefault(id(parameter), (len(distinct), parameter))
+    return list(distinct.values()), list(absent.values())
 
 
-def _norms(grads: list[Tensor]) -> GradientNorms:
-    if not grads:
+def _norms(grads: list[Tensor], absent: list[tuple[int, Tensor]]) -> GradientNorms:
+    sharded = absent or any(is_sharded(grad) for grad in grads)
+    if not grads and not sharded:
         return GradientNorms(torch.zeros(0), torch.tensor(0.0))
+    here = _norms_here([local(grad) for grad in grads])
+    return _over_the_ranks(grads, here.per_tensor, absent) if sharded else here
+
+
+def _over_the_ranks(grads: list[Tensor], norms: Tensor, absent: list[tuple[int, Tensor]]) -> GradientNorms:
+    """Norms of full tensors from those of their shards, in one reduction; replicas count once.
+
+    All ranks bring a number for each DTensor, with a gradient or without, and one for all plain tensors.
+    """
+    places = [index for index, grad in enumerate(grads) if is_sharded(grad)]
+    plain = [index for index, grad in enumerate(grads) if not is_sharded(grad)]
+    squares = norms.square()
+    nothing = squares.new_zeros(())
+    slots: list[tuple[int, Tensor, Tensor]] = [(place, tensor, nothing) for place, tensor in absent]
+    had = [False] * len(slots) + [True] * len(places)
+    slots += [(place, grads[place], squares[place]) for place in places]
+    order = sorted(range(len(slots)), key=lambda number: slots[number][0])  # stable: absent ones come first
+    together = Together([None, *(slots[number][1] for number in order)])
+    sums = together.sums(torch.stack([squares[plain].sum(), *(slots[number][2] for number in order)]))
+    per_tensor = norms.clone()
+    for number, total in zip(order, sums[1:].sqrt().unbind(), strict=True):
+        if had[number]:
+            per_tensor[slots[number][0]] = total
+    return GradientNorms(per_tensor, sums.sum().sqrt())
+
+
+def _norms_here(parts: list[Tensor]) -> GradientNorms:
+    if not parts:
+        return GradientNorms(torch.zeros(0, dtype=torch.float64), torch.zeros((), dtype=torch.float64))
     groups: dict[Any, list[int]] = {}
-    pieces = [_local(grad) for grad in grads]
-    for index, (piece, sharding) in enumerate(pieces):
-        groups.setdefault((piece.device, piece.dtype, sharding), []).append(index)
+    for index, piece in enumerate(parts):
+        groups.setdefault((piece.device, piece.dtype), []).append(index)
     norms: dict[int, Tensor] = {}
-    for (_, _, sharding), indices in groups.items():
-        measured = _norm_of_each([pieces[index][0] for index in indices])
-        if sharding is not None:
-            measured = _over_the_mesh(measured, *sharding)
-        norms.update(zip(indices, measured.to(grads[0].device).unbind(), strict=True))
-    per_tensor = torch.stack([norms[index] for index in range(len(grads))])
+    for indices in groups.values():
+        measured = _norm_of_each([parts[index] for index in indices])
+        norms.update(zip(indices, measured.to(parts[0].device).unbind(), strict=True))
+    per_tensor = torch.stack([norms[index] for index in range(len(parts))])
     return GradientNorms(per_tensor, _norm_of_each([per_tensor])[0])
 
 
@@ -119,25 +156,6 @@ def _norm_without_overflow(tensor: Tensor) -> Tensor:
     return torch.linalg.vector_norm(wide / largest) * largest
 
 
-def _local(grad: Tensor) -> tuple[Tensor, tuple[Any, tuple[Any, ...]] | None]:
-    """This rank's part of a DTensor, and the mesh and placements it is a part of; a plain tensor and None."""
-    placements = getattr(grad, "placements", None)
-    if placements is None:
-        return grad, None
-    distributed: Any = grad
-    if any(placement.is_partial() for placement in placements):
-        return distributed.full_tensor(), None
-    return distributed.to_local(), (distributed.device_mesh, tuple(placements))
-
-
-def _over_the_mesh(norms: Tensor, mesh: Any, placements: tuple[Any, ...]) -> Tensor:
-    """Norms of full tensors from those of their shards, in one reduction; replicas count once."""
-    from torch.distributed.tensor import DTensor, Partial, Replicate
-
-    sums = [Replicate() if placement.is_replicate() else Partial("sum") for placement in placements]
-    return DTensor.from_local(norms.square(), mesh, sums, run_check=False).full_tensor().sqrt()
-
-
 def _scale_(grads: list[Tensor], total: Tensor, max_norm: float) -> None:
     # A choice between tensors and not an `if`: on a GPU the host would have to wait for the total.
     coefficient = torch.where(total.isfinite(), (max_norm / (total + 1e-6)).clamp(max=1.0), 1.0)
@@ -145,8 +163,8 @@ def _scale_(grads: list[Tensor], total: Tensor, max_norm: float) -> None:
         return
     groups: dict[Any, list[Tensor]] = {}
     for grad in grads:
-        local = getattr(grad, "to_local", lambda grad=grad: grad)()
-        groups.setdefault((local.device, local.dtype), []).append(local)
+        part = grad.to_local() if is_sharded(grad) else grad  # pyright: ignore[reportAttributeAccessIssue]
+        groups.setdefault((part.device, part.dtype), []).append(part)
     for (device, dtype), members in groups.items():
         # Half precision multiplies in float32: the coefficient itself may be too small for float16.
         factor = coefficient.to(device, torch.promote_types(dtype, torch.float32))
