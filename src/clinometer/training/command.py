@@ -21,9 +21,10 @@ from clinometer.training.launch import launched
 from clinometer.training.loop import Outcome, train
 from clinometer.training.parallel import World
 from clinometer.training.precision import choose_device, matmul_rate
-from clinometer.training.prepare import Session, attend, begin_with, resume, start
+from clinometer.training.prepare import Session, attend, resume, start
 from clinometer.training.recording import open_record
 from clinometer.training.run_folder import RunFolder
+from clinometer.training.tokens import begin_with
 from clinometer.training.trained import import_run, load_run
 
 

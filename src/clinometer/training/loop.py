@@ -21,8 +21,9 @@ from clinometer.optim.schedule import constant_schedule, cosine_schedule, warmup
 from clinometer.text import sampler
 from clinometer.training.computation import Computation
 from clinometer.training.config import RunConfig
-from clinometer.training.prepare import Session, begin_with
+from clinometer.training.prepare import Session
 from clinometer.training.run_folder import write_whole
+from clinometer.training.tokens import begin_with
 
 
 class Display(Protocol):

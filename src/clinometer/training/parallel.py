@@ -108,7 +108,7 @@ class World:
 
     def begin(self, device: torch.device, kind: str, patience: int) -> None:
         """Open the group of all ranks: nccl between GPUs, gloo between processors."""
-        self.kind = kind
+        self.kind, self._replica = kind, None
         if self.alone:
             return
         import torch.distributed as dist
@@ -116,6 +116,8 @@ class World:
 
         self.device = device
         self.heart.patience = patience
+        if self.mesh is not None:  # a second run in the same processes
+            return
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group(

@@ -29,9 +29,9 @@ from clinometer.training.computation import Computation, first_model, first_opti
 from clinometer.training.config import RunConfig, config_from
 from clinometer.training.loop import batch_of, forward_backward, learning_rate, take_step
 from clinometer.training.precision import Choices, choose
-from clinometer.training.prepare import cache_folder, encode
 from clinometer.training.replay_folder import save_replay
 from clinometer.training.run_folder import RunFolder, describe_environment
+from clinometer.training.tokens import cache_folder, encode
 
 Progress = Callable[[str, int, int], None]
 """Called with ("restore" | "encode" | "replay", done, total)."""
