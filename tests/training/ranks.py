@@ -1,4 +1,4 @@
-"""What each rank does in test_parallel.py: `python -m tests.training.ranks FOLDER PART`, started by `ranks_of`."""
+"""What each rank does in test_parallel.py: `python -m tests.training.ranks FOLDER`, once for each rank."""
 
 from __future__ import annotations
 

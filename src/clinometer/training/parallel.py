@@ -54,7 +54,7 @@ class World:
         self._replica: nn.Module | None = None
         self._agreed: signal.Signals | None = None
         self._request: Any = None
-        self._shared = 0
+        self._turns = 0
         self.board: Board = None  # pyright: ignore[reportAttributeAccessIssue]
         self.heart: Heart = None  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -150,14 +150,18 @@ class World:
         """What rank 0 gives, on every rank. Waits for it as long as rank 0 lives."""
         if self.alone:
             return value
-        self._shared += 1
-        name = f"shared/{self._shared}"
+        name = self.turn()
         if self.first:
             self.board.post(name, json.dumps(value))
             return value
         self.heart.rest()
         self._wait([name])
         return json.loads(self.board.read(name) or "null")
+
+    def turn(self) -> str:
+        """A name on the board for what the ranks do next together, the same on each."""
+        self._turns += 1
+        return f"turn/{self._turns}"
 
     def _wait(self, names: list[str]) -> None:
         while not self.board.wait(names, 1.0):
@@ -190,7 +194,7 @@ class World:
             from torch.nn.parallel import DistributedDataParallel
 
             ids = [self.device.index] if self.device.type == "cuda" else None
-            self._replica = DistributedDataParallel(_Loss(model), device_ids=ids, broadcast_buffers=False)
+            self._replica = DistributedDataParallel(_Loss(model), device_ids=ids)
 
     def loss(self, model: TransformerLM, token_ids: Tensor, targets: Tensor) -> Tensor:
         """The sum of the token losses, to be differentiated."""

@@ -28,7 +28,6 @@ class Saver:
 
     def __init__(self, folder: Path, world: World) -> None:
         self._folder, self._world = folder, world
-        self._number = 0
         self._board: Board | None = None
         self._under_way: _Beside | None = None
 
@@ -37,18 +36,15 @@ class Saver:
         self.written(wait=True)
         if self._world.alone:
             return checkpoint.write_checkpoint(self._folder, snapshot)
-        self._number += 1
+        name = self._world.turn()
         with self._world.unhurried():
-            return write_together(
-                self._folder, snapshot, self._world, self._world.board, f"save/{self._number}"
-            )
+            return write_together(self._folder, snapshot, self._world, self._world.board, name)
 
     def begin(self, snapshot: Snapshot) -> Path | None:
         """Write a copy of it in a thread; returns what `written` gives of the one before, once it is done."""
         before = self.written(wait=True)
         kept = snapshot.copied()
-        self._number += 1
-        name = f"save/{self._number}"
+        name = self._world.turn()
         if self._world.alone:
             self._under_way = _Beside(lambda: checkpoint.write_checkpoint(self._folder, kept))
         else:
