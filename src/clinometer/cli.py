@@ -124,6 +124,8 @@ def train(
     settings: Annotated[RunConfig | None, Parameter(name="*")] = None,
 ) -> int:
     _restart_with_settings()
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # a lost rank is named in our words, not in stack frames
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from clinometer.training import command
 
     if resume and run is None:

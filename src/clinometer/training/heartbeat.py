@@ -112,8 +112,15 @@ class Heart:
     """
 
     def __init__(
-        self, board: Board, rank: int, size: int, patience: float, tell: Callable[[Finding], None]
+        self,
+        board: Board,
+        rank: int,
+        size: int,
+        patience: float,
+        tell: Callable[[Finding], None],
+        place: str = "",
     ) -> None:
+        self._place = place
         self._board, self._rank, self._size, self._tell = board, rank, size, tell
         self._judge = Judge(list(range(1, size)) if rank == 0 else [0], patience)
         self._number = self._passed = self._step = 0
@@ -178,7 +185,7 @@ class Heart:
                 if text is None:
                     text = self._look(clock)
             except RuntimeError:  # whoever holds the board has gone
-                finding = Finding("parallel.board", {"rank": self._rank})
+                finding = Finding("parallel.board", {"rank": self._rank, "place": self._place})
                 text = json.dumps({"key": finding.key, "code": LOST})
                 if not self._stopped.is_set():
                     self._tell(finding)

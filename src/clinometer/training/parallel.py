@@ -83,7 +83,8 @@ class World:
         if self.launch is None:
             return
         self.board = Board.open(self.launch)
-        self.heart = Heart(self.board.again(), self.rank, self.size, PATIENCE, self._tell)
+        place = f"{self.launch.address}:{self.launch.port}"
+        self.heart = Heart(self.board.again(), self.rank, self.size, PATIENCE, self._tell, place)
         names = [f"beat/{rank}" for rank in range(self.size)] if self.first else ["beat/0"]
         self._wait(names)
         self.heart.start()
