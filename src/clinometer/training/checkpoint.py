@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clinometer.messages import InputError
+from clinometer.sharding import is_distributed
 from clinometer.training.parts import Stored, split_shapes
 
 FORMAT = 1
@@ -224,14 +225,20 @@ def random_state() -> dict[str, Any]:
     """The state of torch's generators, as hexadecimal text."""
     state: dict[str, Any] = {"cpu": _hex(torch.get_rng_state())}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state["cuda"] = [_hex(s) for s in torch.cuda.get_rng_state_all()]
+        # A rank has a GPU of its own, and asking the others would open each of them once more.
+        states = [torch.cuda.get_rng_state()] if is_distributed() else torch.cuda.get_rng_state_all()
+        state["cuda"] = [_hex(s) for s in states]
     return state
 
 
 def restore_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(_unhex(state["cpu"]))
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([_unhex(s) for s in state["cuda"]])
+        if is_distributed():
+            torch.cuda.set_rng_state(_unhex(state["cuda"][0]))
+        else:
+            for device, one in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
+                torch.cuda.set_rng_state(_unhex(one), device)
 
 
 def sync_folder(folder: Path) -> None:

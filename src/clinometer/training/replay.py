@@ -80,8 +80,7 @@ def replay_step(path: Path, step: int, progress: Progress, *, inexact: bool = Fa
     Raises `InputError` for a step that was not recorded, a text or checkpoint that is not the run's, and, if
     `inexact` is not set, for a loss or norm that differs from the recorded one in any bit. If it is set, the
     folder says that the step is not the run's own, and where the two part. Of a run of several ranks the
-    numbers
-    must be close (CLOSE), for one process adds up in another order; the folder says how close.
+    numbers must be close (CLOSE), for one process adds up in another order; the folder says how close.
     """
     folder = RunFolder.open(path)
     rows = recorded(folder)
