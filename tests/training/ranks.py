@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from clinometer.optim.choice import make_optimizers
 from clinometer.training import prepare
 from clinometer.training.config import OptimConfig, RunConfig
 from clinometer.training.launch import launched
@@ -25,7 +26,6 @@ OPTIMIZERS = {
     "sgd": OptimConfig(name="sgd", lr=0.3, momentum=0.9, max_norm=0.5),
     "muon": OptimConfig(name="muon", lr=1e-2, max_norm=0.5),
 }
-LONG_COMMAND_SECONDS = 400
 
 
 def configured(folder: Path, optimizer: str, **training) -> RunConfig:
@@ -93,6 +93,30 @@ def spoil(session: Session, step: int) -> None:
     session.model.loss = loss
 
 
+def same_updates(name: str, world: World) -> list[bool]:
+    """Whether three updates of sharded tensors by given gradients are those of whole ones, to the bit."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    shapes = [(7, 5), (7, 5), (7, 5), (5, 9), (1, 4), (300, 70), (6,), (1,)]
+    generator = torch.Generator().manual_seed(0)
+    values, *grads = ([torch.randn(shape, generator=generator) for shape in shapes] for _ in range(4))
+    plain = [torch.nn.Parameter(value.clone()) for value in values]
+    split = [torch.nn.Parameter(distribute_tensor(v.clone(), world.mesh, [Shard(0)])) for v in values]
+    names = [f"layers.{i}.w" for i in range(len(shapes))]
+    optimizers = [
+        make_optimizers(zip(names, held, strict=True), name=name, lr=0.1, momentum=0.9)
+        for held in (plain, split)
+    ]
+    for step in grads:
+        for held in (plain, split):
+            for parameter, grad in zip(held, step, strict=True):
+                whole = held is plain
+                parameter.grad = grad.clone() if whole else distribute_tensor(grad, world.mesh, [Shard(0)])
+        for optimizer in [*optimizers[0], *optimizers[1]]:
+            optimizer.step()
+    return [torch.equal(a.detach(), b.detach().full_tensor()) for a, b in zip(plain, split, strict=True)]
+
+
 def main(folder: Path, world: World) -> dict:
     told: dict = {"losses": {}}
     runs = folder / "ranks"
@@ -111,6 +135,7 @@ def main(folder: Path, world: World) -> dict:
 
     told["losses"]["spoilt"] = whole_run(configured(folder, "adamw"), runs / "spoilt", world, spoilt=4)
 
+    told["updates"] = {name: same_updates(name, world) for name in OPTIMIZERS}
     for name in OPTIMIZERS:
         path = runs / f"stopped-{name}"
         config = configured(folder, name)
