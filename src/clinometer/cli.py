@@ -46,6 +46,8 @@ def main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a sign shows "?" instead
             stream.reconfigure(errors="replace")
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # a lost rank is named in our words, not in stack frames
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     arguments = sys.argv[1:]
     with_traceback = "--traceback" in arguments
     arguments = [a for a in arguments if a != "--traceback"]
@@ -124,8 +126,6 @@ def train(
     settings: Annotated[RunConfig | None, Parameter(name="*")] = None,
 ) -> int:
     _restart_with_settings()
-    if os.environ.get("WORLD_SIZE", "1") != "1":  # a lost rank is named in our words, not in stack frames
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from clinometer.training import command
 
     if resume and run is None:

@@ -21,9 +21,9 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def arguments(folder, *more):
     text = "\n".join(SENTENCES[i % 4] + f" {i * i}" for i in range(400))
     (folder / "corpus.txt").write_text(text, encoding="utf-8")
-    settings = small("--training.steps=100000", "--training.sample-tokens=0", "--training.device=cpu")
+    settings = small("--training.steps=100000", "--training.sample-tokens=0", "--training.device=cpu", *more)
     settings += ["--training.checkpoint-every=5", "--training.eval-every=100000", "--training.keep=5"]
-    return ["clinometer", "train", "--run", "run", "--corpus", "corpus.txt", *settings, *more]
+    return ["clinometer", "train", "--run", "run", "--corpus", "corpus.txt", *settings]
 
 
 def rows(folder):
@@ -64,7 +64,7 @@ def test_a_bad_setting_is_said_once_and_every_rank_ends_with_2(tmp_path):
 
 def test_a_fault_of_the_first_rank_alone_ends_all_with_its_message(tmp_path):
     """A batch too small for the ranks is found by rank 0, while the other waits for its word."""
-    told = ended_ranks(ranks_of(2, [*arguments(tmp_path), "--training.batch-size=1"], tmp_path, cwd=tmp_path))
+    told = ended_ranks(ranks_of(2, arguments(tmp_path, "--training.batch-size=1"), tmp_path, cwd=tmp_path))
     assert [code for code, _, _ in told] == [2, 2]
     assert "".join(out + err for _, out, err in told).count("2 ranks") == 1
     assert not (tmp_path / "run").exists()
