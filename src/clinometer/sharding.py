@@ -54,6 +54,15 @@ def local(tensor: Tensor) -> Tensor:
     return part.wait() if hasattr(part, "trigger_wait") else part  # its collective may be under way
 
 
+def version(tensor: Tensor) -> int:
+    """Another number after anybody wrote to the tensor in place; FSDP writes to a DTensor's part."""
+    if not is_sharded(tensor):
+        return tensor._version
+    distributed: Any = tensor
+    with torch.no_grad():
+        return tensor._version + distributed.to_local()._version
+
+
 def counts_here(tensor: Tensor) -> bool:
     """Whether this rank's part counts in a sum: it is the first along each replicated dimension."""
     distributed: Any = tensor
@@ -61,7 +70,37 @@ def counts_here(tensor: Tensor) -> bool:
     if place is None:
         return False
     pairs = zip(place, distributed.placements, strict=True)
-    return all(at == 0 or placement.is_shard() for at, placement in pairs)
+    return all(at == 0 or _splits(placement) for at, placement in pairs)
+
+
+def _splits(placement: Any) -> bool:
+    return placement.is_shard() or hasattr(placement, "split_factor")
+
+
+def place_here(tensor: Tensor, index: Sequence[int]) -> tuple[int, ...] | None:
+    """Where entry `index` of a DTensor stands in this rank's part; None if another rank has it."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    distributed: Any = tensor
+    found = []
+    for dim, (wanted, size) in enumerate(zip(index, tensor.shape, strict=True)):
+        placements: list[Any] = []
+        for placement in distributed.placements:
+            if not _splits(placement) or placement.dim != dim:
+                placements.append(Replicate())
+            elif hasattr(placement, "split_factor"):  # sharded once more by another mesh dimension
+                placements.append(type(placement)(0, split_factor=placement.split_factor))
+            else:
+                placements.append(Shard(0))
+        # Numbered and spread in the same way, without a word to the others.
+        numbers = distribute_tensor(
+            torch.arange(size), distributed.device_mesh, placements, src_data_rank=None
+        ).to_local()
+        places = (numbers == wanted).nonzero().flatten().tolist()
+        if not places:
+            return None
+        found.append(places[0])
+    return tuple(found)
 
 
 class Together:
@@ -82,6 +121,7 @@ class Together:
                 # Of several meshes over the same ranks, the flattest: fewer reductions.
                 if ranks not in meshes or mesh.ndim < meshes[ranks].ndim:
                     meshes[ranks] = mesh
+        self.tensors = len(tensors)
         self.ranks: tuple[int, ...] = tuple(sorted({rank for ranks in by_ranks for rank in ranks}))
         """All ranks that hold a part of some tensor; none if nothing is sharded."""
         self._rounds: list[tuple[list[int] | None, list[Any], torch.device]] = []
