@@ -46,6 +46,8 @@ def main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a sign shows "?" instead
             stream.reconfigure(errors="replace")
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # a lost rank is named in our words, not in stack frames
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     arguments = sys.argv[1:]
     with_traceback = "--traceback" in arguments
     arguments = [a for a in arguments if a != "--traceback"]
@@ -58,8 +60,7 @@ def main() -> NoReturn:
     except (InputError, cyclopts.CycloptsError) as error:
         if with_traceback:
             raise
-        _console(stderr=True).print(_explain(error), **PLAIN)
-        sys.exit(2)
+        _refuse(_explain(error))
     except (MemoryError, RuntimeError) as error:
         from clinometer.training.memory import is_out_of_memory
 
@@ -70,6 +71,16 @@ def main() -> NoReturn:
     except BrokenPipeError:  # `clinometer … | head`: whoever read us has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+
+
+def _refuse(text: str) -> NoReturn:
+    """Say what is wrong, and end with 2; of several ranks that find the same one says it."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        from clinometer.training.parallel import refuse_together
+
+        refuse_together(text, 2)
+    _console(stderr=True).print(text, **PLAIN)
+    sys.exit(2)
 
 
 def build_app() -> App:

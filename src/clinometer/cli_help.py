@@ -21,7 +21,11 @@ def with_help(command: Any, name: str) -> Any:
         elif parameter != "return":
             # A lone "-" is standard input, a prompt may begin with one, and -1 is the last entry.
             dash = parameter in ("corpus", "prompt", "index")
-            told = Parameter(help=say(f"cli.{name}.{parameter}"), allow_leading_hyphen=dash, negative=())
+            # Under torchrun, Python 3.11's argparse takes --run for the launcher's own --run-path.
+            names = ("--run", "--folder") if (name, parameter) == ("train", "run") else None
+            told = Parameter(
+                names, help=say(f"cli.{name}.{parameter}"), allow_leading_hyphen=dash, negative=()
+            )
             annotations[parameter] = Annotated[hint, told]
 
     command.__annotations__ = annotations

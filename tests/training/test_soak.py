@@ -80,3 +80,54 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(corpus, tmp_pat
     finish(process)
     assert kills >= 3
     assert_same_bytes(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.soak
+def test_four_ranks_train_what_one_process_trains(tmp_path):
+    from tests.training.test_parallel import assert_close, one, run_job
+
+    for folder, told in run_job(tmp_path, 4):
+        for name in ("fsdp-adamw", "ddp-adamw", "fsdp-sgd", "fsdp-muon"):
+            assert all(rank["losses"][name] == told[0]["losses"][name] for rank in told)
+            wanted = one(folder, name.partition("-")[2])
+            assert_close(told[0]["losses"][name], wanted, 5e-3 if "muon" in name else 2e-4)
+        assert_close(told[0]["losses"]["odd"], one(folder, "adamw", batch_size=5))
+        for name in ("adamw", "sgd", "muon"):
+            assert {rank[f"stopped-{name}"] for rank in told} == {9}
+            assert told[0]["losses"][f"resumed-{name}"][:11] == told[0]["losses"][f"fsdp-{name}"][9:20]
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_ranks_killed_at_random_moments_lose_nothing_that_was_committed(corpus, tmp_path):
+    from tests.training.ranks import ranks_of
+
+    chance = random.Random(1)
+    settings = small("--training.steps=300", "--training.device=cpu", "--training.checkpoint-every=3")
+    command = ["clinometer", "train", "--run", "run", *settings, "--training.rank-patience=5"]
+    whole = ["--corpus", str(corpus)]
+    finish_ranks(ranks_of(2, [*command[:3], "whole", *settings, *whole], tmp_path, cwd=tmp_path))
+    kills = 0
+    while True:
+        started = (tmp_path / "run" / "config.toml").exists()
+        ranks = ranks_of(2, [*command, *whole, *(["--resume"] if started else [])], tmp_path, cwd=tmp_path)
+        victim = chance.randrange(2)
+        time.sleep(chance.uniform(4, 12))
+        if kills < 10 and ranks[victim].poll() is None:
+            ranks[victim].kill()
+            kills += 1
+        out = [rank.communicate(timeout=300) for rank in ranks]
+        codes = [rank.returncode for rank in ranks]
+        if codes == [0, 0]:
+            break
+        assert codes[victim] == -9, out
+        assert codes[1 - victim] == 3, out
+    assert kills >= 2
+    last = [checkpoint.checkpoints(tmp_path / name / "checkpoints")[-1] for name in ("whole", "run")]
+    for file in sorted(p.name for p in last[0].glob("*.safetensors")):
+        assert (last[0] / file).read_bytes() == (last[1] / file).read_bytes(), file
+
+
+def finish_ranks(ranks):
+    out = [rank.communicate(timeout=600) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * len(ranks), out

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from clinometer.lm import functional
 from clinometer.lm.config import TransformerConfig
@@ -27,10 +28,16 @@ def initial_weights(config: TransformerConfig, generator: torch.Generator | None
     attn.output_proj and ffn.w2, which write to the residual stream, start 1/√(2L) smaller so that its
     variance does not grow with depth (Radford et al. 2019 §2.3).
     """
+    return dict(draw_weights(config, generator))
+
+
+def draw_weights(
+    config: TransformerConfig, generator: torch.Generator | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """`initial_weights` one after the other, for who keeps only a part of each."""
     residual_scale = (2 * config.num_layers) ** -0.5
-    weights = {}
     for name, shape in config.weight_shapes().items():
-        weight = torch.empty(shape)
+        weight = torch.empty(shape, device="cpu")
         if len(shape) == 1:
             nn.init.ones_(weight)
         else:
@@ -38,8 +45,7 @@ def initial_weights(config: TransformerConfig, generator: torch.Generator | None
             if name.endswith(("attn.output_proj.weight", "ffn.w2.weight")):
                 std *= residual_scale
             nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std, generator=generator)
-        weights[name] = weight
-    return weights
+        yield name, weight
 
 
 class Weight(nn.Module):
@@ -75,6 +81,10 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """The weights of one block; `functional.transformer_block` is what it computes."""
 
+    recompute = False
+    """Whether a training forward keeps only the block's input, and the backward computes the rest once more
+    (Chen et al. 2016): the same bits, about a third more time, and the memory of one block instead of all."""
+
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads
@@ -85,6 +95,12 @@ class TransformerBlock(nn.Module):
         self.ffn = FeedForward(config)
 
     def forward(self, x_BSD: Tensor, rotation: Rotation, cache: LayerCache | None = None) -> Tensor:
+        if self.recompute and cache is None and torch.is_grad_enabled():
+            # Inside the block and not around it: FSDP's hooks are on the call, and gather once for both.
+            return checkpoint(self._compute, x_BSD, rotation, use_reentrant=False)
+        return self._compute(x_BSD, rotation, cache)
+
+    def _compute(self, x_BSD: Tensor, rotation: Rotation, cache: LayerCache | None = None) -> Tensor:
         # Written out: get_parameter(name) nine times a block was a third of a cached token's overhead.
         weights = {
             "ln1.weight": self.ln1.weight,
@@ -106,7 +122,7 @@ class TransformerLM(nn.Module):
     """A decoder-only Transformer: `model(token_ids)` are the logits that
     `transformer_lm(dict(model.named_parameters()), token_ids, model.config)` gives, bit for bit.
 
-    The weights are `initial_weights(config, generator)`, float32.
+    The weights are `initial_weights(config, generator)`, float32; on the meta device there are none.
     """
 
     def __init__(self, config: TransformerConfig, *, generator: torch.Generator | None = None) -> None:
@@ -116,7 +132,8 @@ class TransformerLM(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
         self.ln_final = Weight(config.d_model)
         self.lm_head = Weight(config.vocab_size, config.d_model)
-        self.load_state_dict(initial_weights(config, generator))
+        if not self.lm_head.weight.is_meta:
+            self.load_state_dict(initial_weights(config, generator))
         self._head_loss = head_loss
 
     def hidden(self, token_ids: Tensor, caches: Sequence[LayerCache] | None = None, start: int = 0) -> Tensor:
@@ -157,15 +174,25 @@ class TransformerLM(nn.Module):
         """`cross_entropy(self(token_ids), targets)`, in the form that suits the vocabulary's size."""
         return self._head_loss(self.hidden(token_ids), self.lm_head.weight, targets, reduction)
 
-    def compile_parts(self, *, onednn: bool = False) -> None:
+    def recompute_blocks(self, on: bool = True) -> None:
+        """Keep the blocks' inputs only, and compute what is between them again in the backward."""
+        for block in self.layers:
+            assert isinstance(block, TransformerBlock)
+            block.recompute = on
+
+    def compile_parts(self, *, onednn: bool = False, without_hooks: bool = False) -> None:
         """Compile each block and the loss, not the whole model; on a CPU in the form of `fast.py`.
 
         It takes seconds instead of tens, and leaves out the embedding's backward, which when compiled adds
         up atomically in an order that changes from run to run: no exact resume. `onednn`: let oneDNN compute
-        the float32 products (see `fast.onednn_is_faster`).
+        the float32 products (see `fast.onednn_is_faster`). `without_hooks` leaves out what hooks do around a
+        block, such as FSDP's, which gathers its weights.
         """
         for block in self.layers:
-            block.compile()
+            if without_hooks:
+                block.forward = torch.compile(block.forward)
+            else:
+                block.compile()
         self._head_loss = torch.compile(head_loss)
         large = self.config.vocab_size >= CHUNKED_LOSS_VOCABULARY
         if self.lm_head.weight.device.type != "cpu":

@@ -31,7 +31,7 @@ from torch.optim.optimizer import ParamsT
 from clinometer.messages import InputError
 from clinometer.optim.arguments import require_betas, require_nonnegative
 from clinometer.optim.eager import EagerOptimizer
-from clinometer.optim.fusing import shared_kernel, with_grad, with_small_joined
+from clinometer.optim.fusing import local_parts, shared_kernel, with_grad, with_small_joined
 
 
 def adamw_reference_(
@@ -191,6 +191,9 @@ class AdamW(EagerOptimizer):
             exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
             state["step"] += 1
             step = int(state["step"].item())
+            parameter, grad, exp_avg, exp_avg_sq = local_parts(parameter, grad, exp_avg, exp_avg_sq)
+            if not parameter.numel():  # other ranks hold all of it
+                continue
             kernel = shared_kernel(parameter, grad, exp_avg, exp_avg_sq) if kernel_allowed else None
             if kernel is None:
                 adamw_reference_(parameter, grad, exp_avg, exp_avg_sq, step, **numbers)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from clinometer.messages import InputError
+from clinometer.sharding import is_sharded, local
 
 _DEVICES = ("cpu", "cuda")
 _SMALL = 16384
@@ -36,6 +37,27 @@ def refuse_unusual(grad: Tensor, name: str) -> None:
         raise InputError("optim.sparse", name=name, layout=str(grad.layout))
     if grad.is_complex():
         raise InputError("optim.complex", name=name, dtype=str(grad.dtype))
+
+
+def local_parts(parameter: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """This rank's part of a DTensor and of what belongs to it; other tensors as they are.
+
+    An update that goes entry by entry is the whole tensor's update, done where each entry is: no collective,
+    but for a gradient that is spread in another way, which is spread anew (every rank calls).
+    """
+    if not is_sharded(parameter):
+        return (parameter, *others)
+    whole: Any = parameter
+    mesh, placements = whole.device_mesh, whole.placements
+    parts = [local(parameter)]
+    for number, other in enumerate(others):
+        spread: Any = other
+        if not is_sharded(other) or spread.placements != placements or spread.device_mesh != mesh:
+            if number or not is_sharded(other):  # a state, which is written: it cannot be a copy
+                return (parameter, *others)
+            spread = spread.redistribute(mesh, placements)
+        parts.append(local(spread))
+    return tuple(parts)
 
 
 def shared_kernel(parameter: Tensor, *others: Tensor) -> Hashable | None:

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 
 from clinometer.optim.eager import EagerOptimizer
+from clinometer.optim.fusing import local_parts
+from clinometer.optim.muon_apart import by_rows, each_on_one_rank
 
 _JOINED = 2**18
 """Larger matrices keep the cores busy by themselves; smaller ones wait for the start of each product."""
@@ -53,8 +55,17 @@ class Muon(EagerOptimizer, torch.optim.Muon):
             momenta: list[Tensor] = []
             self._init_group(group, parameters, grads, momenta)
             alike: dict[Any, list[int]] = {}
+            apart: dict[Any, list[int]] = {}
             for index, parameter in enumerate(parameters):
-                alike.setdefault(_kind(index, parameter), []).append(index)
+                if kind := by_rows(parameter):
+                    apart.setdefault(kind, []).append(index)
+                else:
+                    alike.setdefault(_kind(index, parameter), []).append(index)
+            for (_, mesh, _), indices in apart.items():
+                for first in range(0, len(indices), mesh.size()):
+                    chosen = indices[first : first + mesh.size()]
+                    columns = ([column[i] for i in chosen] for column in (parameters, grads, momenta))
+                    self._update_apart(group, mesh, *columns)
             for indices in alike.values():
                 size = max(1, _AT_ONCE // max(1, parameters[indices[0]].numel()))
                 for first in range(0, len(indices), size):
@@ -67,16 +78,50 @@ class Muon(EagerOptimizer, torch.optim.Muon):
     def _update(
         self, group: dict[str, Any], parameters: list[Tensor], grads: list[Tensor], momenta: list[Tensor]
     ) -> None:
-        lr, momentum = float(group["lr"]), group["momentum"]
-        updates = []
-        for grad, buffer in zip(grads, momenta, strict=True):
-            buffer.lerp_(grad, 1 - momentum)
-            updates.append(grad.lerp(buffer, momentum) if group["nesterov"] else buffer)
+        updates = _look_ahead(group, grads, momenta)
         directions = orthogonalised(updates, group["ns_coefficients"], group["ns_steps"], group["eps"])
-        rate = lr * _size_factor(group["adjust_lr_fn"], *parameters[0].shape)
-        for parameter, direction in zip(parameters, directions, strict=True):
-            parameter.mul_(1 - lr * group["weight_decay"])
-            parameter.add_(direction, alpha=-rate)
+        _move(group, parameters[0].shape, parameters, directions)
+
+    def _update_apart(
+        self,
+        group: dict[str, Any],
+        mesh: Any,
+        parameters: list[Tensor],
+        grads: list[Tensor],
+        momenta: list[Tensor],
+    ) -> None:
+        """Equal-shaped matrices that ranks hold by rows, at most one a rank: each rank works on one.
+
+        The rows travel to the rank that works on their matrix, and the direction's rows back: the same
+        numbers as in one process, with its work divided.
+        """
+        rows, columns = parameters[0].shape
+        parts = [local_parts(*three) for three in zip(parameters, grads, momenta, strict=True)]
+        updates = _look_ahead(group, [part[1] for part in parts], [part[2] for part in parts])
+
+        def orthogonal(whole: Tensor) -> Tensor:
+            return orthogonalised([whole], group["ns_coefficients"], group["ns_steps"], group["eps"])[0]
+
+        directions = each_on_one_rank(updates, (rows, columns), mesh, orthogonal)
+        _move(group, parameters[0].shape, [part[0] for part in parts], directions)
+
+
+def _look_ahead(group: dict[str, Any], grads: list[Tensor], momenta: list[Tensor]) -> list[Tensor]:
+    momentum, updates = group["momentum"], []
+    for grad, buffer in zip(grads, momenta, strict=True):
+        buffer.lerp_(grad, 1 - momentum)
+        updates.append(grad.lerp(buffer, momentum) if group["nesterov"] else buffer)
+    return updates
+
+
+def _move(
+    group: dict[str, Any], shape: torch.Size, parameters: list[Tensor], directions: list[Tensor]
+) -> None:
+    lr = float(group["lr"])
+    rate = lr * _size_factor(group["adjust_lr_fn"], *shape)
+    for parameter, direction in zip(parameters, directions, strict=True):
+        parameter.mul_(1 - lr * group["weight_decay"])
+        parameter.add_(direction, alpha=-rate)
 
 
 def orthogonalised(

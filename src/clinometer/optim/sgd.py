@@ -24,7 +24,7 @@ from torch.optim.optimizer import ParamsT
 from clinometer.messages import InputError
 from clinometer.optim.arguments import require_fraction, require_nonnegative
 from clinometer.optim.eager import EagerOptimizer
-from clinometer.optim.fusing import shared_kernel, widened, with_grad, with_small_joined
+from clinometer.optim.fusing import local_parts, shared_kernel, widened, with_grad, with_small_joined
 
 
 def sgd_reference_(
@@ -161,6 +161,9 @@ class SGD(EagerOptimizer):
                         parameter, memory_format=torch.preserve_format
                     )
                 buffers = [state["momentum_buffer"]]
+            parameter, grad, *buffers = local_parts(parameter, grad, *buffers)
+            if not parameter.numel():  # other ranks hold all of it
+                continue
             kernel = _kernel(parameter, grad, *buffers) if group["fused"] is not False else None
             if kernel is None:
                 sgd_reference_(parameter, grad, *buffers, **numbers)

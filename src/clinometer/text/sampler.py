@@ -95,6 +95,23 @@ def batch(
     return gather(tokens, starts[rank::world_size], context_length)
 
 
+def parts(count: int, size: int, rank: int = 0, world_size: int = 1) -> list[tuple[slice, bool]]:
+    """How a rank cuts its own windows, `[rank::world_size]` of `count`, into parts of at most `size`.
+
+    As many parts on every rank, whatever the remainders: a rank with fewer windows takes one again, marked
+    False, for its loss to be weighed with 0. All windows together are marked True exactly once.
+    """
+    mine = len(range(rank, count, world_size))
+    most = -(-count // world_size)
+    cut: list[tuple[slice, bool]] = []
+    for first in range(0, most, size):
+        if first < mine:
+            cut.append((slice(first, min(first + size, mine)), True))
+        else:
+            cut.append((slice(max(0, mine - 1), max(1, mine)), False))
+    return cut
+
+
 def permute(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     """A permutation of [0, n) keyed by (seed, epoch), at the given positions (uint64, any shape).
 

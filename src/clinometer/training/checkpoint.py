@@ -5,6 +5,7 @@
         optimizer.safetensors    the optimizer's tensors, "<weight's name>.<key>"
         state.json               step, groups, random states, and the size and SHA-256 of the two files
 
+Ranks that hold a model in parts write a pair each, model-00001-of-00002.safetensors and so on (parts.py).
 It is written under a temporary name, synced, and renamed: the rename is the commit.
 """
 
@@ -18,20 +19,25 @@ import re
 import shutil
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clinometer.foreign import parse_json
 from clinometer.lm.config import TransformerConfig
 from clinometer.messages import InputError
+from clinometer.sharding import is_distributed
 from clinometer.training.checkpoint_state import require_state
+from clinometer.training.parts import Stored, split_shapes
 
 FORMAT = 1
+IN_PARTS = 2
+"""Format of a checkpoint that several ranks wrote, each its part."""
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -58,35 +64,69 @@ def save_checkpoint(
 
     Raises `InputError` if it cannot be written (no space, no permission); what was there before stays.
     """
-    final = folder / f"step-{step:08d}"
-    partial = folder / f".{final.name}.{os.getpid()}.tmp"
+    return write_checkpoint(folder, take_snapshot(step, model, optimizers, more))
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint will hold: this process's tensors by file and name, and the rest of state.json."""
+
+    step: int
+    files: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+    @property
+    def folder_name(self) -> str:
+        return f"step-{self.step:08d}"
+
+    @property
+    def partial_name(self) -> str:
+        return f".{self.folder_name}.{os.getpid()}.tmp"
+
+    def copied(self) -> Snapshot:
+        """The same in memory of its own on the host, while training changes the tensors."""
+        files = {
+            name: {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}
+            for name, tensors in self.files.items()
+        }
+        return replace(self, files=files)
+
+
+def take_snapshot(
+    step: int,
+    model: nn.Module,
+    optimizers: Iterable[torch.optim.Optimizer],
+    more: Mapping[str, Any],
+    rank: int = 0,
+    size: int = 1,
+) -> Snapshot:
+    """The model and optimizers as they stand: what this rank is to write of them. Nothing is copied."""
+    tensors, groups = flatten(optimizers)
+    kinds = {"model": {n: t.detach() for n, t in model.state_dict().items()}, "optimizer": tensors}
+    state: dict[str, Any] = {"optimizers": groups, "random": random_state(), **more}
+    split = {kind: split_shapes(held) for kind, held in kinds.items()}
+    if not any(split.values()):  # a whole one, which the first rank writes
+        files = {f"{kind}.safetensors": held for kind, held in kinds.items()} if rank == 0 else {}
+        return Snapshot(step, files, {"format": FORMAT, **state})
+    files = {
+        f"{kind}-{rank + 1:05}-of-{size:05}.safetensors": {
+            key: tensor.to_local() if key in split[kind] else tensor  # pyright: ignore[reportCallIssue]
+            for key, tensor in held.items()
+            if key in split[kind] or rank == 0
+        }
+        for kind, held in kinds.items()
+    }
+    return Snapshot(step, files, {"format": IN_PARTS, "parts": {"count": size, "split": split}, **state})
+
+
+def write_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
+    """Write `folder/step-…` whole or not at all, and return it. Raises as `save_checkpoint` does."""
+    final, partial = folder / snapshot.folder_name, folder / snapshot.partial_name
     shutil.rmtree(partial, ignore_errors=True)
     try:
         # `folder` is not made here: a run folder that was deleted must not come back as half of one.
         partial.mkdir()
-        tensors, groups = flatten(optimizers)
-        save_tensors(partial / "model.safetensors", {n: t.detach() for n, t in model.state_dict().items()})
-        save_tensors(partial / "optimizer.safetensors", tensors)
-        state = {
-            "format": FORMAT,
-            "step": step,
-            "files": {
-                name: fingerprint(partial / name) for name in ("model.safetensors", "optimizer.safetensors")
-            },
-            "optimizers": groups,
-            "random": random_state(),
-            **more,
-        }
-        state["sha256"] = digest(state)
-        with (partial / "state.json").open("w", encoding="utf-8") as file:
-            json.dump(state, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        sync_folder(partial)
-        if final.exists():  # the same step again, after a resume: the same bits
-            shutil.rmtree(final)
-        partial.rename(final)
-        sync_folder(folder)
+        commit(final, partial, snapshot, write_files(partial, snapshot))
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise InputError("checkpoint.not_written", path=final, reason=reason_of(error)) from error
@@ -96,21 +136,55 @@ def save_checkpoint(
     return final
 
 
+def write_files(partial: Path, snapshot: Snapshot) -> dict[str, Any]:
+    """Write this process's files and wait until they are on the disk; their fingerprints."""
+    for name, tensors in snapshot.files.items():
+        save_tensors(partial / name, tensors)
+    return {name: fingerprint(partial / name) for name in snapshot.files}
+
+
+def commit(final: Path, partial: Path, snapshot: Snapshot, files: Mapping[str, Any]) -> None:
+    """Once every file is there: state.json, and the rename."""
+    state = {"format": snapshot.state["format"], "step": snapshot.step, "files": files} | snapshot.state
+    state["sha256"] = digest(state)
+    with (partial / "state.json").open("w", encoding="utf-8") as file:
+        json.dump(state, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(partial)
+    if final.exists():  # the same step again, after a resume: the same bits
+        shutil.rmtree(final)
+    partial.rename(final)
+    sync_folder(final.parent)
+
+
 def load_checkpoint(
-    path: Path, model: nn.Module | None, optimizers: Iterable[torch.optim.Optimizer] = ()
+    path: Path,
+    model: nn.Module | None,
+    optimizers: Iterable[torch.optim.Optimizer] = (),
+    rank: int = 0,
+    size: int = 1,
 ) -> dict[str, Any]:
     """Put the checkpoint's weights and optimizer state in place; returns its state.json.
 
+    However many ranks wrote it: each of `size` ranks reads what it holds, and checks its share of the files.
     Raises `InputError` if a file is missing, truncated, changed since it was written, or of another model.
     """
     state = read_state(path)
-    for name, written in state["files"].items():
+    for name, written in list(state["files"].items())[rank::size]:
         verify(path / name, written)
     if model is not None:
-        model.load_state_dict(_fitting(path, _tensors(path / "model.safetensors"), model))
+        held = dict(model.state_dict())
+        model.load_state_dict(_fitting(path, Stored(path, state, "model").like(held), model))
     optimizers = list(optimizers)
     if optimizers:
-        tensors = _tensors(path / "optimizer.safetensors")
+        held = {
+            n: p
+            for o in optimizers
+            for g in o.param_groups
+            for n, p in zip(g["param_names"], g["params"], strict=True)
+        }
+        tensors = Stored(path, state, "optimizer").like(held)
         if len(state["optimizers"]) != len(optimizers):
             raise InputError("checkpoint.foreign", path=path, what="optimizers")
         for optimizer, groups in zip(optimizers, state["optimizers"], strict=True):
@@ -130,8 +204,8 @@ def read_state(path: Path) -> dict[str, Any]:
         whole, state = False, {}
     if not whole:
         raise InputError("checkpoint.torn", path=file)
-    if state["format"] != FORMAT:
-        raise InputError("checkpoint.format", path=path, found=state["format"], known=FORMAT)
+    if state["format"] not in (FORMAT, IN_PARTS):
+        raise InputError("checkpoint.format", path=path, found=state["format"], known=f"{FORMAT}, {IN_PARTS}")
     try:
         require_state(state)
     except ValueError as error:
@@ -158,14 +232,20 @@ def random_state() -> dict[str, Any]:
     """The state of torch's generators, as hexadecimal text."""
     state: dict[str, Any] = {"cpu": _hex(torch.get_rng_state())}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state["cuda"] = [_hex(s) for s in torch.cuda.get_rng_state_all()]
+        # A rank has a GPU of its own, and asking the others would open each of them once more.
+        states = [torch.cuda.get_rng_state()] if is_distributed() else torch.cuda.get_rng_state_all()
+        state["cuda"] = [_hex(s) for s in states]
     return state
 
 
 def restore_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(_unhex(state["cpu"]))
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([_unhex(s) for s in state["cuda"]])
+        if is_distributed():
+            torch.cuda.set_rng_state(_unhex(state["cuda"][0]))
+        else:
+            for device, one in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
+                torch.cuda.set_rng_state(_unhex(one), device)
 
 
 def sync_folder(folder: Path) -> None:
@@ -228,29 +308,16 @@ def restore_optimizer(
     optimizer.load_state_dict({"state": state, "param_groups": param_groups})
 
 
-def require_weights(path: Path, config: TransformerConfig) -> None:
+def require_weights(path: Path, state: Mapping[str, Any], config: TransformerConfig) -> None:
     """Raise `InputError` unless the checkpoint holds this model's weights: nothing is made for a model
-    larger than its file."""
-    try:
-        with safe_open(path / "model.safetensors", framework="pt") as file:
-            names = set(file.keys())
-            # First the number of layers: the list of its weights has to be made for the rest.
-            fits = config.num_layers <= len(names) and names == config.weight_shapes().keys()
-            what = "model" if not fits else ""
-            for name, shape in config.weight_shapes().items() if fits else ():
-                if tuple(file.get_slice(name).get_shape()) != shape:
-                    what = name
-    except (OSError, SafetensorError) as error:
-        raise InputError("checkpoint.missing", path=path, reason=reason_of(error)) from None
-    if what:
-        raise InputError("checkpoint.foreign", path=path, what=what)
-
-
-def _tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except SafetensorError as error:  # the hash was right: it was written so
-        raise InputError("checkpoint.malformed", path=path, what=error) from None
+    larger than its files."""
+    shapes = Stored(path, state, "model").shapes()
+    # First the number of layers: the list of its weights has to be made for the rest.
+    if config.num_layers > len(shapes) or shapes.keys() != config.weight_shapes().keys():
+        raise InputError("checkpoint.foreign", path=path, what="model")
+    for name, shape in config.weight_shapes().items():
+        if tuple(shapes[name]) != shape:
+            raise InputError("checkpoint.foreign", path=path, what=name)
 
 
 def _fitting(path: Path, weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

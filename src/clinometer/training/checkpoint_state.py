@@ -6,11 +6,13 @@ A checkpoint can come from somebody else, with all its sums in order: what is in
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+_FILE = re.compile(r"(model|optimizer)(-\d{5}-of-\d{5})?\.safetensors")
 Test = Callable[[Any], bool]
 
 
@@ -104,6 +106,11 @@ _FIELDS: dict[str, Test] = {
 """Of every checkpoint."""
 
 _MAYBE: dict[str, Test] = {
+    "parts": lambda value: _table(
+        value,
+        count=lambda count: _whole(count) and 0 < count < 100_000,
+        split=lambda split: _table(split, model=_named(_each(_whole)), optimizer=_named(_each(_whole))),
+    ),
     "config": lambda value: isinstance(value, dict),
     "model": _model,
     "choices": _or_none(lambda value: isinstance(value, dict)),

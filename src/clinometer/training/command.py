@@ -17,12 +17,15 @@ from clinometer.messages import InputError, say
 from clinometer.training.checkpoint import checkpoints, step_of
 from clinometer.training.config import LARGEST_SEED, DataConfig, RunConfig
 from clinometer.training.display import RunDisplay, clock, printable, short_count
+from clinometer.training.launch import launched
 from clinometer.training.loop import Outcome, train
 from clinometer.training.memory import is_out_of_memory, too_little_memory
+from clinometer.training.parallel import World
 from clinometer.training.precision import choose_device, matmul_rate
-from clinometer.training.prepare import Session, begin_with, resume, start
+from clinometer.training.prepare import Session, attend, resume, start
 from clinometer.training.recording import open_record
 from clinometer.training.run_folder import RunFolder
+from clinometer.training.tokens import begin_with
 from clinometer.training.trained import import_run, load_run
 
 
@@ -37,18 +40,43 @@ def train_command(
     again: bool,
     began: Callable[[Path], None] | None = None,
 ) -> int:
-    """Train a new run or continue one; returns the exit code. `began` is told the run's folder."""
+    """Train a new run or continue one; returns the exit code. `began` is told the run's folder.
+
+    On several ranks (`torchrun … -m clinometer train …`) each calls this, and rank 0 alone speaks.
+    """
+    world = World(launched())
+    code = 0
+    with world.guarded():
+        code = _train(console, config, run, again, began if world.first else None, world)
+        world.leave()
+    return code
+
+
+def _train(
+    console: Console,
+    config: RunConfig | None,
+    run: Path | None,
+    again: bool,
+    began: Callable[[Path], None] | None,
+    world: World,
+) -> int:
+    console.quiet = not world.first
     display = RunDisplay(console)
+    # A launcher that starts the ranks again gives them the same command.
+    again = again or (run is not None and world.restarted and (run / "config.toml").is_file())
     try:
-        if again and run is not None:
-            session = resume(run, config, display)
+        if not world.first:
+            session = attend(display, world)
+        elif again and run is not None:
+            session = resume(run, config, display, world)
         else:
             config = config or RunConfig()
-            session = start(config, run or next_run_folder(config.data.corpus), display)
+            session = start(config, run or next_run_folder(config.data.corpus), display, world)
     except KeyboardInterrupt:
-        if run is not None and (run / "config.toml").exists():
+        if run is not None and world.first and (run / "config.toml").exists():
             console.print(say("train.interrupted_early", run=run), highlight=False)
         raise
+    world.remedy = lambda: _how_to_go_on(session)
     try:
         return run_session(session, display, began)
     except KeyboardInterrupt:  # the second one: it did not wait for the step in hand
@@ -63,6 +91,14 @@ def train_command(
         raise too_little_memory(error, session.config, numel, session.choices.device) from error
     finally:
         session.close()
+
+
+def _how_to_go_on(session: Session) -> str:
+    saved = checkpoints(session.folder.checkpoints)
+    path = session.folder.path
+    if not saved:
+        return say("parallel.from_start", run=path)
+    return say("parallel.go_on", step=step_of(saved[-1]), path=saved[-1], run=path)
 
 
 def run_session(session: Session, display: RunDisplay, began: Callable[[Path], None] | None = None) -> int:
@@ -91,6 +127,8 @@ def run_session(session: Session, display: RunDisplay, began: Callable[[Path], N
         tokens=tokens_per_step,
         epochs=steps * tokens_per_step / header.train_tokens,
     )
+    if not session.world.alone:
+        display.notice(f"parallel.{choices.parallel}", **session.world.described(model.num_parameters))
     display.notice("train.folder", path=path)
     if header.validation_tokens <= model.context_length:
         display.notice("train.no_validation")
@@ -108,7 +146,9 @@ def run_session(session: Session, display: RunDisplay, began: Callable[[Path], N
         steps=steps,
         tokens_per_step=tokens_per_step,
         flops_per_token=model.flops_per_token(),
-        peak=matmul_rate(torch.device(choices.device), choices.precision),
+        peak=matmul_rate(torch.device(choices.device), choices.precision) * session.world.size
+        if session.world.first
+        else 0.0,
     )
     before, started = session.step, time.perf_counter()
     try:

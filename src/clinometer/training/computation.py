@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -11,7 +11,9 @@ from clinometer.optim.choice import make_optimizers
 from clinometer.text.shards import TokenData
 from clinometer.text.tokenizer import Tokenizer
 from clinometer.training.config import RunConfig
+from clinometer.training.parallel import World
 from clinometer.training.precision import Choices
+from clinometer.training.sharding import sharded_model
 
 
 @dataclass(kw_only=True)
@@ -25,15 +27,26 @@ class Computation:
     model: TransformerLM
     optimizers: list[torch.optim.Optimizer]
     step: int = 0
+    world: World = field(default_factory=World)
 
 
-def first_model(config: RunConfig, choices: Choices, vocab_size: int) -> TransformerLM:
-    """The model as a run begins with it: a pure function of the configuration; torch's generators are set."""
+def first_model(
+    config: RunConfig, choices: Choices, vocab_size: int, world: World | None = None
+) -> TransformerLM:
+    """The model as a run begins with it: a pure function of the configuration; torch's generators are set.
+
+    With FSDP this rank's parts of it, the same numbers.
+    """
     torch.manual_seed(config.training.seed)
     generator = torch.Generator().manual_seed(config.training.seed)
-    model = TransformerLM(config.model.transformer(vocab_size), generator=generator).to(choices.device)
+    sizes = config.model.transformer(vocab_size)
+    if world is not None and world.kind == "fsdp":
+        return sharded_model(sizes, generator, world, compile=choices.compile)
+    model = TransformerLM(sizes, generator=generator).to(choices.device)
     if choices.compile:
         model.compile_parts(onednn=choices.onednn)
+    if world is not None:
+        world.wrap(model)
     return model
 
 

@@ -137,9 +137,13 @@ class TrainingConfig:
     keep: int = 2
     max_skipped: int = 10
     watch_every: int = 1
+    parallel: Literal["auto", "fsdp", "ddp"] = "auto"
+    activation_checkpointing: bool = False
+    async_checkpoints: bool = False
+    rank_patience: int = 60
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "eval_batches", "keep", "max_skipped"):
+        for name in ("steps", "batch_size", "eval_batches", "keep", "max_skipped", "rank_patience"):
             _at_least(f"training.{name}", getattr(self, name), 1)
         for name in ("eval_every", "sample_every", "checkpoint_every", "micro_batch_size"):
             if getattr(self, name) is not None:
@@ -151,6 +155,15 @@ class TrainingConfig:
         _at_least("training.watch_every", self.watch_every, 0)
         _one_of("training.precision", self.precision, ("auto", "float32", "bfloat16"))
         _one_of("training.compile", self.compile, ("auto", "on", "off"))
+        _one_of("training.parallel", self.parallel, ("auto", "fsdp", "ddp"))
+        for name in ("activation_checkpointing", "async_checkpoints"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(
+                    "config.one_of",
+                    field=f"training.{name}",
+                    value=getattr(self, name),
+                    choices="true, false",
+                )
         micro = self.micro_batch_size
         if micro is not None and self.batch_size % micro:
             raise InputError("config.micro_batch", batch_size=self.batch_size, micro_batch_size=micro)
@@ -167,6 +180,10 @@ FREE_ON_RESUME = {
     "training.keep",
     "training.max_skipped",
     "training.watch_every",
+    "training.parallel",
+    "training.activation_checkpointing",
+    "training.async_checkpoints",
+    "training.rank_patience",
 }
 """Fields a resumed run may change: none of them alters a step already taken."""
 

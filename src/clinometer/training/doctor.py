@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import tempfile
@@ -10,8 +11,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import distributed
 
 from clinometer.messages import say
+from clinometer.training.launch import launched
 from clinometer.training.precision import (
     bfloat16_is_fast,
     choose_device,
@@ -43,6 +46,16 @@ def doctor_command(console: Console) -> int:
         row(place, say("doctor.gigabytes", size=shutil.disk_usage(path).free / 2**30))
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     row("gpus", ", ".join(gpus) or say("doctor.none"))
+    backends = [
+        name
+        for name in ("gloo", "nccl")
+        if distributed.is_available() and distributed.is_backend_available(name)
+    ]
+    launch = launched()
+    together = (
+        say("doctor.one_rank") if launch is None else say("doctor.of_ranks", **dataclasses.asdict(launch))
+    )
+    row("ranks", f"{together}; {', '.join(backends) or say('doctor.none')}")
     row("compiler", find_compiler(device) or say("doctor.none"))
     row("float32", f"{matmul_rate(device, 'float32') / 1e12:.2f} TFLOP/s")
     row("bfloat16", f"{matmul_rate(device, 'bfloat16') / 1e12:.2f} TFLOP/s ({why})")

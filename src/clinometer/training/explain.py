@@ -139,7 +139,10 @@ class StepSummary(Result):
         lines: Document = [
             Line(sentence("explain.title", language, step=info["step"], run=name(str(self._run))))
         ]
-        if info["exact"]:
+        if info["differs"] is None and not info["exact"]:
+            values = {"ranks": number(str(info["ranks"])), "off": number(f"{info['off']:.1e}")}
+            lines.append(Line((note("· "), *sentence("explain.ranks", language, **values)), 2, 2))
+        elif info["exact"]:
             origin = "explain.exact" if info["from_step"] else "explain.exact_start"
             lines.append(Line((dim(say(origin, language, base=info["from_step"])),), 2, 2))
         else:

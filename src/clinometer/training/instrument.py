@@ -21,8 +21,8 @@ from clinometer.gradients.report import Result
 from clinometer.messages import InputError
 from clinometer.text import sampler
 from clinometer.training.display import RunDisplay
-from clinometer.training.prepare import Notices, open_tokens
 from clinometer.training.recording import add_report
+from clinometer.training.tokens import Notices, open_tokens
 from clinometer.training.trained import load_run
 
 CHECKED_SEQUENCES = 1

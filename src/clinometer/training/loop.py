@@ -22,8 +22,9 @@ from clinometer.optim.schedule import constant_schedule, cosine_schedule, warmup
 from clinometer.text import sampler
 from clinometer.training.computation import Computation
 from clinometer.training.config import RunConfig
-from clinometer.training.prepare import Session, begin_with
+from clinometer.training.prepare import Session
 from clinometer.training.run_folder import write_whole
+from clinometer.training.tokens import begin_with
 
 
 class Display(Protocol):
@@ -62,9 +63,10 @@ def train(session: Session, display: Display, record: Record | None = None) -> O
     finite takes no step and leaves the optimizer as it was; after `max_skipped` of them the run stops.
     """
     record = record or Record()
-    config = session.config
+    config, world = session.config, session.world
     last_step = config.training.steps
-    with stop_on_signal() as stop:
+    with stop_on_signal(0.0 if world.alone else ECHO_SECONDS) as request:
+        world.listen(request)
         while session.step < last_step:
             began = time.perf_counter()
             lr = learning_rate(config, session.step + 1)
@@ -79,16 +81,17 @@ def train(session: Session, display: Display, record: Record | None = None) -> O
             record.step()
 
             at = session.step
+            collect(session, display, record)
             if session.skipped_in_a_row >= config.training.max_skipped:
-                session.checkpoint()
+                session.checkpoint(must=True)
                 return Outcome.NOT_FINITE
             improved = (at % config.eval_every == 0 or at == last_step) and validate(session, display, record)
             if config.training.sample_tokens and (at % config.sample_every == 0 or at == last_step):
                 write_sample(session, display, record)
-            if improved or stop.signal or at % config.checkpoint_every == 0 or at == last_step:
-                save(session, display, record, must=bool(stop.signal) or at == last_step)
-            if stop.signal:
-                return Outcome.INTERRUPTED if stop.signal == signal.SIGINT else Outcome.TERMINATED
+            if improved or world.asked or at % config.checkpoint_every == 0 or at == last_step:
+                save(session, display, record, must=bool(world.asked) or at == last_step)
+            if world.asked:
+                return Outcome.INTERRUPTED if world.asked == signal.SIGINT else Outcome.TERMINATED
     return Outcome.DONE if session.weights_are_finite() else Outcome.NOT_FINITE
 
 
@@ -124,36 +127,41 @@ def forward_backward(
     """Gradient of the mean loss over the batch's tokens, clipped; returns that loss and the norm before.
 
     Micro-batches add up the *sums* of their token losses over the whole batch's token count, so the gradient
-    is the full batch's however it is cut.
+    is the full batch's however it is cut, and on however many ranks.
     """
-    config = computation.config
+    config, model, world = computation.config, computation.model, computation.world
     token_ids, targets = batch_of(computation, computation.step)
-    size = config.micro_batch_size
+    tokens = config.training.batch_size * targets.shape[1]
+    parts = sampler.parts(config.training.batch_size, config.micro_batch_size, world.rank, world.size)
     total = torch.zeros((), device=computation.choices.device)
-    for part in range(0, len(token_ids), size):
-        with computation.choices.autocast():
-            loss = computation.model.loss(
-                token_ids[part : part + size], targets[part : part + size], reduction="sum"
-            )
-        loss = loss / targets.numel()
-        loss.backward()
-        total += loss.detach()
+    for number, (part, counted) in enumerate(parts, 1):
+        world.reach(computation.step + 1)
+        with world.accumulating(model, last=number == len(parts)):
+            with computation.choices.autocast():
+                loss = world.loss(model, token_ids[part], targets[part])
+            loss = loss / (tokens / world.size) if counted else loss * 0.0
+            loss.backward()
+        total += loss.detach() / world.size
     if before_clipping is not None:
         before_clipping()
-    norm = clip_grad_norm_(computation.model.parameters(), config.optim.max_norm)
-    loss_and_norm = torch.stack((total, norm.to(total.device, total.dtype))).tolist()  # one wait for a GPU
-    return loss_and_norm[0], loss_and_norm[1]
+    world.reach(computation.step + 1)
+    return world.agree(total, clip_grad_norm_(model.parameters(), config.optim.max_norm))
 
 
 def batch_of(computation: Computation, step: int) -> tuple[Tensor, Tensor]:
-    """Token ids and targets of a step, (B, S) each: a pure function of the seed and the step."""
-    config = computation.config
+    """Token ids and targets of a step, (B, S) each: a pure function of the seed and the step.
+
+    Of several ranks, this one's windows of the same batch.
+    """
+    config, world = computation.config, computation.world
     arrays = sampler.batch(
         computation.data.train,
         context_length=config.model.context_length,
         batch_size=config.training.batch_size,
         seed=config.training.seed,
         step=step,
+        rank=world.rank,
+        world_size=world.size,
     )
     token_ids, targets = (torch.from_numpy(a).to(computation.choices.device) for a in arrays)
     return token_ids, targets
@@ -179,17 +187,20 @@ def evaluate(session: Session) -> float | None:
         return None
     count = config.training.eval_batches * config.training.batch_size
     starts = sampler.validation_windows(len(tokens), config.model.context_length, count)
-    total, seen = 0.0, 0
+    world = session.world
+    mine = starts[world.rank :: world.size] if len(starts) > world.rank else starts[:1]
+    total = 0.0
     # Eager: compiling the no-grad form too costs seconds, and validation is a small part of a run.
     with session.choices.uncompiled():
-        for first in range(0, len(starts), config.micro_batch_size):
-            part = starts[first : first + config.micro_batch_size]
-            arrays = sampler.gather(tokens, part, config.model.context_length)
+        for part, counted in sampler.parts(len(starts), config.micro_batch_size, world.rank, world.size):
+            world.reach(session.step)
+            arrays = sampler.gather(tokens, mine[part], config.model.context_length)
             token_ids, targets = (torch.from_numpy(a).to(session.choices.device) for a in arrays)
             with session.choices.autocast():
-                total += float(session.model.loss(token_ids, targets, reduction="sum"))
-            seen += targets.numel()
-    return total / seen
+                loss = float(session.model.loss(token_ids, targets, reduction="sum"))
+            total += loss if counted else 0.0
+    world.settle(session.model)
+    return world.sum([total])[0] / (len(starts) * config.model.context_length)
 
 
 def validate(session: Session, display: Display, record: Record) -> bool:
@@ -223,13 +234,20 @@ def write_sample(session: Session, display: Display, record: Record) -> None:
                 temperature=0.8,
                 top_p=0.95,
                 generator=generator,
-                stop_id=session.tokenizer.end_of_text_id,
+                # Every rank takes as many tokens: each is a forward, in which the others are waited for.
+                stop_id=session.tokenizer.end_of_text_id if session.world.alone else None,
             ):
-                if int(token[0]) != session.tokenizer.end_of_text_id:
-                    ids.append(int(token[0]))
+                session.world.reach(session.step)
+                ids.append(int(token[0]))
     except InputError as error:  # weights that are no longer finite: the run says so in its own way
         display.notice(error.key, **error.values)
         return
+    finally:
+        session.world.settle(session.model)
+    if not session.world.first:
+        return
+    if (end := session.tokenizer.end_of_text_id) in ids:
+        ids = ids[: ids.index(end)]
     text = training.sample_prompt + session.tokenizer.decode(ids)
     session.must_be_there()
     session.folder.samples.mkdir(exist_ok=True)
@@ -241,11 +259,26 @@ def write_sample(session: Session, display: Display, record: Record) -> None:
 def save(session: Session, display: Display, record: Record, *, must: bool) -> None:
     """Write a checkpoint. One that fails in the middle of a run is reported and the run goes on; the last
     one is an error, because its work would be lost."""
+    session.world.reach(session.step)
     try:
-        record.checkpoint(session.checkpoint())
+        if must:
+            collect(session, display, record, wait=True)
+        path = session.checkpoint(must=must)
+        if path is not None:
+            record.checkpoint(path)
     except InputError as error:
         if must:
             raise
+        display.notice("train.checkpoint_failed", reason=str(error))
+
+
+def collect(session: Session, display: Display, record: Record, *, wait: bool = False) -> None:
+    """Look after the checkpoint that is being written beside the training, if there is one."""
+    try:
+        path = session.written(wait)
+        if path is not None:
+            record.checkpoint(path)
+    except InputError as error:
         display.notice("train.checkpoint_failed", reason=str(error))
 
 
@@ -269,21 +302,32 @@ def finite_or_text(row: dict[str, Any]) -> dict[str, Any]:
     return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
+ECHO_SECONDS = 2.0
+"""A terminal sends Ctrl-C to the launcher and to the ranks, and the launcher sends its own once more."""
+
+
 class StopRequest:
     """The signal that asked the run to stop, if one did."""
 
     signal: signal.Signals | None = None
+    at: float = 0.0
 
 
 @contextmanager
-def stop_on_signal():
-    """Ctrl-C and SIGTERM ask for a stop after the step in hand; a second one stops at once."""
+def stop_on_signal(echo_seconds: float = 0.0):
+    """Ctrl-C and SIGTERM ask for a stop after the step in hand; a second one stops at once.
+
+    One that comes within `echo_seconds` of the first is the same one.
+    """
     request = StopRequest()
 
     def ask(number: int, _frame: object) -> None:
+        now = time.monotonic()
         if request.signal is not None:
+            if now - request.at < echo_seconds:
+                return
             raise KeyboardInterrupt
-        request.signal = signal.Signals(number)
+        request.signal, request.at = signal.Signals(number), now
 
     previous: dict[signal.Signals, Any] = {}
     try:

@@ -28,6 +28,9 @@ class Choices:
     threads: int
     onednn: bool = False
     """Float32 products by oneDNN: compiled runs on a CPU where it was measured faster."""
+    ranks: int = 1
+    parallel: str = "one"
+    """How several ranks share the work: "fsdp" or "ddp"."""
     why_precision: str = ""
     why_compile: str = ""
 

@@ -4,41 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from clinometer.messages import InputError
+from clinometer.sharding import local
 from clinometer.text.corpus import Corpus, open_corpus
-from clinometer.text.encoding import Progress, encode_corpus
 from clinometer.text.sampler import windows_per_epoch
-from clinometer.text.shards import TokenData
-from clinometer.text.split import split
-from clinometer.text.tokenizer import Tokenizer, byte_tokenizer, train_bpe
+from clinometer.text.shards import TokenData, find_tokens
+from clinometer.text.tokenizer import Tokenizer
 from clinometer.training import checkpoint
 from clinometer.training.computation import Computation, first_model, first_optimizers
-from clinometer.training.config import FREE_ON_RESUME, RunConfig, differences
+from clinometer.training.config import FREE_ON_RESUME, RunConfig, config_from, differences
+from clinometer.training.launch import host_name
+from clinometer.training.parallel import World
 from clinometer.training.precision import Choices, choose
-from clinometer.training.run_folder import Lines, RunFolder, describe_environment, write_whole
-
-DEFAULT_VOCABULARY = 4096
-
-TOKENIZER_CHARACTERS = 200_000_000
-"""A tokenizer is trained on at most so much text; more changes the merges little and takes minutes."""
-
-
-class Notices(Protocol):
-    """Where preparation says what it is doing (see display.py)."""
-
-    def notice(self, key: str, /, **values: Any) -> None: ...
-    def progress(self, key: str, done: int, total: int) -> None: ...
+from clinometer.training.run_folder import Lines, NoLines, RunFolder, describe_environment, write_whole
+from clinometer.training.saving import Saver
+from clinometer.training.tokens import Notices, cache_folder, encode_saying, tokenizer_of
 
 
 @dataclass(kw_only=True)
@@ -52,31 +41,50 @@ class Session(Computation):
     best_loss: float | None = None
     best_step: int | None = None
 
-    def checkpoint(self) -> Path:
-        """Write everything the run needs to go on bit for bit."""
+    def checkpoint(self, *, must: bool = False) -> Path | None:
+        """Write everything the run needs to go on bit for bit.
+
+        With `training.async_checkpoints` that is begun here and told by `written`, unless it `must` be done.
+        """
         self.must_be_there()
         self.metrics.sync()
         self.skipped.sync()
-        path = checkpoint.save_checkpoint(
-            self.folder.checkpoints,
-            self.step,
-            self.model,
-            self.optimizers,
-            {
-                "config": self.config.to_dict(),
-                "model": dataclasses.asdict(self.model.config),
-                "choices": dataclasses.asdict(self.choices),
-                "data": {"content": self.data.header.content_hash, "tokenizer": self.tokenizer.hash},
-                "separated": self.data.header.documents > 1,
-                "metrics_bytes": self.metrics.size,
-                "skipped_bytes": self.skipped.size,
-                "skipped_in_a_row": self.skipped_in_a_row,
-                "best_loss": self.best_loss,
-                "best_step": self.best_step,
-            },
+        more = {
+            "config": self.config.to_dict(),
+            "model": dataclasses.asdict(self.model.config),
+            "choices": dataclasses.asdict(self.choices),
+            "data": {"content": self.data.header.content_hash, "tokenizer": self.tokenizer.hash},
+            "separated": self.data.header.documents > 1,
+            "metrics_bytes": self.metrics.size,
+            "skipped_bytes": self.skipped.size,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "best_loss": self.best_loss,
+            "best_step": self.best_step,
+        }
+        beside = self.config.training.async_checkpoints and not must
+        if self.world.alone and not beside:
+            path = checkpoint.save_checkpoint(
+                self.folder.checkpoints, self.step, self.model, self.optimizers, more
+            )
+            return self._pruned(path)
+        snapshot = checkpoint.take_snapshot(
+            self.step, self.model, self.optimizers, more, self.world.rank, self.world.size
         )
-        checkpoint.prune(self.folder.checkpoints, self.config.training.keep, self.best_step)
+        if beside:
+            return self._pruned(self._saver.begin(snapshot))
+        return self._pruned(self._saver.save(snapshot))
+
+    def written(self, wait: bool = False) -> Path | None:
+        """The checkpoint that was begun, when it is there. Raises `InputError` if it could not be written."""
+        return self._pruned(self._saver.written(wait))
+
+    def _pruned(self, path: Path | None) -> Path | None:
+        if path is not None and self.world.first:
+            checkpoint.prune(self.folder.checkpoints, self.config.training.keep, self.best_step)
         return path
+
+    def __post_init__(self) -> None:
+        self._saver = Saver(self.folder.checkpoints, self.world)
 
     def must_be_there(self) -> None:
         """Raise `InputError` if the run folder was deleted or replaced under us."""
@@ -84,16 +92,21 @@ class Session(Computation):
             raise InputError("run.vanished", path=self.folder.path, step=self.step)
 
     def weights_are_finite(self) -> bool:
-        return all(bool(torch.isfinite(p).all()) for p in self.model.parameters())
+        bad = any(not bool(torch.isfinite(local(p)).all()) for p in self.model.parameters())
+        return not self.world.sum([float(bad)])[0]
 
     def close(self) -> None:
+        with suppress(BaseException):  # told already, or the run has ended by something worse
+            self._saver.written(wait=True)
         self.metrics.close()
         self.skipped.close()
         self.folder.unlock()
 
 
-def start(config: RunConfig, path: Path, notices: Notices) -> Session:
+def start(config: RunConfig, path: Path, notices: Notices, world: World | None = None) -> Session:
     """A new run in the new folder `path`; nothing of it is left if the corpus cannot be used.
+
+    Of several ranks the first one calls this, or `resume`, and the others `attend`.
 
     Raises `InputError` for a folder in use, a bad corpus or tokenizer, a device that is not there.
     """
@@ -105,7 +118,7 @@ def start(config: RunConfig, path: Path, notices: Notices) -> Session:
         if corpus is None:  # standard input, a pipe: it cannot be read again on resume, so the run keeps it
             config = _keep_stream(config, folder)
             corpus = open_corpus(config.data.corpus)
-        return _prepare(config, folder, corpus, notices, state=None, last=None)
+        return _prepare(config, folder, corpus, notices, world or World(), state=None, last=None)
     except Exception:
         # Nothing was learned yet: a wrong setting must not cost a "run folder exists" on the next try.
         _remove_unstarted(folder, existed)
@@ -115,7 +128,7 @@ def start(config: RunConfig, path: Path, notices: Notices) -> Session:
         raise
 
 
-def resume(path: Path, changed: RunConfig | None, notices: Notices) -> Session:
+def resume(path: Path, changed: RunConfig | None, notices: Notices, world: World | None = None) -> Session:
     """The run in `path` where its last checkpoint left it, or from its beginning if it has none yet.
 
     `changed` is the configuration asked for now, if any. Raises `InputError` if it differs in a field that
@@ -124,13 +137,34 @@ def resume(path: Path, changed: RunConfig | None, notices: Notices) -> Session:
     folder = RunFolder.open(path)
     folder.lock()
     try:
-        return _resume(folder, changed, notices)
+        return _resume(folder, changed, notices, world or World())
     except BaseException:
         folder.unlock()
         raise
 
 
-def _resume(folder: RunFolder, changed: RunConfig | None, notices: Notices) -> Session:
+def attend(notices: Notices, world: World) -> Session:
+    """The run that rank 0 starts or resumes, on another rank. Raises `InputError` without its folder."""
+    told = world.share()
+    path = Path(told["path"])
+    if not (path / "config.toml").is_file():
+        raise InputError("parallel.not_shared", path=path, host=host_name())
+    folder = RunFolder.open(path)
+    config = config_from(told["config"])
+    tokenizer = Tokenizer.load(folder.tokenizer)
+    where = cache_folder(folder) / "tokens"
+    data = find_tokens(where, told["content"], tokenizer.hash, config.data.validation_fraction)
+    data = data or encode_saying(config, folder, open_corpus(config.data.corpus), tokenizer, notices)
+    if data.header.content_hash != told["content"]:
+        raise InputError("resume.data", path=path, corpus=config.data.corpus)
+    last = None if told["last"] is None else Path(told["last"])
+    state = None if last is None else checkpoint.read_state(last)
+    return _assemble(
+        config, folder, tokenizer, data, Choices(**told["choices"]), world, state=state, last=last
+    )
+
+
+def _resume(folder: RunFolder, changed: RunConfig | None, notices: Notices, world: World) -> Session:
     path, config = folder.path, folder.config
     if changed is not None and (found := differences(config, _with_full_paths(changed))):
         wrong = {name: values for name, values in found.items() if name not in FREE_ON_RESUME}
@@ -145,7 +179,8 @@ def _resume(folder: RunFolder, changed: RunConfig | None, notices: Notices) -> S
         notices.notice("train.from_start", path=path)
     if state is not None and config.training.steps < state["step"]:
         raise InputError("resume.steps", path=path, steps=config.training.steps, done=state["step"])
-    session = _prepare(config, folder, open_corpus(config.data.corpus), notices, state=state, last=last)
+    corpus = open_corpus(config.data.corpus)
+    session = _prepare(config, folder, corpus, notices, world, state=state, last=last)
     if config != folder.config:
         write_whole(folder.config_file, config.to_toml())
     return session
@@ -156,12 +191,15 @@ def _prepare(
     folder: RunFolder,
     corpus: Corpus,
     notices: Notices,
+    world: World,
     *,
     state: dict[str, Any] | None,
     last: Path | None,
 ) -> Session:
-    tokenizer = _tokenizer(config, folder, corpus, notices)
-    data = _encode(config, folder, corpus, tokenizer, notices)
+    if config.training.batch_size < world.size:
+        raise InputError("parallel.batch", batch_size=config.training.batch_size, ranks=world.size)
+    tokenizer = tokenizer_of(config, folder, corpus, notices)
+    data = encode_saying(config, folder, corpus, tokenizer, notices)
     seen = {"content": data.header.content_hash, "tokenizer": tokenizer.hash}
     if state is not None and state["data"] not in (
         None,
@@ -182,15 +220,53 @@ def _prepare(
     else:
         choices = Choices(**state["choices"])
         choose(device=choices.device, precision=choices.precision, compile="off", total_flops=0.0)
-        if torch.get_num_threads() != choices.threads:
-            torch.set_num_threads(choices.threads)  # sums are split by thread: other threads, other bits
-    model = first_model(config, choices, tokenizer.vocab_size)
-    optimizers = first_optimizers(config, model)
+        if (
+            choices.ranks != world.size
+        ):  # other ranks, other bits: nothing is to be kept of how they were made
+            choices = dataclasses.replace(choices, threads=torch.get_num_threads())
+    choices = dataclasses.replace(choices, ranks=world.size, parallel=world.choose(config.training.parallel))
     if state is None or state["choices"] is None:
         environment = describe_environment() | {"choices": dataclasses.asdict(choices)}
         write_whole(folder.environment_file, json.dumps(environment, indent=1, ensure_ascii=False))
+    world.share(
+        {
+            "path": str(folder.path.absolute()),
+            "config": config.to_dict(),
+            "content": data.header.content_hash,
+            "choices": dataclasses.asdict(choices),
+            "last": None if last is None else str(last.absolute()),
+        }
+    )
+    return _assemble(config, folder, tokenizer, data, choices, world, state=state, last=last)
+
+
+def _assemble(
+    config: RunConfig,
+    folder: RunFolder,
+    tokenizer: Tokenizer,
+    data: TokenData,
+    choices: Choices,
+    world: World,
+    *,
+    state: dict[str, Any] | None,
+    last: Path | None,
+) -> Session:
+    """What every rank makes for itself, once it is known what the run is and what it computes with."""
+    if not world.alone:
+        choices = dataclasses.replace(choices, device=world.device_of(choices.device))
+    world.begin(torch.device(choices.device), choices.parallel, config.training.rank_patience)
+    if torch.get_num_threads() != choices.threads:
+        torch.set_num_threads(choices.threads)  # sums are split by thread: other threads, other bits
+    model = first_model(config, choices, tokenizer.vocab_size, world)
+    model.recompute_blocks(config.training.activation_checkpointing)
+    optimizers = first_optimizers(config, model)
     if last is not None and state is not None:  # before anything is cut back to where it stood
-        checkpoint.load_checkpoint(last, model, optimizers if state["optimizers"] else ())
+        held = optimizers if state["optimizers"] else ()
+        checkpoint.load_checkpoint(last, model, held, world.rank, world.size)
+    metrics, skipped = NoLines(), NoLines()
+    if world.first:
+        metrics = Lines(folder.metrics_file, state["metrics_bytes"] if state else 0)
+        skipped = Lines(folder.skipped_file, state["skipped_bytes"] if state else 0)
     session = Session(
         config=config,
         folder=folder,
@@ -199,8 +275,9 @@ def _prepare(
         data=data,
         model=model,
         optimizers=optimizers,
-        metrics=Lines(folder.metrics_file, state["metrics_bytes"] if state else 0),
-        skipped=Lines(folder.skipped_file, state["skipped_bytes"] if state else 0),
+        world=world,
+        metrics=metrics,
+        skipped=skipped,
     )
     if state is not None:
         checkpoint.restore_random_state(state["random"])
@@ -208,104 +285,6 @@ def _prepare(
         session.skipped_in_a_row = state["skipped_in_a_row"]
         session.best_loss, session.best_step = state["best_loss"], state["best_step"]
     return session
-
-
-def open_tokens(path: Path, tokenizer: Tokenizer, notices: Notices) -> tuple[TokenData, RunConfig]:
-    """The tokens of the run in `path`, from the cache or encoded again; the run itself is not touched."""
-    folder = RunFolder.open(path)
-    config = folder.config
-    return _encode(config, folder, open_corpus(config.data.corpus), tokenizer, notices), config
-
-
-def _encode(
-    config: RunConfig, folder: RunFolder, corpus: Corpus, tokenizer: Tokenizer, notices: Notices
-) -> TokenData:
-    notices.notice("train.encoding", corpus=corpus.name)
-    return encode(
-        config,
-        folder,
-        tokenizer,
-        lambda done, total: notices.progress("train.encoding_bar", done, total),
-        corpus,
-    )
-
-
-def encode(
-    config: RunConfig,
-    folder: RunFolder,
-    tokenizer: Tokenizer,
-    progress: Progress,
-    corpus: Corpus | None = None,
-) -> TokenData:
-    """The run's text (`corpus`, if it is open already) as tokens, made now or found in the cache."""
-    return encode_corpus(
-        corpus or open_corpus(config.data.corpus),
-        tokenizer,
-        cache_folder(folder) / "tokens",
-        fraction=config.data.validation_fraction,
-        progress=progress,
-    )
-
-
-def _tokenizer(config: RunConfig, folder: RunFolder, corpus: Corpus, notices: Notices) -> Tokenizer:
-    """The run's own if it has one already; else the one the configuration asks for, saved with the run."""
-    if (folder.tokenizer / "tokenizer.json").exists():
-        return Tokenizer.load(folder.tokenizer)
-    match config.data.tokenizer:
-        case "bytes":
-            tokenizer = byte_tokenizer()
-        case "bpe":
-            tokenizer = _train_tokenizer(config, corpus, notices)
-        case path:
-            tokenizer = Tokenizer.load(path)
-    tokenizer.save(folder.tokenizer)
-    return tokenizer
-
-
-def _train_tokenizer(config: RunConfig, corpus: Corpus, notices: Notices) -> Tokenizer:
-    """Of the size asked for; if none was, DEFAULT_VOCABULARY or as many tokens as the text can give."""
-    size = config.data.vocab_size or DEFAULT_VOCABULARY
-    notices.notice("train.tokenizer", vocab_size=size)
-    try:
-        return train_bpe(_training_text(config, corpus), size)
-    except InputError as error:
-        if config.data.vocab_size is not None or error.key != "text.vocab_large":
-            raise
-        return train_bpe(_training_text(config, corpus), error.values["largest"])
-
-
-def _training_text(config: RunConfig, corpus: Corpus) -> Iterator[str]:
-    """The training side in pieces, so that nothing of the validation text shapes the vocabulary.
-
-    Not in documents: a file of gigabytes may be one.
-    """
-    left = TOKENIZER_CHARACTERS
-    for side, text, _ in split(corpus, config.data.validation_fraction).parts(corpus):
-        if side == "train":
-            yield text[:left]
-            left -= len(text)
-            if left <= 0:
-                return
-
-
-def cache_folder(folder: RunFolder) -> Path:
-    """Where encoded corpora are kept between runs: CLINOMETER_CACHE, else the user's cache folder.
-
-    Where that cannot be written, the run's own folder.
-    """
-    given = os.environ.get("CLINOMETER_CACHE")
-    base = (
-        Path(given)
-        if given
-        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clinometer"
-    )
-    try:
-        base.mkdir(parents=True, exist_ok=True)
-        if os.access(base, os.W_OK):
-            return base
-    except OSError:
-        pass
-    return folder.path / "cache"
 
 
 def _is_stream(corpus: str) -> bool:
@@ -348,12 +327,3 @@ def _remove_unstarted(folder: RunFolder, existed: bool) -> None:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     else:
         shutil.rmtree(folder.path, ignore_errors=True)
-
-
-def begin_with(tokenizer: Tokenizer, separated: bool, prompt: str) -> list[int]:
-    """Token ids a text starts from: the prompt, else end-of-text if the model has seen it, else a newline."""
-    if prompt:
-        return tokenizer.encode(prompt)
-    if separated and tokenizer.end_of_text_id is not None:
-        return [tokenizer.end_of_text_id]
-    return tokenizer.encode("\n")

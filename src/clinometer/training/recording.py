@@ -34,23 +34,33 @@ _STATES = {
 def open_record(session: Session, display: Display) -> Record:
     """The run's record, cut back to where the session stands; a silent one if it is off or cannot be opened.
 
-    A training does not fail because it cannot be written down: the display is told why.
+    A training does not fail because it cannot be written down: the display is told why. On several ranks
+    every one watches, for what is measured is added up over them, and rank 0 writes.
     """
     if not session.config.training.watch_every:
         return Record()
-    there = (session.folder.path / FILE_NAME).exists()
+    world, recorder = session.world, None
+    if world.first:
+        there = (session.folder.path / FILE_NAME).exists()
+        try:
+            recorder = Recorder(session.folder.path, continue_from=session.step if there else None)
+        except InputError as error:
+            display.notice("train.unrecorded", reason=str(error))
+    if not world.share(recorder is not None):
+        return Record()
     try:
-        recorder = Recorder(session.folder.path, continue_from=session.step if there else None)
-    except InputError as error:
+        return Recording(session, display, [] if recorder is None else [recorder])
+    except InputError as error:  # found by every rank
+        if recorder is not None:
+            recorder.close(None)
         display.notice("train.unrecorded", reason=str(error))
         return Record()
-    return Recording(session, display, recorder)
 
 
 class Recording(Record):
     """Writes what the loop tells into RUN/run.sqlite, beside what the watch sees by itself."""
 
-    def __init__(self, session: Session, display: Display, recorder: Recorder) -> None:
+    def __init__(self, session: Session, display: Display, sinks: list[Recorder]) -> None:
         config = session.config
         self._display = display
         self._session = session
@@ -59,14 +69,15 @@ class Recording(Record):
         self.watch = watch(
             session.model,
             session.optimizers,
-            recorder,
+            sinks,
             every=config.training.watch_every,
             name=session.folder.path.name,
             config=config.to_dict(),
         )
         self.watch.step = session.step
         self.watch.on_alert = self._show
-        self.watch.closure = self._loss_in_hand
+        if session.world.alone:
+            self.watch.closure = self._loss_in_hand
         layer = config.model.num_layers // 2
         for kind in PINNED:
             self.watch.pin(f"layers.{layer}.{kind}.weight", (0, 0))

@@ -29,9 +29,9 @@ from clinometer.training.computation import Computation, first_model, first_opti
 from clinometer.training.config import RunConfig, config_from
 from clinometer.training.loop import batch_of, forward_backward, learning_rate, take_step
 from clinometer.training.precision import Choices, choose
-from clinometer.training.prepare import cache_folder, encode
 from clinometer.training.replay_folder import save_replay
 from clinometer.training.run_folder import RunFolder, describe_environment
+from clinometer.training.tokens import cache_folder, encode
 
 Progress = Callable[[str, int, int], None]
 """Called with ("restore" | "encode" | "replay", done, total)."""
@@ -79,7 +79,8 @@ def replay_step(path: Path, step: int, progress: Progress, *, inexact: bool = Fa
 
     Raises `InputError` for a step that was not recorded, a text or checkpoint that is not the run's, and, if
     `inexact` is not set, for a loss or norm that differs from the recorded one in any bit. If it is set, the
-    folder says that the step is not the run's own, and where the two part.
+    folder says that the step is not the run's own, and where the two part. Of a run of several ranks the
+    numbers must be close (CLOSE), for one process adds up in another order; the folder says how close.
     """
     folder = RunFolder.open(path)
     rows = recorded(folder)
@@ -90,7 +91,7 @@ def replay_step(path: Path, step: int, progress: Progress, *, inexact: bool = Fa
         computation, from_start = _restored(folder, step, progress)
         progress("restore", 1, 1)
         base = computation.step
-        record = _Record(folder, rows, base, from_start, inexact)
+        record = _Record(folder, rows, base, from_start, inexact, computation.choices)
         total = step - base + (step + 1 in rows)
         for done in range(step - base - 1):
             progress("replay", done, total)
@@ -110,7 +111,9 @@ def replay_step(path: Path, step: int, progress: Progress, *, inexact: bool = Fa
         torch.set_num_threads(threads)
     difference = record.difference
     info |= {
-        "exact": difference is None,
+        "exact": difference is None and not record.farthest,
+        "ranks": record.ranks,
+        "off": record.farthest,
         "differs": None if difference is None else dataclasses.asdict(difference),
         "from_step": base,
     }
@@ -143,13 +146,26 @@ def require_step(folder: RunFolder, rows: Mapping[int, Row], step: int) -> None:
         raise InputError("explain.not_recorded", path=folder.metrics_file, step=step)
 
 
+CLOSE = {"float32": 1e-3, "bfloat16": 5e-2}
+"""Relative: how near a loss or norm must come that several ranks have added up in another order."""
+
+
 class _Record:
     """What the run wrote down, to hold each replayed step against."""
 
     def __init__(
-        self, folder: RunFolder, rows: dict[int, Row], base: int, from_start: bool, inexact: bool
+        self,
+        folder: RunFolder,
+        rows: dict[int, Row],
+        base: int,
+        from_start: bool,
+        inexact: bool,
+        choices: Choices,
     ) -> None:
         self._folder, self._rows, self._inexact = folder, rows, inexact
+        self._choices = choices
+        self.ranks = max(choices.ranks, _most_ranks(folder))
+        self.farthest = 0.0
         self._base, self._from_start = base, from_start
         self.difference: Difference | None = None
 
@@ -162,7 +178,14 @@ class _Record:
         """The replayed loss and norm of a step must be the recorded bits."""
         row = self.row(step)
         for what, is_recorded, found in (("loss", row.loss, loss), ("grad_norm", row.norm, norm)):
-            if found != is_recorded and not (math.isnan(found) and math.isnan(is_recorded)):
+            if found == is_recorded or (math.isnan(found) and math.isnan(is_recorded)):
+                continue
+            if self.ranks > 1 and math.isfinite(found) and math.isfinite(is_recorded):
+                off = abs(found - is_recorded) / max(abs(is_recorded), 1e-30)
+                self.farthest = max(self.farthest, off)
+                if off > CLOSE.get(self._choices.precision, 0.0):
+                    self.differs(Difference(step=step, what=what, recorded=is_recorded, found=found))
+            else:
                 self.differs(Difference(step=step, what=what, recorded=is_recorded, found=found))
 
     def differs(self, difference: Difference) -> None:
@@ -228,6 +251,17 @@ def _choices(folder: RunFolder, state: dict[str, Any] | None) -> Choices:
         return Choices(**(told or parse_json(folder.environment_file.read_text(encoding="utf-8"))["choices"]))
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError("explain.choices", path=folder.environment_file) from None
+
+
+def _most_ranks(folder: RunFolder) -> int:
+    """How many ranks have trained the run at most: it may have been resumed with another number."""
+    found = 1
+    for path in checkpoint.checkpoints(folder.checkpoints):
+        try:
+            found = max(found, int(checkpoint.read_state(path)["choices"]["ranks"]))
+        except (InputError, KeyError, TypeError, ValueError):  # damaged, or from before there were ranks
+            continue
+    return found
 
 
 def _configurations(folder: RunFolder) -> list[RunConfig]:

@@ -151,6 +151,30 @@ class Lines:
         self._file.close()
 
 
+class NoLines(Lines):
+    """Of a rank that writes none: rank 0 does."""
+
+    def __init__(self) -> None:
+        pass
+
+    @property
+    def size(self) -> int:
+        return 0
+
+    @property
+    def vanished(self) -> bool:
+        return False
+
+    def append(self, **row: Any) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a small file whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -58,7 +58,7 @@ def load_run(path: Path, which: str = "best", device: str | torch.device = "cpu"
     if "model" not in state:
         raise InputError("checkpoint.malformed", path=saved[step], what="model")
     config = TransformerConfig(**state["model"])
-    checkpoint.require_weights(saved[step], config)
+    checkpoint.require_weights(saved[step], state, config)
     model = TransformerLM(config)
     checkpoint.load_checkpoint(saved[step], model)
     return Trained(

@@ -1,0 +1,116 @@
+"""However one rank ends, all end: one message that names it, an exit code, and a good checkpoint."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from clinometer.training.checkpoint import checkpoints, load_checkpoint
+from clinometer.training.launch import launched
+from clinometer.training.run_folder import RunFolder
+from tests.training.conftest import SENTENCES, assert_refused, small
+from tests.training.ranks import ranks_of
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+
+
+def arguments(folder, *more):
+    text = "\n".join(SENTENCES[i % 4] + f" {i * i}" for i in range(400))
+    (folder / "corpus.txt").write_text(text, encoding="utf-8")
+    settings = small("--training.steps=100000", "--training.sample-tokens=0", "--training.device=cpu", *more)
+    settings += ["--training.checkpoint-every=5", "--training.eval-every=100000", "--training.keep=5"]
+    return ["clinometer", "train", "--run", "run", "--corpus", "corpus.txt", *settings]
+
+
+def rows(folder):
+    try:
+        return [row["step"] for row in RunFolder(folder / "run").metrics() if "lr" in row]
+    except OSError:
+        return []
+
+
+def in_training(folder, processes, steps=12):
+    until = time.monotonic() + 300
+    while len(rows(folder)) < steps:
+        assert time.monotonic() < until
+        assert all(p.poll() is None for p in processes), [p.communicate() for p in processes]
+        time.sleep(0.05)
+
+
+def ended_ranks(processes):
+    out = [p.communicate(timeout=300) for p in processes]
+    return [(p.returncode, *texts) for p, texts in zip(processes, out, strict=True)]
+
+
+def assert_good_checkpoint(folder):
+    """The newest loads, every file of it by hash, and nothing half is beside it."""
+    saved = checkpoints(folder / "run" / "checkpoints")
+    assert load_checkpoint(saved[-1], None)["step"] >= 5
+    return saved
+
+
+def test_a_bad_setting_is_said_once_and_every_rank_ends_with_2(tmp_path):
+    wrong = [*arguments(tmp_path), "--training.parallel=dpp"]
+    told = ended_ranks(ranks_of(2, wrong, tmp_path, cwd=tmp_path))
+    assert [code for code, _, _ in told] == [2, 2]
+    texts = [out + err for _, out, err in told]
+    assert sum(text.count("dpp") for text in texts) == 1
+    assert "Traceback" not in "".join(texts)
+
+
+def test_a_fault_of_the_first_rank_alone_ends_all_with_its_message(tmp_path):
+    """A batch too small for the ranks is found by rank 0, while the other waits for its word."""
+    told = ended_ranks(ranks_of(2, arguments(tmp_path, "--training.batch-size=1"), tmp_path, cwd=tmp_path))
+    assert [code for code, _, _ in told] == [2, 2]
+    assert "".join(out + err for _, out, err in told).count("2 ranks") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_is_killed_or_hangs_is_named_and_the_other_ends(tmp_path, number):
+    ranks = ranks_of(2, [*arguments(tmp_path), "--training.rank-patience=3"], tmp_path, cwd=tmp_path)
+    try:
+        in_training(tmp_path, ranks)
+        ranks[1].send_signal(number)
+        began = time.monotonic()
+        out, err = ranks[0].communicate(timeout=240)
+        assert ranks[0].returncode == 3
+        assert "Rank 1 on host" in err
+        assert err.count("The run ends here") == 1
+        assert "Traceback" not in out + err
+        saved = assert_good_checkpoint(tmp_path)
+        assert str(saved[-1].name) in err
+        assert time.monotonic() - began < 200
+    finally:
+        ranks[1].kill()
+        ranks[1].communicate()
+
+
+def test_torchrun_that_is_told_to_stop_leaves_a_checkpoint_that_goes_on(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    given = ["--folder" if word == "--run" else word for word in arguments(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CLINOMETER_CACHE": str(tmp_path / "cache")}
+    environment |= {"COLUMNS": "300", "CLINOMETER_LANG": "en"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([*command, *given], cwd=tmp_path, env=environment, **pipes)
+    in_training(tmp_path, [process])
+    process.terminate()
+    out, err = process.communicate(timeout=240)
+    saved = assert_good_checkpoint(tmp_path)
+    last = rows(tmp_path)
+    assert last == list(range(1, len(last) + 1))
+    assert int(saved[-1].name.removeprefix("step-")) == last[-1]  # that of the step at which all stopped
+    assert out.count("Stopped at step") == 1, (out, err)
+    state = json.loads((saved[-1] / "state.json").read_text())
+    assert len(state["files"]) == 4
+
+
+def test_a_launchers_contradiction_is_refused(clinometer):
+    result = clinometer("doctor", env={"RANK": "2", "WORLD_SIZE": "2"})
+    assert_refused((result.returncode, result.stdout, result.stderr), "RANK", "2, 2")
+    assert launched({}) is None
+    assert launched({"WORLD_SIZE": "1", "RANK": "0"}) is None
