@@ -94,7 +94,7 @@ _FIELDS: dict[str, Test] = {
     "step": _whole,
     "files": lambda value: (
         _named(lambda file: _table(file, bytes=_whole, sha256=_text))(value)
-        and {"model.safetensors", "optimizer.safetensors"} <= value.keys()
+        and all(_FILE.fullmatch(name) for name in value)
     ),
     "optimizers": _each(_each(_group)),
     "random": lambda value: (

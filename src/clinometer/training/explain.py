@@ -140,13 +140,13 @@ class StepSummary(Result):
             Line(sentence("explain.title", language, step=info["step"], run=name(str(self._run))))
         ]
         if info["differs"] is None and not info["exact"]:
-            values = {"ranks": number(str(info["ranks"])), "off": number(f"{info['off']:.1e}")}
+            values: dict[str, Any] = {"ranks": number(str(info["ranks"])), "off": number(f"{info['off']:.1e}")}
             lines.append(Line((note("· "), *sentence("explain.ranks", language, **values)), 2, 2))
         elif info["exact"]:
             origin = "explain.exact" if info["from_step"] else "explain.exact_start"
             lines.append(Line((dim(say(origin, language, base=info["from_step"])),), 2, 2))
         else:
-            values = dict(info["differs"])
+            values = dict(info["differs"] or {})
             for key in ("recorded", "found"):
                 values[key] = number(repr(float(values[key])))
             lines.append(Line((fault("✗ "), *sentence("explain.inexact", language, **values)), 2, 2))

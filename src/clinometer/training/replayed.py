@@ -28,6 +28,7 @@ from clinometer.lm import functional
 from clinometer.lm.config import TransformerConfig
 from clinometer.lm.model import TransformerLM
 from clinometer.messages import LANGUAGES, InputError
+from clinometer.optim.choice import set_lr
 from clinometer.optim.clipping import clip_grad_norm_
 from clinometer.record.replays import TENSORS_FILE, Replay
 from clinometer.training import checkpoint
@@ -129,8 +130,7 @@ class _Retaken:
         }
         for optimizer, groups in zip(self.optimizers, info["groups"], strict=True):
             checkpoint.restore_optimizer(path, optimizer, groups, kept)
-            for group in optimizer.param_groups:
-                group["lr"] = info["lr"]
+        set_lr(self.optimizers, float(info["lr"]))
 
     @classmethod
     @contextmanager
