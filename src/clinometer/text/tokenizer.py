@@ -311,8 +311,7 @@ def _token_bytes(library: Any) -> list[bytes]:
 
 def _ids_of(state: Any) -> list[int]:
     """The ids that a tokenizer.json gives to its tokens; what it has elsewhere is the library's to judge."""
-    if not isinstance(state, dict):
-        raise ValueError("not a table")
+    state = state if isinstance(state, dict) else {}
     model = state.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
     ids = list(vocab.values()) if isinstance(vocab, dict) else []

@@ -140,7 +140,8 @@ class StepSummary(Result):
             Line(sentence("explain.title", language, step=info["step"], run=name(str(self._run))))
         ]
         if info["differs"] is None and not info["exact"]:
-            values: dict[str, Any] = {"ranks": number(str(info["ranks"])), "off": number(f"{info['off']:.1e}")}
+            off = number(f"{info['off']:.1e}")
+            values: dict[str, Any] = {"ranks": number(str(info["ranks"])), "off": off}
             lines.append(Line((note("· "), *sentence("explain.ranks", language, **values)), 2, 2))
         elif info["exact"]:
             origin = "explain.exact" if info["from_step"] else "explain.exact_start"
