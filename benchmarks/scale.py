@@ -1,4 +1,4 @@
-"""What a watch costs at sizes nobody has here: `python -m benchmarks.scale` prints the table of docs/*/scale.md.
+"""What a watch costs at sizes nobody has here: `python -m benchmarks.scale` prints docs/*/scale.md's table.
 
 Arithmetic, and nothing else: no process is started, no number below is a measurement of a large run. What was
 measured (on two cores and two gloo ranks; docs/log.md has the dates) and what is assumed stands apart.

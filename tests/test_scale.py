@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from benchmarks import scale
 
 DOCS = Path(__file__).parent.parent / "docs"
