@@ -127,6 +127,7 @@ def _rank(number, folder):
     )
     with open(f"{folder}/{number}.json", "w") as file:
         json.dump(facts, file)
+    dist.barrier()  # taken down while another rank is in it, gloo now and then aborts
     dist.destroy_process_group()
 
 

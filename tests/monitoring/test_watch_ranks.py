@@ -175,6 +175,7 @@ def _rank(rank, folder):
     )
     with open(f"{folder}/{rank}.json", "w") as file:
         json.dump(facts, file, default=lambda value: None)
+    dist.barrier()  # taken down while another rank is in it, gloo now and then aborts
     dist.destroy_process_group()
 
 

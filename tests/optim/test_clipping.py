@@ -233,6 +233,7 @@ def _rank(rank: int, store: str, results: str) -> None:
     total = clip_grad_norm_(parameters, 1.0)
     clipped = [p.grad.full_tensor() for p in parameters]
     torch.save((intact, each, total, clipped), f"{results}/{rank}.pt")
+    distributed.barrier()  # taken down while another rank is in it, gloo now and then aborts
     distributed.destroy_process_group()
 
 

@@ -139,11 +139,14 @@ class World:
 
         self.board.post(f"left/{self.rank}", "")
         self.board.post("left", "")
+        # A group that one rank takes down while another is still in it now and then aborts the process.
+        self.board.wait([f"left/{rank}" for rank in range(self.size)], 30)
         if dist.is_initialized():
             dist.destroy_process_group()
         self.heart.stop()
+        self.board.post(f"gone/{self.rank}", "")
         if self.launch is not None and self.launch.holds_board:
-            self.board.wait([f"left/{rank}" for rank in range(self.size)], 30)
+            self.board.wait([f"gone/{rank}" for rank in range(self.size)], 30)
 
     # Words between ranks: JSON on the board.
 
