@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -242,3 +243,26 @@ def test_checkpoints_written_beside_the_training_are_those_written_at_once(job):
     for at_once, beside in zip(*runs, strict=True):
         for name in ("model.safetensors", "optimizer.safetensors"):
             assert (at_once / name).read_bytes() == (beside / name).read_bytes(), at_once.name
+
+
+def test_nothing_is_tidied_up_while_a_checkpoint_is_being_written(job, monkeypatch):
+    folder, _ = job
+    write, prune, under_way = checkpoint.write_checkpoint, checkpoint.prune, []
+
+    def slow(folder, snapshot):
+        under_way.append(snapshot)
+        time.sleep(0.05)
+        try:
+            return write(folder, snapshot)
+        finally:
+            under_way.pop()
+
+    def seen(*arguments):
+        assert not under_way
+        prune(*arguments)
+
+    monkeypatch.setattr(checkpoint, "write_checkpoint", slow)
+    monkeypatch.setattr(checkpoint, "prune", seen)
+    path = Path(folder / "one" / "tidied")
+    whole_run(replace(configured(folder, "adamw", async_checkpoints=True, keep=2, checkpoint_every=1)), path)
+    assert len(checkpoints(path / "checkpoints")) >= 2

@@ -71,7 +71,10 @@ class Session(Computation):
             self.step, self.model, self.optimizers, more, self.world.rank, self.world.size
         )
         if beside:
-            return self._pruned(self._saver.begin(snapshot))
+            # What was there before is pruned first: afterwards a half-written one is no leftover.
+            before = self.written(wait=True)
+            self._saver.begin(snapshot)
+            return before
         return self._pruned(self._saver.save(snapshot))
 
     def written(self, wait: bool = False) -> Path | None:

@@ -40,9 +40,9 @@ class Saver:
         with self._world.unhurried():
             return write_together(self._folder, snapshot, self._world, self._world.board, name)
 
-    def begin(self, snapshot: Snapshot) -> Path | None:
-        """Write a copy of it in a thread; returns what `written` gives of the one before, once it is done."""
-        before = self.written(wait=True)
+    def begin(self, snapshot: Snapshot) -> None:
+        """Write a copy of it in a thread. The one before must have been waited for: `written(wait=True)`."""
+        assert self._under_way is None
         kept = snapshot.copied()
         name = self._world.turn()
         if self._world.alone:
@@ -50,7 +50,6 @@ class Saver:
         else:
             board = self._board = self._board or self._world.board.again()
             self._under_way = _Beside(lambda: write_together(self._folder, kept, self._world, board, name))
-        return before
 
     def written(self, wait: bool = False) -> Path | None:
         """The checkpoint that was begun, once it is there; None before, and after it was told.
