@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +15,10 @@ from clinometer.training.config import RunConfig
 from clinometer.training.parallel import World
 from clinometer.training.precision import Choices
 from clinometer.training.sharding import sharded_model
+
+EAGER_STEPS = 1
+"""A run's first step is eager even if the run is compiled: seconds after the start it tells that text, sizes
+and loss are what they should be, and the compiler's tens of seconds come after it."""
 
 
 @dataclass(kw_only=True)
@@ -28,6 +33,19 @@ class Computation:
     optimizers: list[torch.optim.Optimizer]
     step: int = 0
     world: World = field(default_factory=World)
+    compiled: bool = False
+
+    def compile_is_due(self) -> bool:
+        """Whether the next step is the first one of this process that is to be compiled."""
+        return self.choices.compile and not self.compiled and self.step >= EAGER_STEPS
+
+    def take_form(self) -> AbstractContextManager[object]:
+        """The form in which the next step computes: a function of its number alone, so that a resumed or
+        replayed step computes as it did the first time."""
+        if self.compile_is_due():
+            self.model.compile_parts(onednn=self.choices.onednn, without_hooks=self.world.kind == "fsdp")
+            self.compiled = True
+        return self.choices.uncompiled() if self.compiled and self.step < EAGER_STEPS else nullcontext()
 
 
 def first_model(
@@ -41,10 +59,8 @@ def first_model(
     generator = torch.Generator().manual_seed(config.training.seed)
     sizes = config.model.transformer(vocab_size)
     if world is not None and world.kind == "fsdp":
-        return sharded_model(sizes, generator, world, compile=choices.compile)
+        return sharded_model(sizes, generator, world)
     model = TransformerLM(sizes, generator=generator).to(choices.device)
-    if choices.compile:
-        model.compile_parts(onednn=choices.onednn)
     if world is not None:
         world.wrap(model)
     return model

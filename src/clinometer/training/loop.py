@@ -70,6 +70,8 @@ def train(session: Session, display: Display, record: Record | None = None) -> O
         while session.step < last_step:
             began = time.perf_counter()
             lr = learning_rate(config, session.step + 1)
+            if session.compile_is_due():
+                display.notice("train.compiling")
             loss, norm, taken = take_step(session, lr, before_step=record.before_step)
             session.skipped_in_a_row = 0 if taken else session.skipped_in_a_row + 1
             if not taken:
@@ -130,6 +132,7 @@ def forward_backward(
     is the full batch's however it is cut, and on however many ranks.
     """
     config, model, world = computation.config, computation.model, computation.world
+    form = computation.take_form()
     token_ids, targets = batch_of(computation, computation.step)
     tokens = config.training.batch_size * targets.shape[1]
     parts = sampler.parts(config.training.batch_size, config.micro_batch_size, world.rank, world.size)
@@ -137,7 +140,7 @@ def forward_backward(
     for number, (part, counted) in enumerate(parts, 1):
         world.reach(computation.step + 1)
         with world.accumulating(model, last=number == len(parts)):
-            with computation.choices.autocast():
+            with form, computation.choices.autocast():
                 loss = world.loss(model, token_ids[part], targets[part])
             loss = loss / (tokens / world.size) if counted else loss * 0.0
             loss.backward()

@@ -18,16 +18,12 @@ from clinometer.training.parallel import World
 from clinometer.training.parts import rows_of
 
 
-def sharded_model(
-    config: TransformerConfig, generator: torch.Generator, world: World, *, compile: bool
-) -> TransformerLM:
+def sharded_model(config: TransformerConfig, generator: torch.Generator, world: World) -> TransformerLM:
     """`TransformerLM(config, generator)` in parts: no rank ever holds more than one whole weight."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     with torch.device("meta"):
         model = TransformerLM(config)
-    if compile:
-        model.compile_parts(without_hooks=True)
     for block in model.layers:
         fully_shard(block, mesh=world.mesh)
     fully_shard(model, mesh=world.mesh)
