@@ -121,7 +121,7 @@ def main() -> None:
     bandwidth = _BYTES_OF_A_COPY * count / statistics.median(copy)
     for name in ("clinometer AdamW", "torch AdamW fused"):
         pairs = zip(copy, seconds[name], strict=True)
-        share = statistics.median(traffic / _BYTES_OF_A_COPY * c / s for c, s in pairs)
+        share = statistics.median(traffic / (_BYTES_OF_A_COPY * count) * c / s for c, s in pairs)
         print(f"{name}: {share:.0%} of a copy's {bandwidth / 1e9:.1f} GB/s")
     print()
     name = "adamw-124m" if arguments.gpt2 else "adamw-20m"

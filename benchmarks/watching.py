@@ -126,7 +126,7 @@ def with_tensorboard(model: nn.Module, folder: str) -> tuple[Any, Callable[[int]
 
 def with_cockpit(runner: Runner) -> None:
     """Those of Cockpit's instruments that run here: the others ask BackPACK for the gradient of every single
-    sample, which it has no rule for in a Transformer, and its update size fails with this torch."""
+    sample, which it does not find in this model, and its update size fails with this torch."""
     from cockpit import Cockpit, quantities
 
     chosen = [kind(lambda step: True) for kind in (quantities.Distance, quantities.GradNorm, quantities.Loss)]

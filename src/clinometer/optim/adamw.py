@@ -185,12 +185,14 @@ class AdamW(EagerOptimizer):
         }
         kernel_allowed = group["fused"] is not False and numbers["lr"] * numbers["weight_decay"] != 1
 
+        states = [self._state_of(parameter) for parameter, _ in pairs]
+        counts = [state["step"] for state in states]
+        if counts:
+            torch._foreach_add_(counts, 1)  # pyright: ignore[reportPrivateImportUsage]
+
         together: dict[tuple[Hashable, int], list[tuple[Tensor, ...]]] = {}
-        for parameter, grad in pairs:
-            state = self._state_of(parameter)
-            exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
-            state["step"] += 1
-            step = int(state["step"].item())
+        for (parameter, grad), state in zip(pairs, states, strict=True):
+            exp_avg, exp_avg_sq, step = state["exp_avg"], state["exp_avg_sq"], int(state["step"].item())
             parameter, grad, exp_avg, exp_avg_sq = local_parts(parameter, grad, exp_avg, exp_avg_sq)
             if not parameter.numel():  # other ranks hold all of it
                 continue

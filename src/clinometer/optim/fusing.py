@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from clinometer.messages import InputError
 from clinometer.sharding import is_sharded, local
@@ -66,14 +67,20 @@ def shared_kernel(parameter: Tensor, *others: Tensor) -> Hashable | None:
     The kernels walk raw memory: with unequal strides (a hand-made gradient of a transposed weight) they pair
     the wrong elements without an error, so such parameters are left to the reference.
     """
-    device, dtype, stride = parameter.device, parameter.dtype, parameter.stride()
+    device, dtype, contiguous = parameter.device, parameter.dtype, parameter.is_contiguous()
     if device.type not in _DEVICES or dtype not in _DTYPES:
         return None
     for other in others:
-        if other.dtype is not dtype or other.stride() != stride or other.device != device:
+        if other.dtype is not dtype or other.device != device:
+            return None
+        if not (contiguous and other.is_contiguous()) and other.stride() != parameter.stride():
             return None
     # A call takes the DTensors of one mesh, or plain tensors.
-    return device, dtype, getattr(parameter, "device_mesh", None)
+    return device, dtype, _mesh(parameter)
+
+
+def _mesh(tensor: Any) -> Hashable | None:
+    return tensor.device_mesh if is_sharded(tensor) else None
 
 
 def with_small_joined(update: Callable[..., None], columns: list[list[Tensor]]) -> None:
@@ -83,20 +90,19 @@ def with_small_joined(update: Callable[..., None], columns: list[list[Tensor]]) 
     are shared, each start can wait a time slice: 50 vectors took 266 ms, joined and copied back 1 ms.
     """
     first = columns[0][0]
-    small = [index for index, tensor in enumerate(columns[0]) if tensor.numel() <= _SMALL]
-    if first.device.type != "cpu" or hasattr(first, "device_mesh") or len(small) < 2:
+    sizes = [tensor.numel() for tensor in columns[0]]
+    small = [index for index, size in enumerate(sizes) if size <= _SMALL]
+    if first.device.type != "cpu" or len(small) < 2 or is_sharded(first):
         update(*columns)
         return
-    large = [index for index, tensor in enumerate(columns[0]) if tensor.numel() > _SMALL]
+    large = [index for index, size in enumerate(sizes) if size > _SMALL]
     scattered = [[column[index] for index in small] for column in columns]
-    joined = [torch.cat([tensor.reshape(-1) for tensor in tensors]) for tensors in scattered]
+    joined = [_flatten_dense_tensors(tensors) for tensors in scattered]
     update(*([*(column[i] for i in large), whole] for column, whole in zip(columns, joined, strict=True)))
-    sizes = [tensor.numel() for tensor in scattered[0]]
     del scattered[1], joined[1]  # the gradients are only read
     for tensors, whole in zip(scattered, joined, strict=True):
-        pieces = whole.split(sizes)
-        views = [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
-        torch._foreach_copy_(tensors, views)  # pyright: ignore[reportPrivateImportUsage]
+        pieces = _unflatten_dense_tensors(whole, tensors)
+        torch._foreach_copy_(tensors, pieces)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def widened(tensor: Tensor) -> Tensor:
