@@ -73,9 +73,9 @@ def test_pages_with_a_test_of_their_own_exist():
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        ("loss 0.5, then −3.2e-05 and 1e-7.", {"0.5", "3.2e-05", "1e-7"}),
+        ("loss 0.5, then −3.2e-05 and 1e-7.", {0.5, 3.2e-05, 1e-7}),
         ("版本 v2.10、model.0.weight、1,024 和 8", set()),
-        ("损失是0.25。", {"0.25"}),
+        ("损失是0.25。", {0.25}),
     ],
 )
 def test_decimals_are_found_in_prose(text, found):

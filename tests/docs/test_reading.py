@@ -23,11 +23,7 @@ print(x)
 ```
 
 ```python title="train.py"
-y = x + 1
-```
-
-```text
-stale
+y = 4
 ```
 
 Then
@@ -43,8 +39,12 @@ while True: pass
 ```
 
 ```python
-import step1
-print(y, step1.x)
+import train, step1
+print(train.y, step1.x)
+```
+
+```text
+stale
 ```
 """
 
@@ -53,7 +53,8 @@ def test_a_page_is_cut_into_prose_and_code_with_its_output():
     found = pieces(PAGE)
     codes = [piece for piece in found if isinstance(piece, Code)]
     assert [code.file for code in codes] == ["step1.py", "train.py", "step3.py", "step4.py"]
-    assert [code.output for code in codes] == ["2\n", "stale\n", None, None]
+    assert [code.output for code in codes] == ["2\n", None, None, "stale\n"]
+    assert [code.is_file for code in codes] == [False, True, False, False]
     assert [code.runs for code in codes] == [True, True, False, True]
     lines = PAGE.splitlines(keepends=True)
     for code in codes:
@@ -78,7 +79,7 @@ def test_outputs_are_rewritten_added_and_removed(page):
     assert [code.output for code in codes] == ["3\n", None, None, "3\n4 3\n"]
     page.write_text(after, encoding="utf-8")
     assert rewritten(page) == after
-    assert "step1" not in sys.modules
+    assert not {"step1", "train"} & set(sys.modules)
 
 
 def test_times_and_the_temporary_folder_do_not_count(page):

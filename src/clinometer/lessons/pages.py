@@ -1,8 +1,8 @@
 """A page of documentation as pieces: prose, code that runs, and what it printed.
 
-A ```python block runs; a ```text block right after it is what it printed. ```python title="train.py" names the
-file that the code stands in, else it is step1.py, step2.py, … ```python no-run does not run, and an HTML
-comment before it says why. Everything else is prose.
+A ```python block runs; a ```text block right after it is what it printed. A block's code stands in step1.py,
+step2.py, … ```python title="train.py" is a file that later blocks import: it is written and not run. ```python
+no-run is neither, and an HTML comment before it says why. Everything else is prose.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ class Code:
     """The line of the page, from 0, that its first line stands in."""
     file: str
     runs: bool = True
+    is_file: bool = False
+    """Written for later blocks to import, and not run itself."""
     output: str | None = None
     """What the page says it printed; None where the page shows nothing."""
     end: int = 0
@@ -83,7 +85,7 @@ def pieces(text: str) -> list[Piece]:
             title = TITLE.search(fence["rest"])
             runs = "no-run" not in fence["rest"].split()
             file = title[1] if title else f"step{count}.py"
-            found.append(Code(body, start, file, runs, end=end + 1))
+            found.append(Code(body, start, file, runs, title is not None, end=end + 1))
         elif (
             fence["language"] == "text"
             and found
@@ -114,7 +116,7 @@ def images() -> Path:
 
 @cache
 def lessons(language: str) -> tuple[Lesson, ...]:
-    """All lessons of a language, in order; each page begins with a title and one paragraph that sums it up."""
+    """All lessons of a language, in order; each page begins with a title and a paragraph that sums it up."""
     found = []
     for path in folder(language).glob("*.md"):
         named = LESSON.match(path.name)

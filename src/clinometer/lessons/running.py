@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import tempfile
@@ -24,12 +25,13 @@ class Session(InteractiveInterpreter):
         super().__init__({"__name__": "__main__"})
 
     def __enter__(self) -> Self:
-        self._before = os.getcwd()
+        self._before, self._bytecode = os.getcwd(), sys.dont_write_bytecode
         # On Windows a file that something still holds cannot be removed: it is left to the system.
         self._holder = tempfile.TemporaryDirectory(prefix="lesson-", ignore_cleanup_errors=True)
         self.folder = Path(os.path.realpath(self._holder.name))
         os.chdir(self.folder)
         sys.path.insert(0, str(self.folder))
+        sys.dont_write_bytecode = True  # a file that is changed and loaded again within a second is the new one
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -38,12 +40,16 @@ class Session(InteractiveInterpreter):
             if str(getattr(module, "__file__", None) or "").startswith(str(self.folder)):
                 del sys.modules[name]
         os.chdir(self._before)
+        sys.dont_write_bytecode = self._bytecode
         self._holder.cleanup()
 
     def run(self, code: Code) -> None:
-        """Run one block; what it raises passes through."""
+        """Run one block, or write a file; what it raises passes through."""
         path = self.folder / code.file
         path.write_text(code.text, encoding="utf-8")
+        if code.is_file:
+            importlib.invalidate_caches()
+            return
         self.runcode(compile(code.text, str(path), "exec"))
 
     def showtraceback(self) -> None:
