@@ -28,7 +28,7 @@ OWN_TESTS = {
 TIMES = re.compile(r"(?<=\bin )[\d.,]+ (?:ms|s)\b|(?<=用时 )[\d.,]+ (?:毫秒|秒|ms|s)")
 ROUNDING = re.compile(
     r"(tolerance|largest error:|entry is|remainder|rounding left:|容差|最大误差只有容差的|正确值的|余项|剩余舍入：)"
-    r"\s+[\d.e+−-]+|(?<= %)(\s+)\d+\.\d$",
+    r"\s*[\d.e+−-]+|(?<= %)(\s+)\d+\.\d$",
     re.M,
 )
 """What only rounding decides: in a check, in a table of ulps. It is the processor's, not the page's."""
