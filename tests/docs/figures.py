@@ -131,7 +131,10 @@ def cells(grad: Tensor, largest: float) -> list[str]:
 def error_curve(curves: Mapping[str, Sequence[tuple[float, float]]], said: Mapping[str, str]) -> str:
     """Both axes logarithmic: the step from 1e-12 to 1e-1, the error from 1e-12 to 1e3."""
     wide, high, left, top = 520, 300, 64, 16
-    parts = [f'<g transform="translate({left} {top})">', f'<rect class="rule" width="{wide}" height="{high}"/>']
+    parts = [
+        f'<g transform="translate({left} {top})">',
+        f'<rect class="rule" width="{wide}" height="{high}"/>',
+    ]
 
     def spot(h: float, error: float) -> tuple[float, float]:
         power = min(max(math.log10(max(error, 1e-300)), -12.0), 3.0)
@@ -143,7 +146,9 @@ def error_curve(curves: Mapping[str, Sequence[tuple[float, float]]], said: Mappi
     for power in range(-12, 4, 3):
         _, y = spot(1, 10.0**power)
         parts.append(f'<line class="rule" x1="0" x2="{wide}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="-6" y="{y + 4:.1f}" text-anchor="end">{f"1e{power}" if power else "1"}</text>')
+        parts.append(
+            f'<text x="-6" y="{y + 4:.1f}" text-anchor="end">{f"1e{power}" if power else "1"}</text>'
+        )
     for (name, points), sign in zip(curves.items(), ("two", "one"), strict=True):
         spots = [spot(h, error) for h, error in points]
         parts.append(
@@ -151,7 +156,8 @@ def error_curve(curves: Mapping[str, Sequence[tuple[float, float]]], said: Mappi
         )
         x, y = max(spots, key=lambda p: p[1])
         parts.append(f'<circle class="{sign}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>')
-        parts.append(f'<text class="ink" x="{x:.1f}" y="{y + (18 if sign == "one" else -26):.1f}" text-anchor="middle">{name}</text>')
+        y += 18 if sign == "one" else -26
+        parts.append(f'<text class="ink" x="{x:.1f}" y="{y:.1f}" text-anchor="middle">{name}</text>')
     x, y = spot(10**-11.7, 10**-7.7)
     parts.append(f'<text x="{x:.1f}" y="{y:.1f}">{escape(said["digits"])}</text>')
     x, y = spot(10**-1.1, 10**-7.7)

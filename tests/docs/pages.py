@@ -27,7 +27,8 @@ OWN_TESTS = {
 
 TIMES = re.compile(r"(?<=\bin )[\d.,]+ (?:ms|s)\b|(?<=用时 )[\d.,]+ (?:毫秒|秒|ms|s)")
 ROUNDING = re.compile(
-    r"(tolerance|largest error:|entry is|remainder|rounding left:|容差|最大误差只有容差的|正确值的|余项|剩余舍入：)"
+    r"(tolerance|largest error:|entry is|remainder|rounding left:"
+    r"|容差|最大误差只有容差的|正确值的|余项|剩余舍入：)"
     r"\s*[\d.e+−-]+|(?<= %)(\s+)\d+\.\d$",
     re.M,
 )

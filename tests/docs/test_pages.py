@@ -83,9 +83,14 @@ def test_the_figures_show_what_their_pages_compute():
             list(ElementTree.fromstring(text).iter())
             for text in ((figures.IMAGES / name).read_text(encoding="utf-8"), drawn)
         )
-        assert [(e.tag, e.get("class"), e.text) for e in kept] == [(e.tag, e.get("class"), e.text) for e in fresh]
+        assert [(e.tag, e.get("class"), e.text) for e in kept] == [
+            (e.tag, e.get("class"), e.text) for e in fresh
+        ]
         for one, two in zip(kept, fresh, strict=True):
-            for attribute in ("points", "d"):  # where the curve bends is the same; where rounding rules is not
+            for attribute in (
+                "points",
+                "d",
+            ):  # where the curve bends is the same; where rounding rules is not
                 a, b = (re.findall(r"-?[\d.]+", e.get(attribute, ""))[-20:] for e in (one, two))
                 assert a == pytest.approx(b, abs=1) if attribute == "d" else len(a) == len(b), name
 

@@ -1,8 +1,8 @@
 """A page of documentation as pieces: prose, code that runs, and what it printed.
 
 A ```python block runs; a ```text block right after it is what it printed. A block's code stands in step1.py,
-step2.py, … ```python title="train.py" is a file that later blocks import: it is written and not run. ```python
-no-run is neither, and an HTML comment before it says why. Everything else is prose.
+step2.py, … ```python title="train.py" is a file that later blocks import: it is written and not run.
+```python no-run is neither, and an HTML comment before it says why. Everything else is prose.
 """
 
 from __future__ import annotations
