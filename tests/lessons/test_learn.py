@@ -15,7 +15,7 @@ from clinometer import cli
 from clinometer.lessons import pages
 from clinometer.lessons.notebook import notebook
 from clinometer.lessons.pages import Code, Lesson, pieces
-from clinometer.lessons.terminal import show
+from clinometer.lessons.terminal import ONWARD, show
 from clinometer.messages import InputError, set_language
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +43,8 @@ print(kept.x + 1)
 ```python
 print("second")
 ```
+
+Next: [another lesson](2-another.md).
 """
 
 
@@ -77,6 +79,13 @@ def shown(lesson, answers=None):
         console.input = lambda prompt: next(typed)
     finished = show(console, lesson, waits=answers is not None)
     return heard.getvalue(), finished
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_line_that_leads_to_the_next_lesson_is_known(language):
+    for lesson in pages.lessons(language):
+        text = lesson.path.read_text(encoding="utf-8")
+        assert len(ONWARD.findall(text)) == (lesson.number < 8), lesson.path
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
@@ -118,7 +127,12 @@ def test_a_lesson_shows_prose_and_code_and_really_runs_it(small, capsys, monkeyp
         "print(kept.x + 1)",
     ):
         assert words in text
-    for words in ("not for readers", "causes.md", "42"):  # the number comes from the run, not from the page
+    for words in (
+        "not for readers",
+        "causes.md",
+        "another",
+        "42",
+    ):  # the number comes from the run, not from the page
         assert words not in text
     assert Path.cwd() == tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["1-small.md"]

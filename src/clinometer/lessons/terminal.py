@@ -17,6 +17,8 @@ from clinometer.messages import say
 
 COMMENT = re.compile(r"<!--.*?-->", re.S)
 IMAGE = re.compile(r"!\[([^]]*)\]\([^)]*\)")
+ONWARD = re.compile(r"^[^\n\[]{1,8}\[[^]]*\]\(\d+-[\w-]+\.md\)[.。]$", re.M)
+"""The last line of a page, which leads to the next one: here the command is said instead."""
 LINK = re.compile(r"(?<!!)\[([^]]*)\]\((?!https?:)[^)]*\)")
 
 
@@ -29,12 +31,16 @@ def show(console: Console, lesson: Lesson, *, waits: bool) -> bool:
         for piece in pieces(lesson.path.read_text(encoding="utf-8")):
             if not isinstance(piece, Code):
                 console.print(Markdown(prose(piece.text), code_theme="ansi_dark", hyperlinks=False))
+                console.print()
                 continue
             name = say("learn.file", name=piece.file) if piece.is_file else piece.file if piece.runs else ""
             console.print(Rule(Text(name, style="dim"), align="left", style="dim"))
             code = piece.text.rstrip("\n")
             if console.is_terminal:
-                console.print(Syntax(code, "python", theme="ansi_dark", background_color="default"))
+                coloured = Syntax(
+                    code, "python", theme="ansi_dark", background_color="default", word_wrap=True
+                )
+                console.print(coloured)
             else:  # as it is, for who copies it
                 console.print(code, markup=False, highlight=False, soft_wrap=True)
             console.print(Rule(style="dim"))
@@ -60,4 +66,4 @@ def goes_on(console: Console) -> bool:
 def prose(text: str) -> str:
     """Markdown without what a terminal cannot follow: comments, links between pages, figures."""
     text = IMAGE.sub(lambda found: f"*{say('learn.figure', text=' '.join(found[1].split()))}*", text)
-    return LINK.sub(r"\1", COMMENT.sub("", text)).strip()
+    return LINK.sub(r"\1", ONWARD.sub("", COMMENT.sub("", text))).strip()
