@@ -106,6 +106,7 @@ def build_app() -> App:
         ("report", report),
         ("export", export),
         ("import", import_),
+        ("learn", learn),
         ("doctor", doctor),
         ("demo", demo),
     ):
@@ -261,6 +262,18 @@ def runs_export(
     from clinometer.record.command import export_command
 
     return export_command(_console(), run, to, table, first, last, overwrite)
+
+
+def learn(
+    lesson: int | None = None,
+    *,
+    all: bool = False,
+    notebook: Path | None = None,
+    overwrite: bool = False,
+) -> int:
+    from clinometer.lessons.command import learn_command
+
+    return learn_command(_console(), lesson, all, notebook, overwrite)
 
 
 def demo(*, run: Path | None = None, quick: bool = False) -> int:

@@ -1,0 +1,1 @@
+"""The lessons: pages of docs/<language>/lessons, read, run in a terminal and written as notebooks."""

@@ -1,0 +1,114 @@
+"""The pages of docs/en and docs/zh whose code runs, and running one.
+
+`clinometer learn` runs a lesson with the same `Session`, so what the tests run is what a reader runs.
+"""
+
+import contextlib
+import io
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from clinometer.lessons.pages import Code, pieces
+from clinometer.lessons.running import Session
+from clinometer.messages import set_language
+
+DOCS = Path(__file__).parents[2] / "docs"
+WIDTH = 88
+OWN_TESTS = {
+    "causes.md": "tests/gradients/test_diagnose_docs.py: each block stands for its cause",
+    "run-file.md": "tests/record/test_docs.py: it reads a run that must be there first",
+}
+"""Pages whose code a test of their own runs, by name."""
+
+TIMES = re.compile(r"(?<=\bin )[\d.,]+ (?:ms|s)\b|(?<=用时 )[\d.,]+ (?:毫秒|秒|ms|s)")
+ROUNDING = re.compile(
+    r"(tolerance|largest error:|entry is|remainder|rounding left:"
+    r"|容差|最大误差只有容差的|正确值的|余项|剩余舍入：)"
+    r"\s*[\d.e+−-]+|(?<= %)(\s+)\d+\.\d$",
+    re.M,
+)
+"""What only rounding decides: in a check, in a table of ulps. It is the processor's, not the page's."""
+DECIMAL = re.compile(r"(?<![\w.])[+−-]?(\d+\.\d+(?:e[+−-]?\d+)?|\d+e[+−-]?\d+)(?![\w.]*\w)", re.A)
+
+
+@dataclass
+class Ran:
+    """A block and what it printed."""
+
+    code: Code
+    printed: str
+
+
+def pages() -> list[Path]:
+    """Every page that holds Python and has no test of its own."""
+    found = []
+    for language in ("en", "zh"):
+        for path in sorted((DOCS / language).rglob("*.md")):
+            if path.relative_to(
+                DOCS / language
+            ).as_posix() not in OWN_TESTS and "```python" in path.read_text(encoding="utf-8"):
+                found.append(path)
+    return found
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(DOCS).as_posix()
+
+
+def run(path: Path, keep: dict | None = None) -> list[Ran]:
+    """The page's blocks in order, in the page's language; `keep` takes the namespace they leave."""
+    ran = []
+    with _as_in_a_new_process(name_of(path)[:2]), Session() as session:
+        for piece in pieces(path.read_text(encoding="utf-8")):
+            if not isinstance(piece, Code) or not piece.runs:
+                continue
+            heard = io.StringIO()
+            # Both streams in one, as a terminal shows them: alerts go to standard error.
+            with contextlib.redirect_stdout(heard), contextlib.redirect_stderr(heard):
+                session.run(piece)
+            ran.append(Ran(piece, normalised(heard.getvalue(), session.folder)))
+        if keep is not None:
+            keep.update(session.locals)
+    return ran
+
+
+@contextlib.contextmanager
+def _as_in_a_new_process(language: str) -> Iterator[None]:
+    columns, dtype, state = os.environ.get("COLUMNS"), torch.get_default_dtype(), torch.get_rng_state()
+    os.environ["COLUMNS"] = str(WIDTH)
+    set_language(language)
+    try:
+        yield
+    finally:
+        set_language(None)
+        torch.set_default_dtype(dtype)
+        torch.set_rng_state(state)
+        torch.set_grad_enabled(True)
+        torch.autograd.set_detect_anomaly(False)
+        if columns is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = columns
+
+
+def normalised(printed: str, folder: Path) -> str:
+    """Without the temporary folder, and without spaces at the ends of lines."""
+    printed = printed.replace(str(folder) + os.sep, "").replace("\\", "/" if os.sep == "\\" else "\\")
+    return "".join(line.rstrip() + "\n" for line in printed.splitlines())
+
+
+def same(shown: str, printed: str) -> bool:
+    """Equal but for how long something took, and for what only rounding decides."""
+    if TIMES.search(printed) or ROUNDING.search(printed):  # such a number's length can move a line's break
+        shown, printed = (" ".join(ROUNDING.sub("…", TIMES.sub("…", s)).split()) for s in (shown, printed))
+    return shown == printed
+
+
+def numbers(text: str) -> set[float]:
+    """The decimals in a text, without their signs: 0.5, 1e-7, 3.2e-05."""
+    return {float(match[1].replace("−", "-")) for match in DECIMAL.finditer(text)}
