@@ -273,8 +273,8 @@ def test_training_merges_what_is_most_frequent(tmp_path):
     assert vocab[0] == b"<|end|>"
     assert set(vocab.values()) == {b"<|end|>", *(bytes([b]) for b in range(256)), *(a + b for a, b in merges)}
     # Every merge is one of the most frequent pairs of what the merges before it left.
-    words = Counter("low| low| low| low| lower| lower| widest| widest| widest".split("|"))
-    words += Counter("newest| newest".split("|"))
+    words = Counter(["low", " low", " low", " low", " lower", " lower", " widest", " widest", " widest"])
+    words += Counter(["newest", " newest"])
     for number, merge in enumerate(merges):
         pairs = Counter()
         for word, count in words.items():

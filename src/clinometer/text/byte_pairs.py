@@ -1,4 +1,4 @@
-"""A tokenizer from the two tables that define a BPE, and back: the bytes of each token, and the merges in order."""
+"""A tokenizer from the two tables that define a BPE, and back: the bytes of tokens, and merges in order."""
 
 from __future__ import annotations
 

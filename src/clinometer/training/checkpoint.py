@@ -285,7 +285,7 @@ def restore_optimizer(
     tensors: dict[str, Tensor],
     number: int = 0,
 ) -> None:
-    """Put back what `flatten` gave of optimizer `number`. Raises `InputError` if it belongs to another model."""
+    """Put back what `flatten` gave of optimizer `number`. Raises `InputError` if it is another model's."""
     if [g["param_names"] for g in groups] != group_names(optimizer, number):
         raise InputError("checkpoint.foreign", path=path, what="optimizer.param_groups")
     by_name: dict[str, dict[str, Any]] = {}
