@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ ROUNDING = re.compile(
     re.M,
 )
 """What only rounding decides: in a check, in a table of ulps. It is the processor's, not the page's."""
+NUMBER = re.compile(r"[+−-]?(?<![\w.])\d+(?:\.\d+)?(?:e[+−-]?\d+)?", re.A)
 DECIMAL = re.compile(r"(?<![\w.])[+−-]?(\d+\.\d+(?:e[+−-]?\d+)?|\d+e[+−-]?\d+)(?![\w.]*\w)", re.A)
 
 
@@ -103,10 +105,25 @@ def normalised(printed: str, folder: Path) -> str:
 
 
 def same(shown: str, printed: str) -> bool:
-    """Equal but for how long something took, and for what only rounding decides."""
+    """Equal but for how long something took, for what only rounding decides, and for the last digits of a number,
+    which are the processor's: two units of the last one shown, or a thousandth."""
     if TIMES.search(printed) or ROUNDING.search(printed):  # such a number's length can move a line's break
         shown, printed = (" ".join(ROUNDING.sub("…", TIMES.sub("…", s)).split()) for s in (shown, printed))
-    return shown == printed
+    if shown == printed:
+        return True
+    if NUMBER.sub("#", shown) != NUMBER.sub("#", printed):
+        return False
+    return all(_near(a, b) for a, b in zip(NUMBER.findall(shown), NUMBER.findall(printed), strict=True))
+
+
+def _near(shown: str, printed: str) -> bool:
+    if shown == printed:
+        return True
+    a, b = (Decimal(text.replace("−", "-")) for text in (shown, printed))
+    exponent = a.as_tuple().exponent
+    if isinstance(exponent, str) or exponent >= 0:  # a whole number is a count
+        return False
+    return abs(a - b) <= max(2 * Decimal(1).scaleb(exponent), abs(a) / 1000)
 
 
 def numbers(text: str) -> set[float]:

@@ -113,6 +113,21 @@ def test_decimals_are_found_in_prose(text, found):
     assert numbers(text) == found
 
 
+@pytest.mark.parametrize(
+    ("shown", "printed", "equal"),
+    [
+        ("loss 1.2345", "loss 1.2346", True),
+        ("loss 1.2345", "loss 1.2366", False),
+        ("loss 1.23e-07", "loss 1.22e-07", True),
+        ("loss −0.5", "loss 0.5", False),
+        ("3 tensors of 1.25", "4 tensors of 1.25", False),
+        ("nan", "1.0", False),
+    ],
+)
+def test_numbers_may_differ_in_their_last_digits_only(shown, printed, equal):
+    assert same(shown, printed) is equal
+
+
 def _without_words(code: str) -> str:
     """The code as a tree without the words in its strings: those are translated."""
     tree = ast.parse(code)

@@ -283,3 +283,22 @@ def test_a_fault_at_the_end_of_a_deep_network_is_not_looked_for_inside_every_ten
     assert sum(check[name].narrowed is not None for name in check) == MOST_NARROWED
     assert check["20.weight"].narrowed.factor == pytest.approx(2)
     assert check.evaluations < 1100
+
+
+def test_a_function_called_outside_every_layer_names_no_caller():
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            return torch.ones_like(grad)
+
+    model = torch.nn.Linear(3, 2)
+    check = check_gradients(model, lambda: (Twice.apply(model(torch.ones(4, 3))) ** 2).mean())
+    assert check.findings[0].cause == "wrong-backward"
+    for language, caller in (("en", "called in"), ("zh", "调用者")):
+        text = check.render(language, width=400)
+        assert "Twice" in text
+        assert caller not in text

@@ -48,6 +48,28 @@ def assert_same(a, b):
         assert torch.equal(a[name], b[name]), name
 
 
+def test_an_optimizer_made_without_names_is_saved_by_numbers(tmp_path):
+    def two(seed):
+        torch.manual_seed(seed)
+        model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
+        adam = torch.optim.Adam(model[0].parameters())
+        return model, [adam, torch.optim.SGD(model[1].parameters(), lr=1.0, momentum=0.9)]
+
+    model, optimizers = two(0)
+    model(torch.ones(1, 2)).sum().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    path = checkpoint.save_checkpoint(tmp_path, 1, model, optimizers, {})
+    other, others = two(1)
+    checkpoint.load_checkpoint(path, other, others)
+    assert_same(flat(model, optimizers), flat(other, others))
+    for optimizer, restored in zip(optimizers, others, strict=True):
+        assert optimizer.state_dict()["param_groups"] == restored.state_dict()["param_groups"]
+    one = [torch.optim.SGD(other.parameters(), lr=1.0)]
+    with pytest.raises(InputError):
+        checkpoint.load_checkpoint(path, other, one)
+
+
 @pytest.mark.parametrize(
     ("name", "options"), [("adamw", {}), ("sgd", {}), ("sgd", {"momentum": 0.9}), ("muon", {})]
 )

@@ -149,7 +149,8 @@ def _of_layer(group: list[LayerCheck], names: list[str], held: Held | None, part
     severity = EXPLAINED if first.surrogate else FAULT
     cause = "surrogate-gradient" if first.surrogate else "wrong-backward"
     status = "explained" if first.surrogate else "wrong"
-    return Finding(cause, status, severity, f"check.{kind}", tuple(names), where, values)
+    alone = "root" if kind in ("function", "operator") and not paths else ""
+    return Finding(cause, status, severity, f"check.{kind}", tuple(names), where, values, alone)
 
 
 def _corners(tensors: Mapping[str, TensorCheck], held: Held | None) -> list[Finding]:

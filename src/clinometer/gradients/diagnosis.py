@@ -18,7 +18,7 @@ from clinometer.gradients.finding import EXPLAINED, FAULT, Finding, Severity
 from clinometer.gradients.owners import owners
 from clinometer.gradients.ranks import Ranks, refuse_flattened
 from clinometer.gradients.report import Result
-from clinometer.gradients.running import Run, find_origin, only_looked_at, run, used_by_chance
+from clinometer.gradients.running import Run, look_at_values, only_looked_at, run, used_by_chance
 from clinometer.gradients.subject import Subject
 from clinometer.gradients.untouched import Before, modules_named_by, untouched
 from clinometer.gradients.where import Where
@@ -242,15 +242,21 @@ def explain(
             reasons[name] = why_partly(name, subject, flow, *result.lines[name]) or "partly-zero"
         else:
             reasons[name] = "ok"
-    origin = None
+    origin = values = None
     if ranks.any(not math.isfinite(loss)):
-        origin = find_origin(subject, closure, before, ranks)
+        values, returned = look_at_values(subject, closure, before, ranks)
+        origin = values.of(returned)
     for name in nonfinite:
-        reasons[name] = (
-            Reason("non-finite", "unknown", FAULT, "own", group=0)
-            if flow is None
-            else why_nonfinite(name, subject, flow, origin, ranks.alone)
-        )
+        if flow is None:
+            reasons[name] = Reason("non-finite", "unknown", FAULT, "own", group=0)
+            continue
+        reason = why_nonfinite(name, subject, flow, origin, ranks.alone)
+        if (
+            reason.cause == "backward" and ranks.alone
+        ):  # a forward of this rank's own would leave others waiting
+            values = values or look_at_values(subject, closure, before, ranks)[0]
+            reason = values.behind(reason)
+        reasons[name] = reason
     return {name: reasons[name] for name in subject.tensors}, origin
 
 

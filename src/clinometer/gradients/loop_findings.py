@@ -50,6 +50,7 @@ def of_run(
         *standing(subject, optimizers, apart, reached),
         *_hidden(subject, run, optimizers),
         *_piled_up(subject, before),
+        *_statistics(subject, before),
     ]
     if "clipped" in run.trace.amp:
         found.append(_loop("unscaled-amp", FAULT, (), where=run.trace.amp["clipped"]))
@@ -177,6 +178,26 @@ def _piled_up(subject: Subject, before: Before) -> Iterator[Finding]:
         yield _loop("accumulating", FAULT, tuple(names), times=round(times))
     elif times > 100:
         yield _loop("unscaled-amp", EXPLAINED, tuple(names), variant="held", times=format_number(times))
+
+
+def _statistics(subject: Subject, before: Before) -> Iterator[Finding]:
+    """Running means and variances that this forward moved, of normalisations with nothing left to learn."""
+    modules = () if subject.module is None else subject.module.named_modules()
+    frozen = [
+        (name, module)
+        for name, module in modules
+        if isinstance(module, nn.modules.batchnorm._NormBase)
+        and module.affine
+        and not any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+    ]
+    moved = [
+        f"{name}.{key}" if name else key
+        for name, module in frozen
+        for key, buffer in module.named_buffers(recurse=False)
+        if buffer.is_floating_point() and before.differs(buffer)
+    ]
+    if moved:
+        yield _loop("moved-while-frozen", EXPLAINED, tuple(moved), variant="statistics")
 
 
 def _one_step(

@@ -130,10 +130,10 @@ def _say_who_wrote(
         error.add_note(say("diagnosis.overwritten_by", **values))
 
 
-def find_origin(
+def look_at_values(
     subject: Subject, closure: Closure, before: Before, ranks: Ranks
-) -> why_nonfinite.Origin | None:
-    """Run the forward once more, every result looked at: where the loss stopped being finite."""
+) -> tuple[why_nonfinite.Finiteness, Tensor]:
+    """Run the forward once more, every result looked at: where values stopped being finite; and the loss."""
     before.rewind()
     stand_ins = ranks.stand_ins()
     trace = Trace(subject, stand_ins)
@@ -141,7 +141,7 @@ def find_origin(
     trace.after_call = finiteness.after_call
     with trace.watching():
         loss = evaluate(closure)
-    return finiteness.of(loss)
+    return finiteness, loss
 
 
 def only_looked_at(

@@ -142,6 +142,8 @@ class Finiteness:
         self._parameters |= {k: self._parameters[id(t)] for k, t in (stand_ins or {}).items()}
         self._known: dict[int, tuple[weakref.ref[Tensor], Origin]] = {}
         self._seen: dict[int, weakref.ref[Tensor]] = {}
+        self._met: dict[tuple[str, int, str], Origin] = {}
+        """What went into a call and was not finite, by the call's place."""
 
     def of(self, tensor: Tensor) -> Origin | None:
         """Where what is wrong in `tensor` began."""
@@ -154,6 +156,7 @@ class Finiteness:
             for out in outs:
                 if out.is_floating_point() or out.is_complex():
                     self._look(name, ins, out, where)
+                    self._meet(ins, where)
                 self._seen[id(out)] = weakref.ref(out)
 
     def _look(self, name: str, ins: list[Tensor], out: Tensor, where: Where | None) -> None:
@@ -172,6 +175,30 @@ class Finiteness:
             mask = not nan and name in _MASKS
             origin = Origin(name, where, nan, "mask" if mask else "made", out.dtype)
         self._known[id(out)] = (weakref.ref(out), origin)
+
+    def behind(self, reason: Reason) -> Reason:
+        """The same; or, where a backward multiplied by a value that was not finite, that value's origin.
+
+        The loss may be finite all the same: a softmax gives NaN in a row of padding, the loss leaves that row
+        out, and the gradient that comes back for it, zero, is multiplied by the NaN.
+        """
+        at = reason.where
+        origin = None if at is None else self._met.get((at.file, at.line, at.op))
+        if origin is None or origin.where is None or reason.cause != "backward":
+            return reason
+        variant = "unseen"
+        if origin.kind == "given":
+            variant = "unseen-input"
+        elif _NAMES.get(origin.name) == "softmax":
+            variant = "unseen-softmax"
+        values = {"op": origin.name.strip("_")}
+        place = origin.where.file, origin.where.line
+        return Reason("non-finite", "backward", FAULT, variant, origin.where, values, place)
+
+    def _meet(self, ins: list[Tensor], where: Where | None) -> None:
+        origins = [o for o in map(self.of, ins) if o is not None and o.kind in ("made", "given")]
+        if where is not None and origins and origins[0].where != where:
+            self._met.setdefault((where.file, where.line, where.op), origins[0])
 
     def _from_outside(self, tensor: Tensor, name: str, where: Where | None) -> Origin | None:
         """A value nobody in this forward made: a parameter's own, or the batch's."""

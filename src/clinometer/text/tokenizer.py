@@ -199,7 +199,7 @@ def train_bpe(
     if vocab_size < smallest:
         raise InputError("text.vocab_small", vocab_size=vocab_size, smallest=smallest, special=len(special))
     library = tokenizers.Tokenizer(models.BPE())
-    _make_byte_level(library)
+    make_byte_level(library)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=list(special),
@@ -221,9 +221,9 @@ def byte_tokenizer() -> Tokenizer:
     import tokenizers
     from tokenizers import AddedToken, models
 
-    vocab = {character: byte for byte, character in enumerate(_byte_characters())}
+    vocab = {character: byte for byte, character in enumerate(byte_characters())}
     library = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    _make_byte_level(library)
+    make_byte_level(library)
     library.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
     return Tokenizer(library)
 
@@ -248,7 +248,7 @@ def from_gpt2_files(vocab: str | Path, merges: str | Path) -> Tokenizer:
         library = tokenizers.Tokenizer(models.BPE(vocab=table, merges=pairs))
     except Exception as error:  # the library raises plain Exception, ValueError or TypeError
         raise InputError("text.tokenizer_foreign", path=merges, reason=str(error)) from None
-    _make_byte_level(library)
+    make_byte_level(library)
     if END_OF_TEXT in table:
         library.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
     return Tokenizer(library, source=str(vocab))
@@ -275,7 +275,7 @@ def _training_pieces(texts: Iterable[str], special_tokens: Sequence[str]) -> Ite
             yield part[start:]
 
 
-def _make_byte_level(library: Any) -> None:
+def make_byte_level(library: Any) -> None:
     from tokenizers import decoders, pre_tokenizers
 
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -291,7 +291,7 @@ def _copy(library: Any) -> Any:
     return copy
 
 
-def _byte_characters() -> list[str]:
+def byte_characters() -> list[str]:
     """GPT-2's printable stand-in for each byte (`bytes_to_unicode` in its encoder.py)."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(NUM_BYTES, 2 * NUM_BYTES))
@@ -299,7 +299,7 @@ def _byte_characters() -> list[str]:
 
 
 def _token_bytes(library: Any) -> list[bytes]:
-    byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
+    byte_of = {character: byte for byte, character in enumerate(byte_characters())}
     vocab: dict[str, int] = library.get_vocab(with_added_tokens=True)
     added = {token.content for token in library.get_added_tokens_decoder().values()}
     table = [b""] * (max(vocab.values()) + 1)
@@ -347,7 +347,7 @@ def _require_byte_level(state: dict[str, Any], source: str) -> None:
         raise refuse("normalizer" if state["normalizer"] else "add_prefix_space")
     if any(entry["lstrip"] or entry["rstrip"] for entry in state["added_tokens"]):
         raise refuse("lstrip, rstrip")
-    missing = sum(character not in model["vocab"] for character in _byte_characters())
+    missing = sum(character not in model["vocab"] for character in byte_characters())
     if missing:
         raise refuse(f"{missing} / {NUM_BYTES} bytes missing")
 

@@ -32,7 +32,7 @@ from clinometer.foreign import parse_json
 from clinometer.lm.config import TransformerConfig
 from clinometer.messages import InputError
 from clinometer.sharding import is_distributed
-from clinometer.training.checkpoint_state import require_state
+from clinometer.training.checkpoint_state import group_names, require_state
 from clinometer.training.parts import Stored, split_shapes
 
 FORMAT = 1
@@ -180,15 +180,15 @@ def load_checkpoint(
     if optimizers:
         held = {
             n: p
-            for o in optimizers
-            for g in o.param_groups
-            for n, p in zip(g["param_names"], g["params"], strict=True)
+            for i, o in enumerate(optimizers)
+            for g, names in zip(o.param_groups, group_names(o, i), strict=True)
+            for n, p in zip(names, g["params"], strict=True)
         }
         tensors = Stored(path, state, "optimizer").like(held)
         if len(state["optimizers"]) != len(optimizers):
             raise InputError("checkpoint.foreign", path=path, what="optimizers")
-        for optimizer, groups in zip(optimizers, state["optimizers"], strict=True):
-            restore_optimizer(path, optimizer, groups, tensors)
+        for i, (optimizer, groups) in enumerate(zip(optimizers, state["optimizers"], strict=True)):
+            restore_optimizer(path, optimizer, groups, tensors, i)
     return state
 
 
@@ -262,27 +262,31 @@ def flatten(optimizers: Iterable[torch.optim.Optimizer]) -> tuple[dict[str, Tens
     """The optimizers' tensors by "<weight's name>.<key>", and their groups as JSON takes them."""
     tensors: dict[str, Tensor] = {}
     described = []
-    for optimizer in optimizers:
+    for number, optimizer in enumerate(optimizers):
         groups = []
-        for group in optimizer.param_groups:
+        for group, names in zip(optimizer.param_groups, group_names(optimizer, number), strict=True):
             numbers: dict[str, dict[str, Any]] = {}
-            for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            for name, parameter in zip(names, group["params"], strict=True):
                 for key, value in optimizer.state.get(parameter, {}).items():
                     if isinstance(value, Tensor):
                         tensors[f"{name}.{key}"] = value
                     elif value is not None:
                         numbers.setdefault(name, {})[key] = value
             options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
-            groups.append({"param_names": group["param_names"], "options": options, "state": numbers})
+            groups.append({"param_names": names, "options": options, "state": numbers})
         described.append(groups)
     return tensors, described
 
 
 def restore_optimizer(
-    path: Path, optimizer: torch.optim.Optimizer, groups: list[Any], tensors: dict[str, Tensor]
+    path: Path,
+    optimizer: torch.optim.Optimizer,
+    groups: list[Any],
+    tensors: dict[str, Tensor],
+    number: int = 0,
 ) -> None:
-    """Put back what `flatten` gave of one optimizer. Raises `InputError` if it belongs to another model."""
-    if [g["param_names"] for g in groups] != [g["param_names"] for g in optimizer.param_groups]:
+    """Put back what `flatten` gave of optimizer `number`. Raises `InputError` if it is another model's."""
+    if [g["param_names"] for g in groups] != group_names(optimizer, number):
         raise InputError("checkpoint.foreign", path=path, what="optimizer.param_groups")
     by_name: dict[str, dict[str, Any]] = {}
     owned = {name for group in groups for name in group["param_names"]}
@@ -304,7 +308,8 @@ def restore_optimizer(
                 state[index] = entry
             members.append(index)
             index += 1
-        param_groups.append({**options, "params": members, "param_names": saved["param_names"]})
+        named = {"param_names": saved["param_names"]} if "param_names" in group else {}
+        param_groups.append({**options, "params": members, **named})
     optimizer.load_state_dict({"state": state, "param_groups": param_groups})
 
 

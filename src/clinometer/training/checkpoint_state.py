@@ -28,6 +28,17 @@ def require_state(state: Any) -> None:
             raise ValueError(name)
 
 
+def group_names(optimizer: torch.optim.Optimizer, number: int = 0) -> list[list[str]]:
+    """The names of each group's parameters: those it was made with, or else their numbers in optimizer
+    `number` ("0.3" is the fourth of the first)."""
+    names, first = [], 0
+    for group in optimizer.param_groups:
+        last = first + len(group["params"])
+        names.append(group.get("param_names") or [f"{number}.{i}" for i in range(first, last)])
+        first = last
+    return names
+
+
 def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 

@@ -94,6 +94,13 @@ def decay_moves_a_weight_without_a_gradient():
     return tensors, lambda: ((x() @ tensors["a"] @ tensors["b"]) - 1).square().mean(), optimizer
 
 
+@explained("loop", "moved-while-frozen", "0.1.running_mean", "0.1.running_var")
+def running_statistics_of_a_frozen_backbone():
+    backbone = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    model = nn.Sequential(backbone.requires_grad_(False), nn.Linear(4, 1))
+    return model, lambda: model(x()).mean(), torch.optim.SGD(model[1].parameters(), 0.1)
+
+
 @fault("loop", "never-moves", "*")
 def step_too_small_for_the_number_type():
     model = nn.Linear(4, 1).bfloat16()

@@ -112,6 +112,47 @@ def standard_deviation_of_equal_values():
     return model, closure
 
 
+@fault("non-finite", "backward", "2.*")
+def softmax_over_a_masked_row_that_the_loss_leaves_out():
+    model = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+    x, padding = torch.randn(2, 3, 4), torch.tensor([[False] * 3, [True] * 3])
+
+    def closure():
+        q, k, v = (layer(x) for layer in model)
+        scores = (q @ k.mT).masked_fill(padding[:, None, :], float("-inf"))
+        weights = scores.softmax(-1)  # <- here
+        return (weights @ v)[~padding].square().sum()
+
+    return model, closure
+
+
+@fault("non-finite", "backward", "weight")
+def nan_in_padding_that_the_loss_leaves_out():
+    model = nn.Linear(4, 4)
+    batch = torch.ones(3, 4)
+    batch[2] = float("nan")
+
+    def closure():
+        h = model(batch)  # <- here
+        return h[:2].square().sum()
+
+    return model, closure
+
+
+@fault("non-finite", "backward", "scale")
+def division_by_zero_far_before_the_mask():
+    tensors = {"scale": nn.Parameter(torch.ones(4)), "other": nn.Parameter(torch.ones(4))}
+    count = torch.tensor([1.0, 0.0, 2.0, 3.0])
+
+    def closure():
+        share = torch.ones(4) / count  # <- here
+        share = share + 1.0
+        scaled = share * tensors["scale"]
+        return torch.where(count > 0, scaled * 2, torch.zeros(())).sum() + tensors["other"].sum()
+
+    return tensors, closure
+
+
 @fault("non-finite", "backward", "scale")
 def custom_backward_divides_by_zero():
     class Scale(torch.autograd.Function):
