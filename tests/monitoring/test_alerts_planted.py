@@ -262,6 +262,22 @@ def test_an_alert_keeps_the_batch_and_reaches_the_callback():
     assert watching.alerts[0]["id"] == heard[0]["id"]
 
 
+def test_a_callback_that_raises_is_told_so_and_the_watching_goes_on():
+    net, sink = mlp(), Kept()
+    optimizer = sgd(net, 0.01)
+    with watch(net, optimizer, to=sink) as watching:
+        watching.on_alert = lambda alert: alert["no such key"]
+        with pytest.warns(RuntimeWarning, match=r"on_alert failed .*KeyError: 'no such key'"):
+            for step in range(1, 70):
+                x, y = data()
+                (F.cross_entropy(net(x), y) * (50 if step == 60 else 1)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        assert watching.on_alert is None
+    assert sink.told[0]["cause"] == "loss-spike"
+    assert (sink.state, len(sink.rows)) == ("done", 69)
+
+
 def test_a_gradient_that_is_not_finite_is_diagnosed_with_the_closure():
     net = mlp()
     optimizer = sgd(net, 0.01)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -46,3 +46,14 @@ class Outlet:
                     "watch.sink_dropped", sink=type(sink).__name__, error=f"{type(error).__name__}: {error}"
                 )
                 warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
+def heard(listener: Callable[[dict[str, Any]], None], alert: dict[str, Any]) -> bool:
+    """Whether the listener took it; one that raises does so with a warning, and the watching goes on."""
+    try:
+        listener(alert)
+    except Exception as error:
+        text = say("watch.listener_dropped", error=f"{type(error).__name__}: {error}")
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+        return False
+    return True

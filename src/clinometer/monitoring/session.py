@@ -23,7 +23,7 @@ from clinometer.monitoring.first_part import FirstPart
 from clinometer.monitoring.joined import Gradients
 from clinometer.monitoring.losses import Losses
 from clinometer.monitoring.noise import EVERY as NOISE_EVERY
-from clinometer.monitoring.outlet import Outlet
+from clinometer.monitoring.outlet import Outlet, heard
 from clinometer.monitoring.pins import Pins
 from clinometer.monitoring.reading import Row, refresh
 from clinometer.monitoring.roster import Roster
@@ -378,8 +378,8 @@ class Session:
 
     def _tell_alert(self, alert: dict[str, Any]) -> None:
         self.outlet.tell("alert", alert)
-        if self.on_alert is not None:
-            self.on_alert(alert)
+        if self.on_alert is not None and not heard(self.on_alert, alert):
+            self.on_alert = None
 
     def _may_ask(self) -> bool:
         return self.closure is not None and self.roster.model is not None and not self._diagnosed
