@@ -265,14 +265,18 @@ def test_an_alert_keeps_the_batch_and_reaches_the_callback():
 def test_a_callback_that_raises_is_told_so_and_the_watching_goes_on():
     net, sink = mlp(), Kept()
     optimizer = sgd(net, 0.01)
+
+    def train():
+        for step in range(1, 70):
+            x, y = data()
+            (F.cross_entropy(net(x), y) * (50 if step == 60 else 1)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
     with watch(net, optimizer, to=sink) as watching:
         watching.on_alert = lambda alert: alert["no such key"]
         with pytest.warns(RuntimeWarning, match=r"on_alert failed .*KeyError: 'no such key'"):
-            for step in range(1, 70):
-                x, y = data()
-                (F.cross_entropy(net(x), y) * (50 if step == 60 else 1)).backward()
-                optimizer.step()
-                optimizer.zero_grad()
+            train()
         assert watching.on_alert is None
     assert sink.told[0]["cause"] == "loss-spike"
     assert (sink.state, len(sink.rows)) == ("done", 69)
