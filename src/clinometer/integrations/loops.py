@@ -37,7 +37,7 @@ def watch(
 
     `model`: a module, or a mapping of names to tensors. `optimizer`: one, or several that share the model.
     `to`: a folder for a new run, a sink (`clinometer.record.sinks` has TensorBoard and W&B-shaped ones), or
-    several; None makes runs/<script>-<n>. To go on with a run, give `Recorder(folder, continue_from=step)`.
+    several; None makes `runs/SCRIPT-N`. To go on with a run, give `Recorder(folder, continue_from=step)`.
     `every`: measure each that many steps. `name` and `config`: what should stand in the
     run's description.
 
@@ -81,7 +81,7 @@ def _sink(target: Any) -> Any:
 
 
 def next_folder() -> Path:
-    """runs/<script>-<n>, the first number that is free."""
+    """`runs/SCRIPT-N`, the first number that is free."""
     stem = Path(sys.argv[0]).stem if sys.argv and sys.argv[0] not in ("", "-", "-c", "-m") else ""
     name = "".join(sign if sign.isalnum() or sign in "-_" else "-" for sign in stem) or "run"
     number = 1
