@@ -1,7 +1,7 @@
 """The site: `python docs/site.py` builds docs/en and docs/zh into build/site, and fails on what is missing.
 
-The pages link to images, to the log and to source files beside their own folder, which is right on the page of
-a repository; a copy is made in which these lie inside. Then zensical builds each language, strictly, every
+The pages link to images, to the log and to source files beside their own folder, which is right on the page
+of a repository; a copy is made in which these lie inside. Then zensical builds each language, strictly, every
 local link of the finished HTML is followed, and llms.txt lists the pages for readers that are programs.
 """
 
