@@ -204,6 +204,19 @@ def test_what_an_entry_says():
     assert entry.severity == "fault"
 
 
+def test_a_closure_that_cannot_run_twice_keeps_the_line_of_the_backward():
+    w = nn.Parameter(torch.zeros(4))
+    batches = iter([torch.ones(4)])
+
+    def closure():
+        root = (w * next(batches)).sqrt()
+        return torch.where(w > 0, root, w).sum()
+
+    found = diagnose({"w": w}, closure)
+    assert (found["w"].status, found["w"].cause) == ("non-finite", "backward")
+    assert found["w"].where.op == "sqrt"
+
+
 class TestWithoutAClosure:
     def test_before_any_backward(self):
         found = diagnose(nn.Linear(4, 1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -251,11 +252,10 @@ def explain(
             reasons[name] = Reason("non-finite", "unknown", FAULT, "own", group=0)
             continue
         reason = why_nonfinite(name, subject, flow, origin, ranks.alone)
-        if (
-            reason.cause == "backward" and ranks.alone
-        ):  # a forward of this rank's own would leave others waiting
-            values = values or look_at_values(subject, closure, before, ranks)[0]
-            reason = values.behind(reason)
+        if reason.cause == "backward" and ranks.alone:  # others would wait for a forward of this rank's own
+            with suppress(Exception):  # a closure that cannot be run twice keeps its first answer
+                values = values or look_at_values(subject, closure, before, ranks)[0]
+                reason = values.behind(reason)
         reasons[name] = reason
     return {name: reasons[name] for name in subject.tensors}, origin
 
