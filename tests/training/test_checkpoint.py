@@ -184,7 +184,10 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path):
         checkpoint.save_checkpoint(tmp_path, step, model, optimizers, {})
     (tmp_path / ".step-00000009.123.tmp").mkdir()
     checkpoint.prune(tmp_path, 2, best_step=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [f"step-0000000{s}" for s in (2, 4, 5)]
+    kept = [f"step-0000000{s}" for s in (2, 4, 5)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".step-00000009.123.tmp", *kept]
+    checkpoint.sweep(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == kept
 
 
 def test_no_pickle_is_written(saved):

@@ -150,17 +150,21 @@ class TokenData:
 
 
 def find_tokens(folder: Path, content_hash: str, tokenizer_hash: str, fraction: float) -> TokenData | None:
-    """Finished shards of that text, tokenizer and split among those in `folder`; the text is not read."""
+    """Finished shards of that text, tokenizer and split among those in `folder`; the text is not read.
+
+    Damaged ones, by hash, are passed over.
+    """
     for header in folder.glob(f"*/{HEADER_FILE}"):
         try:
             data = TokenData.open(header.parent)
+            found = data.header
+            if (found.content_hash, found.tokenizer_hash, found.split_fraction) == (
+                content_hash,
+                tokenizer_hash,
+                fraction,
+            ):
+                data.verify()
+                return data
         except InputError:
             continue
-        found = data.header
-        if (found.content_hash, found.tokenizer_hash, found.split_fraction) == (
-            content_hash,
-            tokenizer_hash,
-            fraction,
-        ):
-            return data
     return None
