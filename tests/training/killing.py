@@ -171,7 +171,9 @@ def assert_same_end(here: Path, whole: Path) -> None:
     ]
     assert rows[0] == rows[1]
     names = [{p.name for p in (f / "run" / "checkpoints").iterdir()} for f in (here, whole)]
-    assert names[0] == names[1], names
+    # Killed after its last save and before the removal of an older one, a run keeps that: a whole one.
+    assert names[0] >= names[1], names
+    assert len(whole_checkpoints(here / "run" / "checkpoints")) == len(names[0])
     assert not list(here.glob("cache/tokens/.*building*"))
 
 

@@ -17,7 +17,7 @@ def killed(folder, what, amount, seed=0, timeout=3600):
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     print(done.stdout)
-    return {name: int(number) for name, number in re.findall(r"([^;:]+): (\d+)", done.stdout)}
+    return {name.strip(): int(number) for name, number in re.findall(r"([^;:]+): (\d+)", done.stdout)}
 
 
 def test_a_run_killed_at_a_tenth_of_its_writes_resumes_and_counts_no_orphan(tmp_path):

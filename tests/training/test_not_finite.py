@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from clinometer.messages import InputError
@@ -21,7 +21,11 @@ from tests.training.test_loop import assert_same_run, final_bits, run_whole
 STEPS = 12
 WEIGHTS = ["token_embeddings.weight", "layers.0.attn.q_proj.weight", "layers.1.ln2.weight", "lm_head.weight"]
 VALUES = [float("nan"), float("inf"), float("-inf")]
-FRESH = {"suppress_health_check": [HealthCheck.function_scoped_fixture], "deadline": None}
+FRESH = {
+    "suppress_health_check": [HealthCheck.function_scoped_fixture],
+    "deadline": None,
+    "phases": [Phase.reuse, Phase.generate],
+}
 
 
 def configured(corpus, optimizer, every):
