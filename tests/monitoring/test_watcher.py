@@ -449,3 +449,18 @@ def test_the_update_of_a_measured_step_is_its_own_though_steps_before_were_not_m
     assert sorted(found[3]) == [1, 4, 7]
     for step, statistics in found[3].items():
         np.testing.assert_array_equal(statistics, found[1][step], err_msg=str(step))
+
+
+def test_a_pinned_gradient_is_that_of_the_measured_step_though_steps_before_were_clipped_too():
+    net, optimizer = net_and_optimizer()
+    sink, expected = Kept(), {}
+    with watch(net, optimizer, to=sink, every=3) as watching:
+        watching.pin("0.weight", (1, 2))
+        for step in range(1, 8):
+            optimizer.zero_grad()
+            x, y = batch()
+            F.cross_entropy(net(x), y).backward()
+            expected[step] = float(net[0].weight.grad[1, 2])
+            clip_grad_norm_(net.parameters(), 0.01)
+            optimizer.step()
+    assert {step: rows[0]["grad"] for step, rows in sink.pinned} == {s: expected[s] for s in (1, 4, 7)}

@@ -1,9 +1,12 @@
 """Resumed is uninterrupted, bit for bit: weights, moments, losses, samples and the run file, of any run."""
 
-import itertools
+import os
 import random
 import signal
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ from clinometer.training import prepare
 from clinometer.training.config import OptimConfig, ScheduleConfig
 from clinometer.training.loop import Outcome, train
 from clinometer.training.recording import open_record
-from tests.training.conftest import Silent, small_config
+from tests.training.conftest import SENTENCES, Silent, small_config
 from tests.training.test_loop import assert_same_run, stopped_after
 from tests.training.test_recording import contents
 
@@ -147,17 +150,29 @@ def test_whatever_the_run_an_interruption_changes_no_bit(
 
 @pytest.mark.soak
 @pytest.mark.parametrize(("compile", "count"), [("off", 100), ("on", 20)])
-def test_of_many_random_runs_none_is_changed_by_interruptions(corpus, tmp_path, compile, count):
+def test_of_many_random_runs_none_is_changed_by_interruptions(tmp_path, compile, count):
+    """In a process of its own: the compiler does not take functions whose shapes the tests check."""
+    command = [sys.executable, "-m", "tests.training.test_exact", str(tmp_path), compile, str(count)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CLINOMETER_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.splitlines()[-1] == f"{count} runs, {count} the same"
+
+
+def many(folder, compile, count):
     chance = random.Random(0)
+    corpus = folder / "corpus.txt"
+    corpus.write_text("\n".join(SENTENCES[i % 4] + f" {i * i}" for i in range(400)), encoding="utf-8")
     for number in range(count):
         training = {name: chance.choice(values) for name, values in SETTINGS.items()} | {"compile": compile}
         steps = sorted(chance.sample(range(1, 20), chance.randint(1, 4)))
-        chosen = (
-            chance.choice(OPTIMIZERS),
-            chance.choice(["cosine", "wsd", "constant"]),
-            training,
-            chance.random() < 0.5,
-            [(step, chance.choice(HOWS)) for step in steps],
-        )
-        print(number, *itertools.islice(chosen, 1, None))
-        trial(corpus, tmp_path / str(number), *chosen)
+        optim, schedule = chance.choice(OPTIMIZERS), chance.choice(["cosine", "wsd", "constant"])
+        dropout, breaks = chance.random() < 0.5, [(step, chance.choice(HOWS)) for step in steps]
+        print(number, optim.name, schedule, training, dropout, breaks, flush=True)
+        trial(corpus, folder / str(number), optim, schedule, training, dropout, breaks)
+    print(f"{count} runs, {count} the same")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    many(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

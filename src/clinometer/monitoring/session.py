@@ -163,6 +163,7 @@ class Session:
         # The same steps however often the run is stopped and resumed.
         before = number - self.every
         histograms = measured and (number - 1) // HISTOGRAMS_EVERY > (before - 1) // HISTOGRAMS_EVERY
+        self.pins.forget()
         self._row = row = Row(number, self.roster.watched, measured=measured, histograms=histograms)
         self._whole = False
         row.scalars.update(self._coming)
