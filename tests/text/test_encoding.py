@@ -339,7 +339,7 @@ def test_the_header_names_no_folder_of_the_machine(trained, sample, tmp_path):
 
 
 def count_damages_found(data, stride):
-    """Every prefix and a flipped bit in every byte of each file of the tokens, of large ones each `stride`-th."""
+    """Every prefix, and a flipped bit in every byte, of each file; of large ones each `stride`-th."""
     count = 0
     for path in sorted(data.folder.iterdir()):
         content = path.read_bytes()

@@ -1,4 +1,4 @@
-"""Runs on disks of their own, in a mount namespace: `unshare -rm python -m tests.training.mounted CASE FOLDER`."""
+"""Runs on disks of their own: `unshare -rm python -m tests.training.mounted CASES FOLDER`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from clinometer.messages import InputError
@@ -94,7 +95,7 @@ def a_disk_that_is_full_for_a_while(folder: Path) -> None:
 def a_disk_that_stays_full(folder: Path) -> None:
     config, place = configured(folder), disk(folder)
     whole = run_whole(config, folder / "whole")
-    display, error = trained_while(config, place / "run", {9: lambda: fill(place)})
+    _, error = trained_while(config, place / "run", {9: lambda: fill(place)})
     assert isinstance(error, InputError), error
     assert error.key == "checkpoint.not_written"
     saved = checkpoint.checkpoints(place / "run" / "checkpoints")
@@ -139,13 +140,9 @@ def a_read_only_folder(folder: Path) -> None:
         (lambda: prepare.start(config, place / "other", Silent()), "run.not_writable"),
         (lambda: prepare.resume(place / "run", None, Silent()), "run.not_writable"),
     ):
-        try:
+        with pytest.raises(InputError, match="Read-only file system") as error:
             call()
-        except InputError as error:
-            assert error.key == key, error  # noqa: PT017
-            assert "Read-only file system" in str(error)
-        else:
-            raise AssertionError(key)
+        assert error.value.key == key
     # What only reads works.
     from clinometer.training.trained import load_run
 

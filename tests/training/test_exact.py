@@ -154,7 +154,9 @@ def test_of_many_random_runs_none_is_changed_by_interruptions(tmp_path, compile,
     """In a process of its own: the compiler does not take functions whose shapes the tests check."""
     command = [sys.executable, "-m", "tests.training.test_exact", str(tmp_path), compile, str(count)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CLINOMETER_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
     assert done.returncode == 0, done.stdout
     assert done.stdout.splitlines()[-1] == f"{count} runs, {count} the same"
 
