@@ -71,6 +71,10 @@ def main() -> NoReturn:
     except BrokenPipeError:  # `clinometer … | head`: whoever read us has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:  # a disk that is full or read-only, a folder that went away
+        if with_traceback:
+            raise
+        _refuse(say("cli.system", path=error.filename or "?", reason=error.strerror or error))
 
 
 def _refuse(text: str) -> NoReturn:

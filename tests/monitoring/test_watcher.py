@@ -428,3 +428,39 @@ def test_on_a_gpu_the_numbers_are_those_of_the_host():
     for one, other in zip(rows[0].rows, rows[1].rows, strict=True):
         np.testing.assert_allclose(one[3], other[3], rtol=1e-3, atol=1e-5, equal_nan=True)
         assert one[2]["loss"] == pytest.approx(other[2]["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_update_of_a_measured_step_is_its_own_though_steps_before_were_not_measured(fused):
+    """torch's fused AdamW writes to weights and leaves their version as it was."""
+    found = {}
+    for every in (1, 3):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3))
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, fused=fused)
+        sink = Kept()
+        with watch(net, optimizer, to=sink, every=every):
+            for _ in range(8):
+                optimizer.zero_grad()
+                x, y = batch()
+                F.cross_entropy(net(x), y).backward()
+                optimizer.step()
+        found[every] = {step: statistics for step, _, _, statistics in sink.rows}
+    assert sorted(found[3]) == [1, 4, 7]
+    for step, statistics in found[3].items():
+        np.testing.assert_array_equal(statistics, found[1][step], err_msg=str(step))
+
+
+def test_a_pinned_gradient_is_that_of_the_measured_step_though_steps_before_were_clipped_too():
+    net, optimizer = net_and_optimizer()
+    sink, expected = Kept(), {}
+    with watch(net, optimizer, to=sink, every=3) as watching:
+        watching.pin("0.weight", (1, 2))
+        for step in range(1, 8):
+            optimizer.zero_grad()
+            x, y = batch()
+            F.cross_entropy(net(x), y).backward()
+            expected[step] = float(net[0].weight.grad[1, 2])
+            clip_grad_norm_(net.parameters(), 0.01)
+            optimizer.step()
+    assert {step: rows[0]["grad"] for step, rows in sink.pinned} == {s: expected[s] for s in (1, 4, 7)}

@@ -14,7 +14,7 @@ from clinometer.text import encoding
 from clinometer.text.bulk import BulkEncoder, IdsDiffer
 from clinometer.text.corpus import END_OF_TEXT, corpus_of, open_corpus
 from clinometer.text.encoding import encode_corpus
-from clinometer.text.shards import TokenData, Tokens
+from clinometer.text.shards import TokenData, Tokens, find_tokens
 from clinometer.text.split import split
 from clinometer.text.tokenizer import byte_tokenizer, from_gpt2_files
 
@@ -336,3 +336,50 @@ def test_the_header_names_no_folder_of_the_machine(trained, sample, tmp_path):
     assert data.header.corpus == "story.txt"
     assert str(tmp_path) not in (data.folder / "header.json").read_text()
     assert oct((tmp_path / "tokens" / data.folder.name).stat().st_mode)[-3:] == "755"
+
+
+def count_damages_found(data, stride):
+    """Every prefix, and a flipped bit in every byte, of each file; of large ones each `stride`-th."""
+    count = 0
+    for path in sorted(data.folder.iterdir()):
+        content = path.read_bytes()
+        for at in sorted({*range(0, len(content), stride), len(content) - 1}):
+            changed = content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :]
+            for damage in (content[:at], changed):
+                path.write_bytes(damage)
+                try:
+                    opened = TokenData.open(data.folder)
+                    opened.verify()
+                except InputError:
+                    count += 1
+                else:  # white space in the header, or an upper-case letter of an escape
+                    assert path.name == "header.json", (path.name, at)
+                    assert opened.header == data.header, at
+        path.write_bytes(content)
+    return count
+
+
+def test_a_prefix_and_a_flipped_bit_at_many_places_are_found(trained, sample, tmp_path):
+    data = encode_corpus(corpus_of([sample[:3000]]), trained, tmp_path)
+    assert count_damages_found(data, 23) > 100
+
+
+@pytest.mark.soak
+def test_every_prefix_and_a_flipped_bit_in_every_byte_are_found(trained, sample, tmp_path):
+    data = encode_corpus(corpus_of([sample[:20_000]]), trained, tmp_path)
+    size = sum(path.stat().st_size for path in data.folder.iterdir())
+    print(size, "bytes:", count_damages_found(data, 1), "damages found")
+
+
+def test_tokens_with_a_flipped_bit_are_not_trained_on_but_made_again(trained, sample, tmp_path):
+    corpus = corpus_of([sample])
+    data = encode_corpus(corpus, trained, tmp_path)
+    shard = data.folder / "train-00000.bin"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:99] + bytes([whole[99] ^ 1]) + whole[100:])
+    found = data.header
+    asked = (found.content_hash, found.tokenizer_hash, found.split_fraction)
+    assert find_tokens(tmp_path, *asked) is None
+    assert encode_corpus(corpus, trained, tmp_path).folder == data.folder
+    assert shard.read_bytes() == whole
+    assert find_tokens(tmp_path, *asked) is not None

@@ -206,7 +206,10 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path):
         checkpoint.save_checkpoint(tmp_path, step, model, optimizers, {})
     (tmp_path / ".step-00000009.123.tmp").mkdir()
     checkpoint.prune(tmp_path, 2, best_step=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [f"step-0000000{s}" for s in (2, 4, 5)]
+    kept = [f"step-0000000{s}" for s in (2, 4, 5)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".step-00000009.123.tmp", *kept]
+    checkpoint.sweep(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == kept
 
 
 def test_no_pickle_is_written(saved):
@@ -231,3 +234,50 @@ def copy_of(saved, tmp_path_factory):
     path = tmp_path_factory.mktemp("copy") / saved.name
     shutil.copytree(saved, path)
     return path
+
+
+def damages(size, stride):
+    """Every prefix, and one flipped bit in every byte; of a large file each `stride`-th."""
+    for at in sorted({*range(0, size, stride), size - 1}):
+        yield "cut", at
+        yield "flip", at
+
+
+def damaged(path, content, how, at, bit):
+    if how == "cut":
+        path.write_bytes(content[:at])
+    else:
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :])
+
+
+def count_found(path, name, stride):
+    """How many damages of a checkpoint's file are found; asserts that all are."""
+    content, count = (path / name).read_bytes(), 0
+    whole = checkpoint.read_state(path)
+    for how, at in damages(len(content), stride):
+        damaged(path / name, content, how, at, at % 8)
+        try:
+            state = checkpoint.read_state(path)
+            for file, written in state["files"].items():
+                checkpoint.verify(path / file, written)
+        except InputError:
+            count += 1
+        else:  # white space between two JSON values says the same
+            assert name == "state.json"
+            assert state == whole, (how, at)
+    (path / name).write_bytes(content)
+    return count
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_prefix_and_a_flipped_bit_at_many_places_are_found(saved, tmp_path_factory, name):
+    path = copy_of(saved, tmp_path_factory)
+    places = len(list(damages((path / name).stat().st_size, 61)))
+    assert count_found(path, name, 61) >= 0.95 * places
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", FILES)
+def test_every_prefix_and_a_flipped_bit_in_every_byte_are_found(saved, tmp_path_factory, name):
+    path = copy_of(saved, tmp_path_factory)
+    print(name, (path / name).stat().st_size, "bytes:", count_found(path, name, 1), "damages found")

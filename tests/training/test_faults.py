@@ -202,3 +202,120 @@ def test_a_folder_with_gpt2s_two_files_is_a_tokenizer(call, corpus, tmp_path):
     assert opened.encode(texts[0]) == train_bpe(texts, 300).encode(texts[0])
     settings = small("--data.tokenizer=gpt2", "--training.steps=1")
     assert call("train", "--corpus", corpus, "--run", "run", *settings)[0] == 0
+
+
+@pytest.mark.parametrize("jump", [-10 * 365 * 86400.0, 10 * 365 * 86400.0])
+def test_a_clock_that_jumps_changes_no_step_no_row_and_no_name(config, tmp_path, monkeypatch, jump):
+    import time
+
+    from clinometer.record.reader import RunFile
+    from tests.training.test_exact import assert_equal, go, recorded
+    from tests.training.test_loop import assert_same_run, stopped_after
+
+    go(config, tmp_path / "whole", False)
+    real, moved = time.time, []
+    monkeypatch.setattr(time, "time", lambda: real() + (jump if moved else 0.0))
+    display = stopped_after(12)
+    stop = display.step
+
+    def look(row):
+        if row["step"] == 6:
+            moved.append(True)
+        stop(row)
+
+    display.step = look
+    assert go(config, tmp_path / "run", False, display) is Outcome.INTERRUPTED
+    moved.clear()  # and back, for the resume
+    assert go(config, tmp_path / "run", False) is Outcome.DONE
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert_equal(recorded(tmp_path / "whole"), recorded(tmp_path / "run"))
+    file = RunFile.open(tmp_path / "run")
+    seconds = [file.row(step)["scalars"].get("seconds", 0.0) for step in range(1, 21)]
+    file.close()
+    assert all(0 <= value < 1e5 for value in seconds), seconds
+    names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert all(name.startswith("step-000000") for name in names)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize("signals", [1, 2])
+@pytest.mark.parametrize("beside", [False, True])
+def test_sigterm_during_a_checkpoint_leaves_whole_ones(corpus, tmp_path, monkeypatch, signals, beside):
+    import signal
+
+    from clinometer.training import checkpoint
+    from tests.training.test_loop import assert_same_run, run_whole
+
+    config = small_config(corpus, async_checkpoints=beside)
+    whole = run_whole(config, tmp_path / "whole")
+    session = prepare.start(config, tmp_path / "run", Silent())
+    write, sent = checkpoint.save_file, []
+
+    def save_file(tensors, path):
+        write(tensors, path)
+        if len(sent) < signals and session.step == 7:
+            sent.append(path)
+            os.kill(os.getpid(), signal.SIGTERM)
+            write(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    try:
+        ended = train(session, Silent())
+    except KeyboardInterrupt:  # the second one does not wait
+        ended = None
+    session.close()
+    assert sent
+    assert ended is (Outcome.TERMINATED if signals == 1 else None)
+    folder = tmp_path / "run" / "checkpoints"
+    saved = checkpoint.checkpoints(folder)
+    for path in saved:
+        checkpoint.load_checkpoint(path, None)
+    assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in saved)
+    session = prepare.resume(tmp_path / "run", None, Silent())
+    assert train(session, Silent()) is Outcome.DONE
+    session.close()
+    assert_same_run(whole, tmp_path / "run")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_of_two_processes_that_resume_the_same_run_the_second_is_refused(clinometer, config, tmp_path):
+    from tests.training.test_loop import assert_same_run, run_whole
+
+    whole = run_whole(config, tmp_path / "whole")
+    session = prepare.start(config, tmp_path / "run", Silent())
+    display, refused = Silent(), []
+
+    def resume_too(row):
+        if row["step"] == 9:
+            before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+            refused.append(clinometer("train", "--run", "run", "--resume"))
+            assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+    display.step = resume_too
+    assert train(session, display) is Outcome.DONE
+    session.close()
+    (result,) = refused
+    assert_refused((result.returncode, result.stdout, result.stderr), "another process")
+    assert_same_run(whole, tmp_path / "run")
+
+
+def test_a_checkpoint_being_written_is_not_swept_away_by_the_removal_of_older_ones(corpus, tmp_path):
+    """The thread writes step 4 slowly while step 3 is told, and older ones are removed."""
+    import time
+
+    from clinometer.training import checkpoint
+
+    config = small_config(corpus, steps=6, checkpoint_every=1, keep=1, async_checkpoints=True, eval_every=6)
+    session = prepare.start(config, tmp_path / "run", Silent())
+    write = checkpoint.save_file
+
+    def slowly(tensors, path):
+        write(tensors, path)
+        time.sleep(0.05)
+
+    display = Silent()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", slowly)
+        assert train(session, display) is Outcome.DONE
+    session.close()
+    assert [key for key, _ in display.notices if key == "train.checkpoint_failed"] == []

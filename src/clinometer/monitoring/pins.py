@@ -44,6 +44,10 @@ class Pins:
             raise InputError("watch.ranks.pins", most=MOST)
         self._pins[watched.index, index] = watched
 
+    def forget(self) -> None:
+        """A step begins: what was kept of one that nobody measured is not this one's."""
+        self._raw = {}
+
     def before_clipping(self) -> None:
         """The gradients are about to be scaled: keep those that count."""
         for key, watched in self._pins.items():

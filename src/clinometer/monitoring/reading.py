@@ -256,15 +256,18 @@ class Row:
         self._late.append((rows, columns, numbers, event))
 
 
-def refresh(watched: Iterable[Watched], places: Places) -> None:
-    """Weights that somebody moved since the last look: that was no step, so their copies follow."""
+def refresh(watched: Iterable[Watched], places: Places, *, stepped: bool = False) -> None:
+    """Weights that somebody moved since the last look: their copies follow, for that was not this step.
+
+    `stepped`: steps were taken that nobody measured. torch's fused kernels write and leave the version.
+    """
     give_memory(watched, places)
     for one in watched:
         tensor = one.ref()
         if tensor is None or one.before is None:
             continue
         state = state_of(tensor)
-        if state != one.look:
+        if state != one.look or stepped:
             values = flat(tensor)
             if (values.numel(), values.dtype, values.device) != (
                 one.before.numel(),

@@ -56,6 +56,8 @@ class Session:
         self._losses = Losses()
         self._chains = Chains(self.roster)
         self._parts_before = 0
+        self._unmeasured: set[int] = set()
+        """Optimizers that have stepped since their weights were measured."""
         self._scratch, self._joined = Scratch(), Gradients()
         self._row: Row | None = None
         """The step under way, or the last one until the next begins."""
@@ -161,6 +163,7 @@ class Session:
         # The same steps however often the run is stopped and resumed.
         before = number - self.every
         histograms = measured and (number - 1) // HISTOGRAMS_EVERY > (before - 1) // HISTOGRAMS_EVERY
+        self.pins.forget()
         self._row = row = Row(number, self.roster.watched, measured=measured, histograms=histograms)
         self._whole = False
         row.scalars.update(self._coming)
@@ -182,7 +185,10 @@ class Session:
             self.shards.meet()
             row.widen(self.roster.watched)
         mine = [*self.roster.owned_by(optimizer), *(self.roster.unowned if first else ())]
-        refresh(self.roster.owned_by(optimizer), self._joined.places)
+        refresh(
+            self.roster.owned_by(optimizer), self._joined.places, stepped=id(optimizer) in self._unmeasured
+        )
+        self._unmeasured.discard(id(optimizer))
         if first:  # apart, because another optimizer may be the first of the next round
             refresh(self.roster.unowned, self._joined.places)
         self._read_gradients(row, mine, getattr(optimizer, "grad_scale", None))
@@ -207,6 +213,8 @@ class Session:
                 self._scratch,
             )
             self.pins.after(optimizer)
+        else:
+            self._unmeasured.add(id(optimizer))
         row.stepped.add(id(optimizer))
         self._chains.stepped(optimizer)
         self.step = row.step

@@ -76,11 +76,13 @@ def _key(chosen: Split, tokenizer: Tokenizer) -> str:
 
 
 def _finished(target: Path) -> TokenData | None:
-    """The tokens if they are there and whole; what is damaged is taken away, to be made again."""
+    """The tokens if they are there and whole, by hash; what is damaged is taken away, to be made again."""
     if not target.exists():
         return None
     try:
-        return TokenData.open(target)
+        data = TokenData.open(target)
+        data.verify()
+        return data
     except InputError:
         shutil.rmtree(target)
         return None

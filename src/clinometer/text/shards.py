@@ -22,7 +22,7 @@ import numpy as np
 from clinometer.foreign import parse_json
 from clinometer.messages import InputError
 
-FORMAT = 1
+FORMAT = 2
 HEADER_FILE = "header.json"
 
 
@@ -55,7 +55,8 @@ class Header:
     validation: Sequence[Shard]
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+        values = asdict(self)
+        return json.dumps(values | {"sha256": digest(values)}, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Header:
@@ -63,6 +64,8 @@ class Header:
         values: dict[str, Any] = parse_json(text)
         if values["format"] != FORMAT:
             raise ValueError(f"format {values['format']}, this version reads {FORMAT}")
+        if values.pop("sha256") != digest(values):
+            raise ValueError("sha256")
         if values["dtype"] not in ("uint16", "uint32"):
             raise ValueError(f"dtype {values['dtype']}")
         for side in ("train", "validation"):
@@ -70,6 +73,11 @@ class Header:
             if any(Path(shard.file).name != shard.file for shard in values[side]):
                 raise ValueError("a shard outside the folder")
         return cls(**values)
+
+
+def digest(values: dict[str, Any]) -> str:
+    """SHA-256 of a header's content, which has no other guard against a changed number."""
+    return sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 class Tokens:
@@ -150,17 +158,21 @@ class TokenData:
 
 
 def find_tokens(folder: Path, content_hash: str, tokenizer_hash: str, fraction: float) -> TokenData | None:
-    """Finished shards of that text, tokenizer and split among those in `folder`; the text is not read."""
+    """Finished shards of that text, tokenizer and split among those in `folder`; the text is not read.
+
+    Damaged ones, by hash, are passed over.
+    """
     for header in folder.glob(f"*/{HEADER_FILE}"):
         try:
             data = TokenData.open(header.parent)
+            found = data.header
+            if (found.content_hash, found.tokenizer_hash, found.split_fraction) == (
+                content_hash,
+                tokenizer_hash,
+                fraction,
+            ):
+                data.verify()
+                return data
         except InputError:
             continue
-        found = data.header
-        if (found.content_hash, found.tokenizer_hash, found.split_fraction) == (
-            content_hash,
-            tokenizer_hash,
-            fraction,
-        ):
-            return data
     return None

@@ -19,6 +19,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -152,10 +153,29 @@ def commit(final: Path, partial: Path, snapshot: Snapshot, files: Mapping[str, A
         file.flush()
         os.fsync(file.fileno())
     sync_folder(partial)
-    if final.exists():  # the same step again, after a resume: the same bits
-        shutil.rmtree(final)
+    doomed = None
+    if final.exists():
+        if _holds(final, files):  # the same step again: whole already, and never away for an instant
+            shutil.rmtree(partial)
+            return
+        doomed = partial.with_name(f"{partial.name}.old.tmp")
+        final.rename(doomed)
     partial.rename(final)
     sync_folder(final.parent)
+    if doomed is not None:
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _holds(path: Path, files: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is whole and has these files."""
+    try:
+        if read_state(path)["files"] != files:
+            return False
+        for name, written in files.items():
+            verify(path / name, written)
+    except InputError:
+        return False
+    return True
 
 
 def load_checkpoint(
@@ -214,16 +234,25 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def prune(folder: Path, keep: int, best_step: int | None) -> None:
-    """Remove all but the newest `keep` checkpoints and the best one, and what an interrupted save left.
+    """Remove all but the newest `keep` checkpoints and the best one.
 
-    Step 0 stays: it is a model that was imported, and unlike first weights it cannot be drawn again.
+    What cannot be removed now stays for the next time. Step 0 stays: it is a model that was imported, and
+    unlike first weights it cannot be drawn again.
     """
     for path in checkpoints(folder)[:-keep]:
         if step_of(path) not in (0, best_step):
             # Renamed first: a kill in the middle of the removal must not leave half a checkpoint.
             doomed = folder / f".{path.name}.{os.getpid()}.tmp"
-            path.rename(doomed)
+            with suppress(OSError):
+                path.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what an interrupted save or removal has left: for the folder's trainer, before it trains.
+
+    Not later: it may be writing one beside the training.
+    """
     for leftover in folder.glob(".step-*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
 

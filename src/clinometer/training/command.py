@@ -167,6 +167,8 @@ def run_session(session: Session, display: RunDisplay, began: Callable[[Path], N
 def _say_outcome(
     session: Session, display: RunDisplay, outcome: Outcome, seconds: float, tokens_per_second: float
 ) -> None:
+    if session.spoilt:  # told already
+        return
     path = session.folder.path
     saved = checkpoints(session.folder.checkpoints)[-1]
     if outcome is Outcome.DONE:

@@ -6,7 +6,6 @@ import math
 import signal
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,8 +21,10 @@ from clinometer.optim.schedule import constant_schedule, cosine_schedule, warmup
 from clinometer.text import sampler
 from clinometer.training.computation import Computation
 from clinometer.training.config import RunConfig
+from clinometer.training.finite import NotFinite
 from clinometer.training.prepare import Session
 from clinometer.training.run_folder import write_whole
+from clinometer.training.stopping import ECHO_SECONDS, stop_on_signal
 from clinometer.training.tokens import begin_with
 
 
@@ -60,9 +61,19 @@ def train(session: Session, display: Display, record: Record | None = None) -> O
     """Take the steps that are left: batch → loss → backward → clip → step, with what comes between them.
 
     On Ctrl-C or SIGTERM the step in hand is finished and a checkpoint written. A loss or gradient that is not
-    finite takes no step and leaves the optimizer as it was; after `max_skipped` of them the run stops.
+    finite takes no step and leaves the optimizer as it was; after `max_skipped` of them the run stops, and at
+    once, without a checkpoint, when it is the weights or moments themselves that are not finite.
     """
     record = record or Record()
+    try:
+        return _train(session, display, record)
+    except NotFinite as found:
+        session.spoilt = True
+        display.notice(found.key, **found.values)
+        return Outcome.NOT_FINITE
+
+
+def _train(session: Session, display: Display, record: Record) -> Outcome:
     config, world = session.config, session.world
     last_step = config.training.steps
     with stop_on_signal(0.0 if world.alone else ECHO_SECONDS) as request:
@@ -78,12 +89,14 @@ def train(session: Session, display: Display, record: Record | None = None) -> O
                 record_skipped(session, loss, norm, display)
 
             row = {"step": session.step, "loss": loss, "lr": lr, "grad_norm": norm, "taken": taken}
-            session.metrics.append(**finite_or_text(row), seconds=time.perf_counter() - began)
+            note(session, display, **finite_or_text(row), seconds=time.perf_counter() - began)
             display.step(row)
             record.step()
 
             at = session.step
             collect(session, display, record)
+            if session.skipped_in_a_row == 1:  # are the weights good, so that going on can help?
+                session.must_be_finite()
             if session.skipped_in_a_row >= config.training.max_skipped:
                 session.checkpoint(must=True)
                 return Outcome.NOT_FINITE
@@ -94,7 +107,7 @@ def train(session: Session, display: Display, record: Record | None = None) -> O
                 save(session, display, record, must=bool(world.asked) or at == last_step)
             if world.asked:
                 return Outcome.INTERRUPTED if world.asked == signal.SIGINT else Outcome.TERMINATED
-    return Outcome.DONE if session.weights_are_finite() else Outcome.NOT_FINITE
+    return Outcome.DONE
 
 
 def take_step(
@@ -211,7 +224,7 @@ def validate(session: Session, display: Display, record: Record) -> bool:
     loss = evaluate(session)
     if loss is None:
         return False
-    session.metrics.append(**finite_or_text({"step": session.step, "validation_loss": loss}))
+    note(session, display, **finite_or_text({"step": session.step, "validation_loss": loss}))
     best = math.isfinite(loss) and (session.best_loss is None or loss < session.best_loss)
     if best:
         session.best_loss, session.best_step = loss, session.step
@@ -253,8 +266,11 @@ def write_sample(session: Session, display: Display, record: Record) -> None:
         ids = ids[: ids.index(end)]
     text = training.sample_prompt + session.tokenizer.decode(ids)
     session.must_be_there()
-    session.folder.samples.mkdir(exist_ok=True)
-    write_whole(session.folder.samples / f"step-{session.step:08d}.txt", text)
+    try:
+        session.folder.samples.mkdir(exist_ok=True)
+        write_whole(session.folder.samples / f"step-{session.step:08d}.txt", text)
+    except OSError as error:
+        display.notice("train.sample_unkept", path=session.folder.samples, reason=error.strerror)
     display.sample(session.step, text)
     record.sample(text)
 
@@ -263,6 +279,7 @@ def save(session: Session, display: Display, record: Record, *, must: bool) -> N
     """Write a checkpoint. One that fails in the middle of a run is reported and the run goes on; the last
     one is an error, because its work would be lost."""
     session.world.reach(session.step)
+    session.must_be_there()
     try:
         if must:
             collect(session, display, record, wait=True)
@@ -270,7 +287,7 @@ def save(session: Session, display: Display, record: Record, *, must: bool) -> N
         if path is not None:
             record.checkpoint(path)
     except InputError as error:
-        if must:
+        if must or isinstance(error, NotFinite):
             raise
         display.notice("train.checkpoint_failed", reason=str(error))
 
@@ -283,6 +300,14 @@ def collect(session: Session, display: Display, record: Record, *, wait: bool = 
             record.checkpoint(path)
     except InputError as error:
         display.notice("train.checkpoint_failed", reason=str(error))
+
+
+def note(session: Session, display: Display, **row: Any) -> None:
+    """Add a row to metrics.jsonl; when a full disk begins to keep rows waiting, that is told once."""
+    before = session.metrics.trouble
+    session.metrics.append(**row)
+    if before is None and (trouble := session.metrics.trouble) is not None:
+        display.notice("train.rows_wait", path=session.metrics.path, reason=trouble.strerror)
 
 
 def record_skipped(session: Session, loss: float, norm: float, display: Display) -> None:
@@ -303,43 +328,3 @@ def record_skipped(session: Session, loss: float, norm: float, display: Display)
 def finite_or_text(row: dict[str, Any]) -> dict[str, Any]:
     """JSON has no NaN: what is not finite is written as text ("nan", "inf")."""
     return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-
-
-ECHO_SECONDS = 2.0
-"""A terminal sends Ctrl-C to the launcher and to the ranks, and the launcher sends its own once more."""
-
-
-class StopRequest:
-    """The signal that asked the run to stop, if one did."""
-
-    signal: signal.Signals | None = None
-    at: float = 0.0
-
-
-@contextmanager
-def stop_on_signal(echo_seconds: float = 0.0):
-    """Ctrl-C and SIGTERM ask for a stop after the step in hand; a second one stops at once.
-
-    One that comes within `echo_seconds` of the first is the same one.
-    """
-    request = StopRequest()
-
-    def ask(number: int, _frame: object) -> None:
-        now = time.monotonic()
-        if request.signal is not None:
-            if now - request.at < echo_seconds:
-                return
-            raise KeyboardInterrupt
-        request.signal, request.at = signal.Signals(number), now
-
-    previous: dict[signal.Signals, Any] = {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, ask)
-    except ValueError:  # not in the main thread: whoever runs us there handles signals
-        pass
-    try:
-        yield request
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from clinometer.messages import InputError
-from clinometer.sharding import local
 from clinometer.text.corpus import Corpus, open_corpus
 from clinometer.text.sampler import windows_per_epoch
 from clinometer.text.shards import TokenData, find_tokens
@@ -22,6 +21,7 @@ from clinometer.text.tokenizer import Tokenizer
 from clinometer.training import checkpoint
 from clinometer.training.computation import Computation, first_model, first_optimizers
 from clinometer.training.config import FREE_ON_RESUME, RunConfig, config_from, differences
+from clinometer.training.finite import NotFinite, first_spoilt
 from clinometer.training.launch import host_name
 from clinometer.training.parallel import World
 from clinometer.training.precision import Choices, choose
@@ -40,15 +40,18 @@ class Session(Computation):
     skipped_in_a_row: int = 0
     best_loss: float | None = None
     best_step: int | None = None
+    spoilt: bool = False
+    """Whether it ended because a weight or a moment is not finite."""
 
     def checkpoint(self, *, must: bool = False) -> Path | None:
         """Write everything the run needs to go on bit for bit.
 
         With `training.async_checkpoints` that is begun here and told by `written`, unless it `must` be done.
+        Raises `NotFinite`, and writes nothing, if a weight or a moment is not a finite number.
         """
         self.must_be_there()
-        self.metrics.sync()
-        self.skipped.sync()
+        self.must_be_finite()
+        self._sync_rows()
         more = {
             "config": self.config.to_dict(),
             "model": dataclasses.asdict(self.model.config),
@@ -77,6 +80,18 @@ class Session(Computation):
             return before
         return self._pruned(self._saver.save(snapshot))
 
+    def _sync_rows(self) -> None:
+        """A checkpoint says how many rows there are; of several ranks all must know if they are not."""
+        reason = ""
+        try:
+            self.metrics.sync()
+            self.skipped.sync()
+        except OSError as error:
+            reason = checkpoint.reason_of(error)
+        if self.world.sum([float(bool(reason))])[0]:
+            name = self.folder.checkpoints / f"step-{self.step:08d}"
+            raise InputError("checkpoint.not_written", path=name, reason=reason)
+
     def written(self, wait: bool = False) -> Path | None:
         """The checkpoint that was begun, when it is there. Raises `InputError` if it could not be written."""
         return self._pruned(self._saver.written(wait))
@@ -94,9 +109,23 @@ class Session(Computation):
         if self.metrics.vanished or not self.folder.config_file.exists():
             raise InputError("run.vanished", path=self.folder.path, step=self.step)
 
-    def weights_are_finite(self) -> bool:
-        bad = any(not bool(torch.isfinite(local(p)).all()) for p in self.model.parameters())
-        return not self.world.sum([float(bad)])[0]
+    def must_be_finite(self) -> None:
+        """Raise `NotFinite` if there is nothing left to go on with: what is spoilt, and from where to resume.
+
+        Of several ranks every one calls, and every one raises.
+        """
+        spoilt = first_spoilt(self.model.named_parameters(), self.optimizers, self.world)
+        if spoilt is None:
+            return
+        if not self.world.alone or self.config.training.async_checkpoints:
+            with suppress(InputError):  # one that is being written is good, and the one to go on from
+                self.written(wait=True)
+        saved = checkpoint.checkpoints(self.folder.checkpoints)
+        key = ("weight" if not spoilt.key else "moment") + ("" if saved else "_from_start")
+        values = {"step": self.step, "tensor": spoilt.described, "run": self.folder.path}
+        if saved:
+            values |= {"path": saved[-1], "good": checkpoint.step_of(saved[-1])}
+        raise NotFinite(f"train.spoilt_{key}", **values)
 
     def close(self) -> None:
         with suppress(BaseException):  # told already, or the run has ended by something worse
@@ -169,6 +198,7 @@ def attend(notices: Notices, world: World) -> Session:
 
 def _resume(folder: RunFolder, changed: RunConfig | None, notices: Notices, world: World) -> Session:
     path, config = folder.path, folder.config
+    checkpoint.sweep(folder.checkpoints)
     if changed is not None and (found := differences(config, _with_full_paths(changed))):
         wrong = {name: values for name, values in found.items() if name not in FREE_ON_RESUME}
         if wrong:
@@ -266,6 +296,8 @@ def _assemble(
     if last is not None and state is not None:  # before anything is cut back to where it stood
         held = optimizers if state["optimizers"] else ()
         checkpoint.load_checkpoint(last, model, held, world.rank, world.size)
+        if (spoilt := first_spoilt(model.named_parameters(), optimizers, world)) is not None:
+            raise InputError("checkpoint.not_finite", path=last, tensor=spoilt.described)
     metrics, skipped = NoLines(), NoLines()
     if world.first:
         metrics = Lines(folder.metrics_file, state["metrics_bytes"] if state else 0)

@@ -16,6 +16,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -126,13 +127,26 @@ class Lines:
         found = path.stat().st_size if path.exists() else 0
         if size is not None and found < size:
             raise InputError("run.lines_lost", path=path, found=found, size=size)
-        self._file = path.open("ab")
+        self.path = path
+        self.trouble: OSError | None = None
+        """Why rows are waiting in memory; None while each goes to the file at once."""
+        self._waiting = bytearray()
+        self._file = path.open("ab", buffering=0)
         if size is not None:
             self._file.truncate(size)
 
     def append(self, **row: Any) -> None:
-        self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
+        """Add a row. One that the disk does not take, because it is full, is kept for when it does."""
+        self._waiting += json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        try:
+            self._write()
+        except OSError as error:
+            self.trouble = error
+
+    def _write(self) -> None:
+        while self._waiting:
+            del self._waiting[: self._file.write(self._waiting)]
+        self.trouble = None
 
     @property
     def size(self) -> int:
@@ -144,15 +158,20 @@ class Lines:
         return os.fstat(self._file.fileno()).st_nlink == 0
 
     def sync(self) -> None:
-        self._file.flush()
+        """Wait until every row is on the disk. Raises OSError if it does not take them."""
+        self._write()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
+        with suppress(OSError):
+            self._write()
         self._file.close()
 
 
 class NoLines(Lines):
     """Of a rank that writes none: rank 0 does."""
+
+    trouble = None
 
     def __init__(self) -> None:
         pass
