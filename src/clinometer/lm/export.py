@@ -118,6 +118,10 @@ def import_llama(folder: str | Path) -> tuple[TransformerConfig, dict[str, Tenso
     description = _read_json(folder / CONFIG_FILE, "export.no_config")
     config, num_kv_heads, eps, tied = llama.read_llama_config(description, folder / CONFIG_FILE)
     stored = _read_tensors(folder)
+    # First the number of layers: the list of its weights has to be made for the rest.
+    if config.num_layers > len(stored):
+        names = (llama.llama_name(f"layers.{i}.ln1.weight") for i in range(config.num_layers))
+        raise InputError("export.tensor_missing", path=folder, name=next(n for n in names if n not in stored))
 
     weights = {}
     for name, shape in config.weight_shapes().items():

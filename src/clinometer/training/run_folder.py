@@ -22,10 +22,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from clinometer.foreign import parse_json
+from clinometer.foreign import parse_json, refuse_links
 from clinometer.messages import InputError
 from clinometer.training.config import RunConfig, config_from
 from clinometer.training.settings_file import read_toml
+
+_WRITTEN = (".lock", "checkpoints", "metrics.jsonl", "skipped.jsonl", "samples", "corpus.txt", "tokens")
 
 
 class RunFolder:
@@ -74,6 +76,7 @@ class RunFolder:
 
     def lock(self) -> None:
         """Refuse a second trainer in this folder; the lock goes with the process, however it ends."""
+        refuse_links(self.path, _WRITTEN)
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
@@ -179,7 +182,8 @@ def write_whole(path: Path, text: str) -> None:
     """Write a small file whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with partial.open("w", encoding="utf-8") as file:
+        partial.unlink(missing_ok=True)
+        with partial.open("x", encoding="utf-8") as file:  # never through a link that lay there
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
