@@ -19,11 +19,12 @@ _PROGRAMS = (
     " WHERE t.type = 'table' AND c.hidden <> 0",
     "SELECT count(*) FROM sqlite_master AS t JOIN pragma_index_xinfo(t.name) AS c"
     " WHERE t.type = 'index' AND c.cid = -2",
-    "SELECT count(*) FROM sqlite_master WHERE sql LIKE '%CHECK%' OR sql LIKE '%DEFAULT%' OR sql LIKE '%WHERE%'",
+    "SELECT count(*) FROM sqlite_master"
+    " WHERE sql LIKE '%CHECK%' OR sql LIKE '%DEFAULT%' OR sql LIKE '%WHERE%'",
 )
 """What our files do not have, and what a stranger's could run by: views and triggers, virtual tables, columns
-computed when they are read (zeroblob(10⁹) is a gigabyte from twelve bytes), indices of expressions or conditions,
-checks, defaults."""
+computed when they are read (zeroblob(10⁹) is a gigabyte from twelve bytes), indices of expressions or with a
+condition, checks, defaults."""
 
 
 def open_for_reading(path: Path) -> sqlite3.Connection:
