@@ -238,7 +238,7 @@ def test_a_hugging_face_folder_of_pickles_is_refused_with_the_remedy(made, tmp_p
 def test_an_index_that_names_pickles_or_leads_out_is_refused(made, tmp_path):
     mark = tmp_path / "ran"
     outside = tmp_path / "outside.safetensors"
-    for place in ("pytorch_model.bin", "../outside.safetensors", str(outside), "..", ""):
+    for place in ("pytorch_model.bin", "../outside.safetensors", str(outside), "..", "", "n" * 5000):
         folder = tmp_path / "folder"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(made["sharded"].good, folder)

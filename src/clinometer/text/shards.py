@@ -9,6 +9,7 @@ tokenizer and the split, so equal inputs find the tokens that are already there.
 from __future__ import annotations
 
 import json
+import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -140,7 +141,7 @@ class TokenData:
         width = np.dtype(header.dtype).itemsize
         for shard in (*header.train, *header.validation):
             path = folder / shard.file
-            size = path.stat().st_size if path.is_file() else 0
+            size = path.stat().st_size if os.path.isfile(path) else 0  # is_file() raises for a long name
             if size != shard.tokens * width:
                 reason = f"{size} bytes / {shard.tokens * width} bytes"
                 raise InputError("text.shards_broken", path=path, reason=reason)

@@ -47,9 +47,9 @@ class RunFolder:
     @classmethod
     def create(cls, path: Path, config: RunConfig) -> RunFolder:
         """A new folder with its config.toml. Raises `InputError` if there is something at `path` already."""
-        if path.is_dir() and (path / "config.toml").exists():
+        if os.path.isfile(path / "config.toml"):
             raise InputError("run.exists", path=path)
-        if path.exists() and (not path.is_dir() or not _is_unused(path)):
+        if os.path.exists(path) and (not path.is_dir() or not _is_unused(path)):
             raise InputError("run.not_empty", path=path)
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ class RunFolder:
     @classmethod
     def open(cls, path: Path) -> RunFolder:
         """The folder of a run that was started. Raises `InputError` if it is none."""
-        if not path.exists():
+        if not os.path.exists(path):
             raise InputError("run.missing", path=path)
         if not (path / "config.toml").is_file():
             raise InputError("run.not_a_run", path=path)
