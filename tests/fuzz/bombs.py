@@ -75,10 +75,10 @@ def _instead(table: str, definition: str) -> tuple[str, ...]:
 
 
 def _many_tensors(connection: sqlite3.Connection) -> None:
-    """A thousand steps that stand far apart and hold nothing, of a hundred thousand tensors."""
+    """A thousand steps that stand far apart and hold nothing, of 200,000 tensors."""
     connection.execute("DELETE FROM tensors")
     connection.executemany(
-        "INSERT INTO tensors VALUES (?, 'w', '[1]', '', 1, 0, 0, '', 0, 0)", ((i,) for i in range(100_000))
+        "INSERT INTO tensors VALUES (?, 'w', '[1]', '', 1, 0, 0, '', 0, 0)", ((i,) for i in range(200_000))
     )
     connection.execute("DELETE FROM steps")
     for table in ("16", "256", "4096"):
@@ -315,7 +315,7 @@ BOMBS: dict[str, tuple[str, Callable[[Path], None]]] = {
     ),
     "statistics that are a gigabyte of zeros each": ("record", _sql(*_generated("zeroblob(1000000000)"))),
     "statistics that are half a gigabyte of zeros each": ("record", _sql(*_generated("zeroblob(500000000)"))),
-    "a hundred thousand tensors of empty steps": ("record", _sql(_many_tensors)),
+    "200,000 tensors of empty steps": ("record", _sql(_many_tensors)),
     "histograms that unfold to 128 MB": ("record", _sql(_zeros_in_histograms)),
     "a view that recurses without end": (
         "record",

@@ -20,8 +20,8 @@ from tests.fuzz.bombs import BOMBS
 ROOM = 512 << 20
 SECONDS = 60
 """Of computing."""
-BASE, FACTOR = 64 << 20, 32
-"""What reading may take: a JSON list of short texts is some thirty times its file in Python."""
+BASE, FACTOR = 64 << 20, 50
+"""What reading may take: a JSON list of short texts is some fifty times its file in Python."""
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="measured with Linux's /proc")
 
