@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 BIN := .venv/bin
 DEMO_FLAGS ?=
 
-.PHONY: demo test browser check docs bench soak coverage clean
+.PHONY: demo test browser check docs audit bench soak coverage clean
 
 demo: .venv/.installed
 	$(BIN)/clinometer demo $(DEMO_FLAGS)
@@ -28,6 +28,10 @@ check: .venv/.installed-dev
 # Both languages into build/site, strictly: a page, a link or a place in a page that is missing is an error.
 docs: .venv/.installed-dev
 	$(BIN)/python docs/site.py
+
+# Known vulnerabilities of what is installed; says so and passes where the advisories cannot be reached.
+audit: .venv/.installed-dev
+	$(BIN)/python -m tests.audit
 
 # Peers are given by path: make bench NANOGPT=../nanoGPT TEXT=shakespeare.txt. ONLY=watching,training picks,
 # QUICK=1 tries, PUBLISH=1 lets docs and READMEs speak of this machine.

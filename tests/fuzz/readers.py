@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 from clinometer.lm.export import export_llama, import_llama
+from clinometer.lm.generate import generate
 from clinometer.lm.model import TransformerLM
 from clinometer.optim.choice import make_optimizers
 from clinometer.record.reader import RunFile
@@ -25,6 +27,7 @@ from clinometer.text.tokenizer import Tokenizer, from_gpt2_files, train_bpe
 from clinometer.training import checkpoint, prepare
 from clinometer.training.config import config_from
 from clinometer.training.loop import train
+from clinometer.training.parts import rows_of
 from clinometer.training.replay import replay_step
 from clinometer.training.run_folder import RunFolder
 from clinometer.training.settings_file import read_toml
@@ -96,6 +99,8 @@ def make(root: Path) -> dict[str, Reader]:
     shutil.copytree(saved, root / "folder" / "checkpoints" / saved.name)
     trained = load_run(run)
     export_llama(trained.model, trained.model.config, root / "llama")
+    _sharded(root / "llama", root / "sharded")
+    parts = _in_parts(saved, root / "parts" / saved.name)
     bpe = train_bpe([corpus.read_text(encoding="utf-8")], 300)
     bpe.save(root / "bpe")
     _gpt2_files(root / "bpe", root / "gpt2")
@@ -123,6 +128,12 @@ def make(root: Path) -> dict[str, Reader]:
             partial(_ask, [_checkpoint]),
             _seal_checkpoint,
         ),
+        "parts": Reader(
+            root / "parts",
+            {f"{saved.name}/state.json": value, **dict.fromkeys(parts, tensors)},
+            partial(_ask, [_checkpoint]),
+            _seal_checkpoint,
+        ),
         "run": Reader(
             root / "folder",
             {
@@ -137,6 +148,11 @@ def make(root: Path) -> dict[str, Reader]:
         ),
         "llama": Reader(
             root / "llama", {"config.json": value, "model.safetensors": tensors}, partial(_ask, [_llama])
+        ),
+        "sharded": Reader(
+            root / "sharded",
+            {"model.safetensors.index.json": value, "model-00001-of-00002.safetensors": tensors},
+            partial(_ask, [_llama]),
         ),
         "replay": Reader(
             root / "replay",
@@ -220,6 +236,8 @@ def _run(folder: Path) -> object:
     if int(ids.max()) < trained.model.config.vocab_size:
         with torch.no_grad():
             trained.model(ids)
+            for _ in generate(trained.model, ids, max_new_tokens=33, seed=0):
+                pass
     return trained
 
 
@@ -291,6 +309,42 @@ def _seal_replay(folder: Path) -> None:
         (folder / "step.json").write_text(json.dumps(info))
     except (ValueError, KeyError, TypeError, OSError, AttributeError, RecursionError):
         return
+
+
+def _in_parts(saved: Path, folder: Path) -> list[str]:
+    """The same checkpoint as two ranks that hold tensors in rows write it; the names of its files."""
+    folder.mkdir(parents=True)
+    state = json.loads((saved / "state.json").read_bytes())
+    split: dict[str, dict[str, list[int]]] = {}
+    for kind in ("model", "optimizer"):
+        held = load_file(saved / f"{kind}.safetensors")
+        split[kind] = {name: list(tensor.shape) for name, tensor in held.items() if tensor.dim()}
+        for rank in range(2):
+            mine = {
+                name: tensor[slice(*rows_of(len(tensor), rank, 2))].clone() if tensor.dim() else tensor
+                for name, tensor in held.items()
+                if tensor.dim() or rank == 0
+            }
+            save_file(mine, folder / f"{kind}-{rank + 1:05}-of-00002.safetensors")
+    state["format"] = checkpoint.IN_PARTS
+    state["parts"] = {"count": 2, "split": split}
+    state["files"] = {path.name: checkpoint.fingerprint(path) for path in folder.glob("*.safetensors")}
+    state.pop("sha256")
+    state["sha256"] = checkpoint.digest(state)
+    (folder / "state.json").write_text(json.dumps(state))
+    return [f"{saved.name}/{name}" for name in state["files"]]
+
+
+def _sharded(whole: Path, folder: Path) -> None:
+    """The same Llama in two files and an index."""
+    folder.mkdir()
+    shutil.copy(whole / "config.json", folder)
+    held = load_file(whole / "model.safetensors")
+    places = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(sorted(held))}
+    for place in set(places.values()):
+        save_file({name: held[name] for name in held if places[name] == place}, folder / place)
+    index = {"metadata": {"total_size": 0}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def _gpt2_files(source: Path, folder: Path) -> None:

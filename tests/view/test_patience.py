@@ -91,7 +91,12 @@ def test_a_reader_that_does_not_read_is_given_up(port):
             client.sendall(head.encode() * 1500)
         time.sleep(3)
         assert ask(port) == 200
-        assert closed(client)
+        received = 0
+        client.settimeout(60)
+        with contextlib.suppress(ConnectionError):  # what it had not taken by then is lost
+            while part := client.recv(1 << 20):
+                received += len(part)
+                assert received < 1500 * 8_000, "it was waited for"
 
 
 def test_a_connection_kept_open_between_requests_stays(port):

@@ -107,6 +107,7 @@ def test_the_token_moves_from_the_url_to_a_cookie_no_script_reads(runs):
         {"x-clinometer": "1", "sec-fetch-site": "cross-site"},
         {"x-clinometer": "1", "sec-fetch-site": "same-site"},
         {"x-clinometer": "1", "origin": BASE, "sec-fetch-site": "same-site"},
+        {"x-clinometer": "1", "origin": BASE, "sec-fetch-site": "none"},
     ],
 )
 def test_another_sites_page_can_start_and_cancel_nothing(client, identity, headers, monkeypatch):

@@ -73,7 +73,10 @@ class Decoder:
     The weights are copied once: about as many bytes as the model's own without its embedding, in `dtype`.
     """
 
-    def __init__(self, model: TransformerLM, rows: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: TransformerLM, rows: int, dtype: torch.dtype, positions: int | None = None
+    ) -> None:
+        """For the first `positions` of a sequence; a config may name more than there is memory for."""
         config = model.config
         self.dtype = dtype
         self._embeddings = model.token_embeddings.weight
@@ -82,8 +85,11 @@ class Decoder:
         self._layers = [PackedBlock(block, rows, dtype) for block in _blocks(model)]
         self._head = pack(_after_norm(model.lm_head.weight, model.ln_final.weight, dtype), rows)
         self._heads = (config.num_heads, config.head_dim)
-        positions = torch.arange(config.context_length)
-        cos, sin = functional.rotary_table(positions, config.head_dim, config.rope_theta)
+        cos, sin = functional.rotary_table(
+            torch.arange(config.context_length if positions is None else positions),
+            config.head_dim,
+            config.rope_theta,
+        )
         self._turns = torch.complex(cos.to(self._wide), sin.to(self._wide))
         self._floor = torch.tensor(math.sqrt(config.d_model * RMS_NORM_EPS), dtype=self._wide)
 
@@ -123,8 +129,11 @@ class Decoders:
     moment in which weights were changed between two tokens.
     """
 
-    def __init__(self, model: object, modules: Sequence[nn.Module], rows: int) -> None:
+    def __init__(
+        self, model: object, modules: Sequence[nn.Module], rows: int, positions: int | None = None
+    ) -> None:
         self._model = model
+        self._positions = positions
         self._modules = modules
         self._rows = rows
         self._decoder: Decoder | None = None
@@ -147,7 +156,7 @@ class Decoders:
                 self._given_up = True
                 return None
             with torch.autocast("cpu", enabled=False):
-                self._decoder = Decoder(self._model, self._rows, dtype)
+                self._decoder = Decoder(self._model, self._rows, dtype, self._positions)
             self._seen = [(id(weight), weight._version) for weight in weights]
         elif dtype != self._decoder.dtype or self._seen != [
             (id(weight), weight._version) for weight in weights

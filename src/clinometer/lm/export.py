@@ -113,11 +113,15 @@ def import_llama(folder: str | Path) -> tuple[TransformerConfig, dict[str, Tenso
     Raises `InputError` for whatever our model cannot represent, and files that are missing or broken.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise InputError("export.not_folder", path=folder)
     description = _read_json(folder / CONFIG_FILE, "export.no_config")
     config, num_kv_heads, eps, tied = llama.read_llama_config(description, folder / CONFIG_FILE)
     stored = _read_tensors(folder)
+    # First the number of layers: the list of its weights has to be made for the rest.
+    if config.num_layers > len(stored):
+        names = (llama.llama_name(f"layers.{i}.ln1.weight") for i in range(config.num_layers))
+        raise InputError("export.tensor_missing", path=folder, name=next(n for n in names if n not in stored))
 
     weights = {}
     for name, shape in config.weight_shapes().items():
@@ -222,8 +226,8 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     for shard in sorted(set(places.values())):
         if Path(shard).name != shard:  # a downloaded index must not lead out of its folder
             raise InputError("export.shard_path", path=folder / INDEX_FILE, name=shard)
-        if not (folder / shard).exists():
-            raise InputError("export.shard_missing", path=folder, name=shard)
+        if not os.path.isfile(folder / shard):  # exists() raises for a name that is too long
+            raise InputError("export.shard_missing", path=folder, name=shard[:200])
         tensors |= _read_safetensors(folder / shard)
     return tensors
 

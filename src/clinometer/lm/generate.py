@@ -226,7 +226,7 @@ class Generation(Iterator[Tensor]):
         self._window[:, : self._length] = prompt
         self._stopped = torch.zeros(B, dtype=torch.bool, device=prompt.device)
         self._cache = KeyValueCache(model.config.num_layers, self._window.shape[1]) if cache else None
-        self._decoders = Decoders(model, self._modules, B)
+        self._decoders = Decoders(model, self._modules, B, self._window.shape[1])
 
     def __next__(self) -> Tensor:
         if self._remaining <= 0:

@@ -120,7 +120,8 @@ def read_llama_config(given: Mapping[str, Any], path: object) -> tuple[Transform
     """
     architectures = given.get("architectures") or ["LlamaForCausalLM"]
     if given.get("model_type") != "llama" or architectures != ["LlamaForCausalLM"]:
-        names = ", ".join(map(str, architectures)) if given.get("architectures") else given.get("model_type")
+        told = architectures if isinstance(architectures, list) else [architectures]
+        names = ", ".join(map(str, told)) if given.get("architectures") else given.get("model_type")
         raise InputError("export.architecture", path=path, given=names)
 
     def size(field: str) -> Any:

@@ -18,6 +18,8 @@ from clinometer.record.schema import ABSENT, LEVELS, STATISTICS, rollup_key
 
 MOST_BYTES = 24 << 20
 """What one answer may read: a wider range is then seen in fewer, coarser cells."""
+_MOST_FILLED = 64 << 20
+"""Bytes for columns that rows do not have: more than eight times what they have is no run's that grew."""
 
 
 @dataclass
@@ -238,6 +240,8 @@ def stacked(blobs: list[bytes], dtype: str, width: int, filler: float) -> np.nda
     size = np.dtype(dtype).itemsize * width
     if all(len(blob) == size for blob in blobs):
         return np.frombuffer(b"".join(blobs), dtype=dtype).reshape(len(blobs), width)
+    if len(blobs) * size > max(_MOST_FILLED, 8 * sum(map(len, blobs))):
+        raise ValueError(f"{len(blobs)} rows of {width} columns, nearly all of them empty")
     table = np.full((len(blobs), width), filler, dtype=dtype)
     for row, blob in zip(table, blobs, strict=True):
         values = np.frombuffer(blob, dtype=dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +22,7 @@ LONGEST_NAME = 60
 
 def runs_command(console: Console, folder: Path) -> int:
     """List the runs at or under `folder`, the newest first; returns the exit code."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise InputError("record.no_folder", path=folder)
     found = find_runs(folder)
     if not found:

@@ -24,6 +24,9 @@ from clinometer.record.schema import (
     WEIGHT_FIELDS,
 )
 
+_MOST_CELLS = 1 << 24
+"""Of a map, whatever number of tensors a file names: 64 MB, and more than any screen has."""
+
 
 class Range:
     """The steps a question means, within what there is; `every`: steps from one record to the next."""
@@ -144,6 +147,7 @@ def grid(
 ) -> dict[str, Any]:
     steps = Range(connection, first, last)
     chosen = range(width_of(connection)) if ids is None else ids
+    columns = min(columns, max(1, _MOST_CELLS // max(1, len(chosen))))
     found, stride = _statistic(connection, statistic, chosen, steps, columns, ends=False)
     begin = steps.first // stride
     count = 0 if steps.last < steps.first else steps.last // stride - begin + 1
@@ -167,7 +171,7 @@ def histogram(
 ) -> dict[str, Any]:
     if kind not in HISTOGRAM_KINDS:
         raise InputError("record.no_kind", kind=kind, known=", ".join(HISTOGRAM_KINDS))
-    _must_be_known(connection, [tensor])
+    known = _must_be_known(connection, [tensor])
     rows = connection.execute(
         "SELECT step FROM histograms WHERE step BETWEEN ? AND ? ORDER BY step",
         (0 if first is None else bounded(first), bounded(last)),
@@ -178,7 +182,7 @@ def histogram(
     out = np.zeros((len(steps), histograms.BUCKETS), dtype=np.int64)
     for place, step in enumerate(steps):
         (blob,) = connection.execute("SELECT counts FROM histograms WHERE step = ?", (step,)).fetchone()
-        out[place] = histograms.decode(blob, tensor)[HISTOGRAM_KINDS.index(kind)]
+        out[place] = histograms.decode(blob, tensor, known)[HISTOGRAM_KINDS.index(kind)]
     return {"step": np.array(steps, dtype=np.int64), "counts": out, "low_exponent": LOW_EXPONENT}
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from clinometer.foreign import refuse_links
 from clinometer.messages import InputError
 from clinometer.record import schema
 from clinometer.record.cutting import cut_after
@@ -25,6 +26,7 @@ LONGEST_LOG = 64 << 20
 """Bytes of WAL after which the writer waits for the readers of the moment, so that it can begin it again:
 where reads overlap without a pause, none of SQLite's own checkpoints ever finds the moment to."""
 LOOK_EVERY = 64
+_WRITTEN = (schema.LOCK_NAME, *(schema.FILE_NAME + end for end in ("", "-wal", "-shm", "-journal")))
 _LONGEST_WAIT = 200
 """Milliseconds for those readers; an answer takes less than 50."""
 
@@ -46,6 +48,7 @@ class WriterFile:
     def open(self, continue_from: int | None) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            refuse_links(self.folder, _WRITTEN)
             self._lock.acquire(timeout=0)
         except Timeout:
             raise InputError("record.in_use", folder=self.folder) from None
@@ -129,7 +132,7 @@ class WriterFile:
             connection = open_for_writing(self.path)
             try:
                 (last,) = connection.execute("SELECT max(step) FROM steps").fetchone()
-            except sqlite3.Error as error:
+            except (sqlite3.Error, UnicodeDecodeError) as error:
                 raise damaged(self.path, error) from None
             finally:
                 connection.close()

@@ -34,12 +34,15 @@ def encode(counts: np.ndarray) -> bytes:
     return _HEADER.pack(len(counts), width) + zlib.compress(body, 1)
 
 
-def decode(blob: bytes, tensor: int | None = None) -> np.ndarray:
+def decode(blob: bytes, tensor: int | None = None, known: int | None = None) -> np.ndarray:
     """int64 (T, 3, 64); of one tensor (3, 64), zeros where the file is older than the tensor.
 
-    Raises ValueError or zlib.error if the blob is damaged.
+    Raises ValueError or zlib.error if the blob is damaged, or of more tensors than the `known` ones: it
+    would unfold to a thousand times its size.
     """
     tensors, width = _HEADER.unpack_from(blob)
+    if known is not None and tensors > known:
+        raise ValueError(f"a histogram of {tensors} tensors, where {known} are known")
     most = tensors * _PER_TENSOR
     body = zlib.decompressobj().decompress(blob[_HEADER.size :], most // 8 + most * width)
     bits = np.frombuffer(body, np.uint8, most // 8)

@@ -13,6 +13,19 @@ from clinometer.record import schema
 _MOST_BYTES = 1 << 30
 """No text or blob of a run file is longer; a damaged length must not ask for more memory than there is."""
 
+_PROGRAMS = (
+    "SELECT count(*) FROM sqlite_master WHERE type NOT IN ('table', 'index') OR rootpage = 0",
+    "SELECT count(*) FROM sqlite_master AS t JOIN pragma_table_xinfo(t.name) AS c"
+    " WHERE t.type = 'table' AND c.hidden <> 0",
+    "SELECT count(*) FROM sqlite_master AS t JOIN pragma_index_xinfo(t.name) AS c"
+    " WHERE t.type = 'index' AND c.cid = -2",
+    "SELECT count(*) FROM sqlite_master"
+    " WHERE sql LIKE '%CHECK%' OR sql LIKE '%DEFAULT%' OR sql LIKE '%WHERE%'",
+)
+"""What our files do not have, and what a stranger's could run by: views and triggers, virtual tables, columns
+computed when they are read (zeroblob(10⁹) is a gigabyte from twelve bytes), indices of expressions or with a
+condition, checks, defaults."""
+
 
 def open_for_reading(path: Path) -> sqlite3.Connection:
     """A connection that cannot write. Raises `InputError`: no run file, a newer one, a damaged one."""
@@ -36,7 +49,7 @@ def open_for_reading(path: Path) -> sqlite3.Connection:
         except BaseException:
             connection.close()
             raise
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # the second: of a name in SQLite's own message
         raise damaged(path, error) from None
     return connection
 
@@ -49,7 +62,7 @@ def open_for_writing(path: Path) -> sqlite3.Connection:
         version = _check(connection, path)
         if version < schema.VERSION:
             schema.upgrade(connection, version)
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # the second: of a name in SQLite's own message
         raise damaged(path, error) from None
     return connection
 
@@ -94,11 +107,7 @@ def _check(connection: sqlite3.Connection, path: Path) -> int:
     if version > schema.VERSION:
         connection.close()
         raise InputError("record.newer", path=path, found=version, known=schema.VERSION)
-    # A file may come from anybody: a view or a trigger in it would be a program that we run.
-    foreign = connection.execute(
-        "SELECT count(*) FROM sqlite_master WHERE type NOT IN ('table', 'index')"
-    ).fetchone()
-    if version < 1 or foreign[0]:
+    if version < 1 or any(connection.execute(query).fetchone()[0] for query in _PROGRAMS):
         connection.close()
         raise InputError("record.not_a_run_file", path=path)
     return version

@@ -9,6 +9,7 @@ tokenizer and the split, so equal inputs find the tokens that are already there.
 from __future__ import annotations
 
 import json
+import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -68,11 +69,25 @@ class Header:
             raise ValueError("sha256")
         if values["dtype"] not in ("uint16", "uint32"):
             raise ValueError(f"dtype {values['dtype']}")
+        for name, kind in _KINDS.items():
+            if type(values[name]) not in kind:
+                raise ValueError(name)
         for side in ("train", "validation"):
             values[side] = tuple(Shard(**shard) for shard in values[side])
+            if not all(type(shard.tokens) is int and type(shard.file) is str for shard in values[side]):
+                raise ValueError(side)
             if any(Path(shard.file).name != shard.file for shard in values[side]):
                 raise ValueError("a shard outside the folder")
+            if len({shard.file for shard in values[side]}) < len(values[side]):
+                raise ValueError("one file as two shards")
         return cls(**values)
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("vocab_size", "documents", "characters", "train_tokens", "validation_tokens"), (int,)),
+    **dict.fromkeys(("tokenizer_hash", "content_hash", "corpus", "split_rule"), (str,)),
+    "split_fraction": (int, float),
+}
 
 
 def digest(values: dict[str, Any]) -> str:
@@ -134,11 +149,14 @@ class TokenData:
         width = np.dtype(header.dtype).itemsize
         for shard in (*header.train, *header.validation):
             path = folder / shard.file
-            size = path.stat().st_size if path.is_file() else 0
+            size = path.stat().st_size if os.path.isfile(path) else 0  # is_file() raises for a long name
             if size != shard.tokens * width:
                 reason = f"{size} bytes / {shard.tokens * width} bytes"
                 raise InputError("text.shards_broken", path=path, reason=reason)
-        return cls(folder, header)
+        try:
+            return cls(folder, header)
+        except OSError as error:  # gone since, or more files than a process may map
+            raise InputError("text.shards_broken", path=folder, reason=error.strerror or error) from None
 
     def verify(self) -> None:
         """Read every shard and compare its hash with the header's; InputError names the first to differ."""

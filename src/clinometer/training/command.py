@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import sys
 import time
@@ -63,7 +64,7 @@ def _train(
     console.quiet = not world.first
     display = RunDisplay(console)
     # A launcher that starts the ranks again gives them the same command.
-    again = again or (run is not None and world.restarted and (run / "config.toml").is_file())
+    again = again or (run is not None and world.restarted and os.path.isfile(run / "config.toml"))
     try:
         if not world.first:
             session = attend(display, world)
@@ -73,7 +74,7 @@ def _train(
             config = config or RunConfig()
             session = start(config, run or next_run_folder(config.data.corpus), display, world)
     except KeyboardInterrupt:
-        if run is not None and world.first and (run / "config.toml").exists():
+        if run is not None and world.first and os.path.exists(run / "config.toml"):
             console.print(say("train.interrupted_early", run=run), highlight=False)
         raise
     world.remedy = lambda: _how_to_go_on(session)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -110,7 +111,7 @@ def _from_run(path: Path, notices: Notices, short: bool) -> Target:
 
 
 def _from_file(path: Path, function: str) -> Target:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError("instrument.no_file", path=path)
     module = _load(path)
     make = getattr(module, function, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import sys
 from contextlib import nullcontext, suppress
@@ -144,7 +145,7 @@ def start(config: RunConfig, path: Path, notices: Notices, world: World | None =
     """
     once = _is_stream(config.data.corpus)
     corpus = None if once else open_corpus(config.data.corpus)
-    existed = path.exists()
+    existed = os.path.exists(path)
     folder = RunFolder.create(path, _with_full_paths(config))
     try:
         if corpus is None:  # standard input, a pipe: it cannot be read again on resume, so the run keeps it
@@ -324,8 +325,8 @@ def _assemble(
 
 def _is_stream(corpus: str) -> bool:
     """Whether the corpus can be read only once: standard input, a named pipe, `<(command)`."""
-    path = Path(corpus)
-    return corpus == "-" or (path.exists() and not path.is_file() and not path.is_dir())
+    path = corpus  # os.path's questions say no to a name that is too long, where a Path's raise
+    return corpus == "-" or (os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path))
 
 
 def _keep_stream(config: RunConfig, folder: RunFolder) -> RunConfig:
@@ -350,7 +351,7 @@ def _with_full_paths(config: RunConfig) -> RunConfig:
     for name in ("corpus", "tokenizer"):
         value = getattr(config.data, name)
         # The words with a meaning of their own win over a file that has such a name.
-        if value not in ("python", "-", "bpe", "bytes") and (Path(value).exists() or "*" in value):
+        if value not in ("python", "-", "bpe", "bytes") and (os.path.exists(value) or "*" in value):
             data[name] = str(Path(value).absolute())
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **data))
 

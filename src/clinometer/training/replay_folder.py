@@ -16,6 +16,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
+from clinometer.foreign import refuse_links
 from clinometer.gradients.report import jsonable
 from clinometer.messages import InputError
 from clinometer.record.replays import (
@@ -96,6 +97,8 @@ def find_replay(run: Path, step: int, loss: float, norm: float) -> Replay | None
 
 def save_weight(path: Path, name: str, index: tuple[int, ...], told: dict[str, Any]) -> None:
     """Keep what was told about a weight with its step, where that can be written."""
+    refuse_links(path.parent, (path.name,))
+    refuse_links(path, (WEIGHTS,))
     try:
         (path / WEIGHTS).mkdir(exist_ok=True)
         write_whole(path / WEIGHTS / weight_key(name, index), json.dumps(told, ensure_ascii=False))
@@ -110,7 +113,8 @@ def _place(run: Path) -> Path:
     for place in (beside, *elsewhere):
         try:
             place.mkdir(parents=place is not beside, exist_ok=True)
-            if os.access(place, os.W_OK):
+            # What lies there is pruned: a stranger's run must not send us to another run's steps.
+            if not place.is_symlink() and os.access(place, os.W_OK):
                 return place
         except OSError as error:
             reason = reason_of(error)

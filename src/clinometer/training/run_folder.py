@@ -23,10 +23,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from clinometer.foreign import parse_json
+from clinometer.foreign import parse_json, refuse_links
 from clinometer.messages import InputError
 from clinometer.training.config import RunConfig, config_from
 from clinometer.training.settings_file import read_toml
+
+_WRITTEN = (".lock", "checkpoints", "metrics.jsonl", "skipped.jsonl", "samples", "corpus.txt", "tokens")
 
 
 class RunFolder:
@@ -46,9 +48,9 @@ class RunFolder:
     @classmethod
     def create(cls, path: Path, config: RunConfig) -> RunFolder:
         """A new folder with its config.toml. Raises `InputError` if there is something at `path` already."""
-        if path.is_dir() and (path / "config.toml").exists():
+        if os.path.isfile(path / "config.toml"):
             raise InputError("run.exists", path=path)
-        if path.exists() and (not path.is_dir() or not _is_unused(path)):
+        if os.path.exists(path) and (not path.is_dir() or not _is_unused(path)):
             raise InputError("run.not_empty", path=path)
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -63,7 +65,7 @@ class RunFolder:
     @classmethod
     def open(cls, path: Path) -> RunFolder:
         """The folder of a run that was started. Raises `InputError` if it is none."""
-        if not path.exists():
+        if not os.path.exists(path):
             raise InputError("run.missing", path=path)
         if not (path / "config.toml").is_file():
             raise InputError("run.not_a_run", path=path)
@@ -75,6 +77,7 @@ class RunFolder:
 
     def lock(self) -> None:
         """Refuse a second trainer in this folder; the lock goes with the process, however it ends."""
+        refuse_links(self.path, _WRITTEN)
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
@@ -198,7 +201,8 @@ def write_whole(path: Path, text: str) -> None:
     """Write a small file whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with partial.open("w", encoding="utf-8") as file:
+        partial.unlink(missing_ok=True)
+        with partial.open("x", encoding="utf-8") as file:  # never through a link that lay there
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

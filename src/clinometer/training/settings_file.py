@@ -11,6 +11,13 @@ from typing import Any, get_type_hints
 from clinometer.messages import InputError
 from clinometer.training.config import SECTIONS
 
+_LONGEST = 1 << 18
+"""Bytes; ours have three thousand."""
+_DEEPEST = 100
+"""Dots in a line: tomllib keeps every beginning of a dotted key, n² / 2 names for n parts."""
+_MOST_DIGITS = 4_300
+"""Of a number: what Python itself is willing to read or write."""
+
 
 def read_toml(path: Path) -> dict[str, dict[str, Any]]:
     """The file's sections, every key known and every value of its field's type; nothing filled in.
@@ -18,6 +25,8 @@ def read_toml(path: Path) -> dict[str, dict[str, Any]]:
     Raises `InputError` with the file and the line of what is wrong.
     """
     try:
+        if path.stat().st_size > _LONGEST:
+            raise InputError("config.too_long", path=path, size=path.stat().st_size, limit=_LONGEST)
         text = path.read_text(encoding="utf-8-sig")
     except IsADirectoryError:
         raise InputError("config.folder", path=path) from None
@@ -26,8 +35,10 @@ def read_toml(path: Path) -> dict[str, dict[str, Any]]:
     except OSError as error:
         raise InputError("config.unreadable", path=path, reason=error.strerror) from None
     try:
+        _require_shallow(text)
         table = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        _require_small(table)
+    except (ValueError, RecursionError) as error:
         raise InputError("config.not_toml", path=path, reason=error) from None
 
     for section, values in table.items():
@@ -50,6 +61,23 @@ def read_toml(path: Path) -> dict[str, dict[str, Any]]:
                     wanted=_spell(hints[key]),
                 )
     return table
+
+
+def _require_shallow(text: str) -> None:
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.count(".") > _DEEPEST:
+            raise ValueError(f"more than {_DEEPEST} dots (at line {number})")
+        if re.search(rf"\d[\d_]{{{_MOST_DIGITS}}}", line):
+            raise ValueError(f"a number of more than {_MOST_DIGITS} digits (at line {number})")
+
+
+def _require_small(value: Any) -> None:
+    """Numbers in hexadecimal can be read at any length, and then not be written in a message."""
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            _require_small(item)
+    elif isinstance(value, int) and value.bit_length() > 3 * _MOST_DIGITS:
+        raise ValueError(f"a number of {value.bit_length()} bits")
 
 
 def _unknown(path: Path, text: str, section: str | None, key: str, known: list[str]) -> InputError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ def view_command(
     """Serve the runs at or under `path` until Ctrl-C; 0. `token` "auto" makes a random one."""
     from clinometer.view.server import serve
 
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise InputError("view.missing", path=path)
     found = find_runs(path)
     if not found:  # they appear on the page as they are made
