@@ -114,7 +114,7 @@ def _facts(info: dict[str, Any], scalars: dict[str, float]) -> list[str]:
     if "loss" in scalars:
         facts.append(f"{say('live.loss')} {_number(scalars['loss'])}")
     if scalars.get("seconds") and scalars.get("tokens"):
-        facts.append(say("live.speed", speed=_number(scalars["tokens"] / scalars["seconds"])))
+        facts.append(say("live.speed", speed=scalars["tokens"] / scalars["seconds"]))
     facts.append(say("live.alerts", count=info["alert_count"]))
     return facts
 

@@ -2,7 +2,7 @@
 // HTML: names come from a file that somebody else may have written.
 
 const SVG = "http://www.w3.org/2000/svg";
-const WIDTH = 640, HEIGHT = 160, LEFT = 56, BOTTOM = 20, TOP = 8;
+const WIDTH = 640, HEIGHT = 160, LEFT = 68, BOTTOM = 20, TOP = 8;
 
 function make(tag, className, text) {
   const element = document.createElement(tag);
@@ -39,8 +39,8 @@ function curve({ step, value }, label) {
   svg.append(
     drawn("path", { d: `M${LEFT} ${TOP}V${base}H${WIDTH - 8}`, class: "axis" }),
     drawn("path", { d: path, class: "line" }),
-    drawn("text", { x: LEFT - 6, y: TOP + 8, "text-anchor": "end" }, high.toPrecision(4)),
-    drawn("text", { x: LEFT - 6, y: base, "text-anchor": "end" }, low.toPrecision(4)),
+    drawn("text", { x: LEFT - 6, y: TOP + 8, "text-anchor": "end" }, high.toPrecision(3)),
+    drawn("text", { x: LEFT - 6, y: base, "text-anchor": "end" }, low.toPrecision(3)),
     drawn("text", { x: LEFT, y: HEIGHT - 4 }, String(first)),
     drawn("text", { x: WIDTH - 8, y: HEIGHT - 4, "text-anchor": "end" }, String(last)),
   );
