@@ -5,6 +5,7 @@ import importlib
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -176,3 +177,10 @@ def test_without_its_package_an_integration_says_what_to_install(package: str, m
         importlib.import_module(ours)
     assert f"pip install 'clinometer[{package}]'" in str(raised.value)
     assert isinstance(raised.value, InputError)
+
+
+def test_deepspeed_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    args = SimpleNamespace(deepspeed={"zero_optimization": {"stage": 2}})
+    with pytest.raises(InputError, match="DeepSpeed"):
+        ClinometerCallback(tmp_path / "run").on_train_begin(args, None, None)
+    assert not (tmp_path / "run").exists()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from clinometer.integrations.optional import need
 from clinometer.integrations.trainers import Watching
+from clinometer.messages import InputError
 
 if TYPE_CHECKING:
     from transformers.trainer_callback import TrainerCallback
@@ -24,8 +25,8 @@ class ClinometerCallback(Watching, TrainerCallback):
     step's tokens where the Trainer counts them (`include_num_input_tokens_seen`).
     `trainer.train(resume_from_checkpoint=…)` goes on in the same folder. No number of the training changes.
 
-    Raises InputError when training begins: a folder that holds another run or cannot be written, or an
-    optimizer that is none of torch's (DeepSpeed's).
+    Raises InputError when training begins: a folder that holds another run or cannot be written; DeepSpeed,
+    whose engine steps by itself.
     """
 
     _tokens = 0
@@ -33,6 +34,8 @@ class ClinometerCallback(Watching, TrainerCallback):
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
+        if getattr(args, "deepspeed", None) or getattr(args, "deepspeed_plugin", None):
+            raise InputError("integrations.deepspeed")
         self._tokens = state.num_input_tokens_seen
         self.begin(model, optimizer, state.global_step, args.to_sanitized_dict())
 
