@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 BIN := .venv/bin
 DEMO_FLAGS ?=
 
-.PHONY: demo test browser check docs audit bench soak coverage clean
+.PHONY: demo test browser check docs audit package bench soak coverage clean
 
 demo: .venv/.installed
 	$(BIN)/clinometer demo $(DEMO_FLAGS)
@@ -32,6 +32,10 @@ docs: .venv/.installed-dev
 # Known vulnerabilities of what is installed; says so and passes where the advisories cannot be reached.
 audit: .venv/.installed-dev
 	$(BIN)/python -m tests.audit
+
+# The sdist and the wheel, and the wheel used in an environment that has only what it declares.
+package: .venv/.installed-dev
+	$(BIN)/python .ci/package.py
 
 # Peers are given by path: make bench NANOGPT=../nanoGPT TEXT=shakespeare.txt. ONLY=watching,training picks,
 # QUICK=1 tries, PUBLISH=1 lets docs and READMEs speak of this machine.

@@ -10,8 +10,10 @@ import time
 import urllib.request
 
 import pytest
+import torch
 
 from clinometer.training import checkpoint
+from clinometer.training.precision import choose_device
 from clinometer.training.run_folder import RunFolder
 from tests.training.conftest import SMALL, assert_refused, small
 
@@ -232,6 +234,13 @@ def test_the_doctor_says_what_there_is(call):
     code, out, _ = call("doctor")
     assert code == 0
     assert "TFLOP/s" in out
+    rows = [" ".join(line.split()) for line in out.splitlines()]
+    assert any(row.startswith("cpu ✓ ") for row in rows)
+    for kind, here in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())):
+        assert any(row.startswith(f"{kind} {'✓' if here else '–'} ") for row in rows), kind
+    assert f"device auto the first of cuda, mps, cpu that is here: {choose_device('auto').type}" in " ".join(
+        rows
+    )
     code, out, _ = call("--language", "zh", "doctor")
     assert code == 0
     assert "处理器" in out

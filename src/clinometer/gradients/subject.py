@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from clinometer.gradients.ranks import shard_again
 from clinometer.messages import InputError
 
-_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Children that only a wrapper has: torch.compile, FSDP and activation checkpointing."""
+_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
+"""Children that only a wrapper has: torch.compile, FSDP, activation checkpointing and Lightning's Fabric."""
 
 
 class UnknownName(InputError, KeyError):

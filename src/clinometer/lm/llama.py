@@ -34,6 +34,16 @@ _BLOCK = {
 }
 
 
+SAME_FUNCTION = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+"""Model types whose checkpoints are read, and the class each has."""
+
+_LEFT_OUT = {
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"max_position_embeddings": 131_072, "num_key_value_heads": 8, "sliding_window": 4096},
+}
+"""transformers' defaults for what a config.json may leave out."""
+
+
 def llama_name(name: str) -> str:
     """`layers.3.attn.output_proj.weight` → `model.layers.3.self_attn.o_proj.weight`."""
     if name in _TOP:
@@ -115,14 +125,19 @@ def llama_config(config: TransformerConfig, dtype: torch.dtype, end_of_text_id: 
 def read_llama_config(given: Mapping[str, Any], path: object) -> tuple[TransformerConfig, int, float, bool]:
     """What config.json describes: our configuration, H_kv, the norms' ε, and whether the head is tied.
 
-    What a Llama config leaves out has transformers' default. Raises `InputError` (naming `path`) for
-    another architecture, and for each setting under which the model would be another function than ours.
+    What a config leaves out has transformers' default. A Mistral without a sliding window, or with one as
+    wide as its context, is the same function. Raises `InputError` (naming `path`) for another architecture,
+    and for each setting under which the model would be another function than ours.
     """
-    architectures = given.get("architectures") or ["LlamaForCausalLM"]
-    if given.get("model_type") != "llama" or architectures != ["LlamaForCausalLM"]:
+    kind = given.get("model_type")
+    one = SAME_FUNCTION.get(kind) if isinstance(kind, str) else None
+    architectures = given.get("architectures") or [one]
+    if one is None or architectures != [one]:
         told = architectures if isinstance(architectures, list) else [architectures]
-        names = ", ".join(map(str, told)) if given.get("architectures") else given.get("model_type")
-        raise InputError("export.architecture", path=path, given=names)
+        names = ", ".join(map(str, told)) if given.get("architectures") else kind
+        raise InputError("export.architecture", path=path, given=names, model_type=kind)
+
+    given = {**_LEFT_OUT[str(kind)], **given}
 
     def size(field: str) -> Any:
         if given.get(field) is None:
@@ -139,13 +154,16 @@ def read_llama_config(given: Mapping[str, Any], path: object) -> tuple[Transform
     theta = _rope_theta(given, require)
     config = TransformerConfig(
         vocab_size=size("vocab_size"),
-        context_length=given.get("max_position_embeddings", 2048),
+        context_length=given["max_position_embeddings"],
         d_model=size("hidden_size"),
         num_layers=size("num_hidden_layers"),
         num_heads=size("num_attention_heads"),
         d_ff=size("intermediate_size"),
         rope_theta=theta,
     )
+    window = given.get("sliding_window") if kind == "mistral" else None
+    if window is not None and not (isinstance(window, int) and window >= config.context_length):
+        require("sliding_window", window, None)
     require("head_dim", given.get("head_dim") or config.head_dim, config.head_dim)
     num_kv_heads = given.get("num_key_value_heads")
     num_kv_heads = config.num_heads if num_kv_heads is None else num_kv_heads

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clinometer.gradients.document import Document, to_html, to_text
 from clinometer.gradients.report import Result, jsonable
 from clinometer.gradients.step import innermost
 from clinometer.messages import InputError, say
@@ -32,6 +33,7 @@ from clinometer.monitoring import seams
 from clinometer.monitoring.asking import report_data
 from clinometer.monitoring.outlet import Outlet, Sink
 from clinometer.monitoring.session import Session
+from clinometer.monitoring.shown import document
 
 __all__ = ["Sink", "Watch", "watch"]
 
@@ -189,6 +191,20 @@ class Watch:
     def alerts(self) -> list[dict[str, Any]]:
         """All alerts so far, as the sinks got them."""
         return self._session.alerts.all()
+
+    @property
+    def sinks(self) -> list[Sink]:
+        """Where the numbers go; a sink that failed is no longer among them."""
+        return list(self._outlet.sinks)
+
+    def __str__(self) -> str:
+        return to_text(self._document(), 100)
+
+    def _repr_html_(self) -> str:
+        return to_html(self._document())
+
+    def _document(self) -> Document:
+        return document(len(self.names), self.step, self.alerts, self.closed)
 
     def flush(self) -> None:
         """Tell the sinks the last step now, instead of when the next one begins."""

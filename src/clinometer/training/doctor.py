@@ -19,6 +19,7 @@ from clinometer.training.precision import (
     bfloat16_is_fast,
     choose_device,
     copy_bandwidth,
+    devices,
     find_compiler,
     matmul_rate,
     processor_name,
@@ -44,8 +45,10 @@ def doctor_command(console: Console) -> int:
     row("memory", say("doctor.gigabytes", size=_memory_bytes() / 2**30))
     for place, path in (("disk_here", Path.cwd()), ("disk_temporary", Path(tempfile.gettempdir()))):
         row(place, say("doctor.gigabytes", size=shutil.disk_usage(path).free / 2**30))
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    row("gpus", ", ".join(gpus) or say("doctor.none"))
+    found = devices()
+    for name, (here, what) in found.items():
+        table.add_row(f"  {name}", f"{'✓' if here else '–'} {what}")
+    row("auto", say("doctor.auto_takes", order=", ".join(found), device=device.type))
     backends = [
         name
         for name in ("gloo", "nccl")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -73,7 +74,7 @@ def _limit_and_taken(device: str) -> tuple[int, int]:
         limits += [int(n) * 1024 for n in re.findall(r"MemTotal:\s+(\d+) kB", text)]
     except OSError:
         pass
-    if sys.platform != "win32":
+    with suppress(ImportError):  # Windows has none
         import resource
 
         for what in (resource.RLIMIT_AS, resource.RLIMIT_DATA):

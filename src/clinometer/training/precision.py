@@ -100,6 +100,22 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def devices() -> dict[str, tuple[bool, str]]:
+    """What there is to compute on, in the order in which "auto" takes it: whether it is here, and why not."""
+    cuda, hip = torch.version.cuda, torch.version.hip
+    built = f"CUDA {cuda}" if cuda else f"ROCm {hip}" if hip else None
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    names = ", ".join(torch.cuda.get_device_name(i) for i in range(count))
+    no_cuda = say("doctor.no_gpu", built=built) if built else say("doctor.not_built", what="CUDA")
+    mps = torch.backends.mps.is_available()
+    no_mps = say("doctor.no_mps") if torch.backends.mps.is_built() else say("doctor.not_built", what="MPS")
+    return {
+        "cuda": (count > 0, names or no_cuda),
+        "mps": (mps, platform.processor() if mps else no_mps),
+        "cpu": (True, processor_name()),
+    }
+
+
 def bfloat16_is_fast(device: torch.device) -> tuple[bool, str]:
     """Whether bf16 matrix products run in hardware here, and by what."""
     if device.type == "cuda":

@@ -23,6 +23,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from clinometer import __version__
 from clinometer.foreign import parse_json, refuse_links
 from clinometer.messages import InputError
 from clinometer.training.config import RunConfig, config_from
@@ -215,8 +216,10 @@ def describe_environment() -> dict[str, Any]:
     """Machine and versions, without anything that names the person or the folder."""
     from clinometer.training.precision import processor_name
 
-    packages = {}
-    for name in ("clinometer", "torch", "numpy", "tokenizers", "safetensors"):
+    packages = {
+        "clinometer": __version__
+    }  # and not the one that was installed, which a checkout may be ahead of
+    for name in ("torch", "numpy", "tokenizers", "safetensors"):
         try:
             packages[name] = version(name)
         except PackageNotFoundError:
