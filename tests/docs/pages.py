@@ -105,8 +105,8 @@ def normalised(printed: str, folder: Path) -> str:
 
 
 def same(shown: str, printed: str) -> bool:
-    """Equal but for how long something took, for what only rounding decides, and for the last digits of a number,
-    which are the processor's: two units of the last one shown, or a thousandth."""
+    """Equal but for how long something took, for what only rounding decides, and for the last digits of a
+    number, which are the processor's: two units of the last one shown, or a thousandth."""
     if TIMES.search(printed) or ROUNDING.search(printed):  # such a number's length can move a line's break
         shown, printed = (" ".join(ROUNDING.sub("…", TIMES.sub("…", s)).split()) for s in (shown, printed))
     if shown == printed:

@@ -28,6 +28,7 @@ from clinometer.training import checkpoint, prepare
 from clinometer.training.config import config_from
 from clinometer.training.loop import train
 from clinometer.training.parts import rows_of
+from clinometer.training.random_state import restore_random_state
 from clinometer.training.replay import replay_step
 from clinometer.training.run_folder import RunFolder
 from clinometer.training.settings_file import read_toml
@@ -224,7 +225,7 @@ def _checkpoint(folder: Path) -> object:
     state = checkpoint.load_checkpoint(path, model, optimizers)
     now = torch.get_rng_state()
     try:
-        checkpoint.restore_random_state(state["random"])
+        restore_random_state(state["random"])
     finally:
         torch.set_rng_state(now)
     return state

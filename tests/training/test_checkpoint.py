@@ -14,6 +14,7 @@ from clinometer.lm.model import TransformerLM
 from clinometer.messages import InputError
 from clinometer.optim.choice import make_optimizers
 from clinometer.training import checkpoint
+from clinometer.training.random_state import random_state, restore_random_state
 
 CONFIG = TransformerConfig(vocab_size=11, context_length=8, d_model=8, num_layers=1, num_heads=2, d_ff=12)
 
@@ -103,10 +104,10 @@ def test_changed_group_options_come_back(tmp_path):
 
 def test_random_numbers_go_on_where_they_were():
     torch.randn(7)
-    state = json.loads(json.dumps(checkpoint.random_state()))
+    state = json.loads(json.dumps(random_state()))
     want = torch.randn(5)
     torch.manual_seed(99)
-    checkpoint.restore_random_state(state)
+    restore_random_state(state)
     assert torch.equal(torch.randn(5), want)
 
 

@@ -34,6 +34,7 @@ class Outlet:
             if not isinstance(sink, Sink):
                 raise InputError("watch.not_a_sink", type=type(sink).__name__)
         self.sinks: list[Any] = given
+        self.on_alert: Callable[[dict[str, Any]], None] | None = None
 
     def tell(self, method: str, *values: Any) -> None:
         """Call `method` of each sink; one that raises is dropped with one warning."""
@@ -47,13 +48,14 @@ class Outlet:
                 )
                 warnings.warn(text, RuntimeWarning, stacklevel=2)
 
-
-def heard(listener: Callable[[dict[str, Any]], None], alert: dict[str, Any]) -> bool:
-    """Whether the listener took it; one that raises does so with a warning, and the watching goes on."""
-    try:
-        listener(alert)
-    except Exception as error:
-        text = say("watch.listener_dropped", error=f"{type(error).__name__}: {error}")
-        warnings.warn(text, RuntimeWarning, stacklevel=2)
-        return False
-    return True
+    def alert(self, alert: dict[str, Any]) -> None:
+        """Tell the sinks and `on_alert`; if that raises, it is told so in a warning and not called again."""
+        self.tell("alert", alert)
+        if self.on_alert is None:
+            return
+        try:
+            self.on_alert(alert)
+        except Exception as error:
+            self.on_alert = None
+            text = say("watch.listener_dropped", error=f"{type(error).__name__}: {error}")
+            warnings.warn(text, RuntimeWarning, stacklevel=2)

@@ -23,7 +23,7 @@ from clinometer.monitoring.first_part import FirstPart
 from clinometer.monitoring.joined import Gradients
 from clinometer.monitoring.losses import Losses
 from clinometer.monitoring.noise import EVERY as NOISE_EVERY
-from clinometer.monitoring.outlet import Outlet, heard
+from clinometer.monitoring.outlet import Outlet
 from clinometer.monitoring.pins import Pins
 from clinometer.monitoring.reading import Row, refresh
 from clinometer.monitoring.roster import Roster
@@ -51,8 +51,7 @@ class Session:
         self.step = 0
         self.closure: Callable[[], Any] | None = None
         self.pins = Pins()
-        self.alerts = Alerts(self._tell_alert)
-        self.on_alert: Callable[[dict[str, Any]], None] | None = None
+        self.alerts = Alerts(self.outlet.alert)
         self._losses = Losses()
         self._chains = Chains(self.roster)
         self._parts_before = 0
@@ -383,11 +382,6 @@ class Session:
             row.after_clipping = True
 
     # Alerts.
-
-    def _tell_alert(self, alert: dict[str, Any]) -> None:
-        self.outlet.tell("alert", alert)
-        if self.on_alert is not None and not heard(self.on_alert, alert):
-            self.on_alert = None
 
     def _may_ask(self) -> bool:
         return self.closure is not None and self.roster.model is not None and not self._diagnosed

@@ -181,11 +181,11 @@ class Watch:
     @property
     def on_alert(self) -> Callable[[dict[str, Any]], None] | None:
         """Called with each alert, when it opens, grows and closes."""
-        return self._session.on_alert
+        return self._outlet.on_alert
 
     @on_alert.setter
     def on_alert(self, value: Callable[[dict[str, Any]], None] | None) -> None:
-        self._session.on_alert = value
+        self._outlet.on_alert = value
 
     @property
     def alerts(self) -> list[dict[str, Any]]:

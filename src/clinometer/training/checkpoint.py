@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from clinometer.foreign import parse_json
 from clinometer.lm.config import TransformerConfig
 from clinometer.messages import InputError
-from clinometer.sharding import is_distributed
 from clinometer.training.checkpoint_state import group_names, require_state
 from clinometer.training.parts import Stored, split_shapes
+from clinometer.training.random_state import random_state
 
 FORMAT = 1
 IN_PARTS = 2
@@ -257,26 +257,6 @@ def sweep(folder: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def random_state() -> dict[str, Any]:
-    """The state of torch's generators, as hexadecimal text."""
-    state: dict[str, Any] = {"cpu": _hex(torch.get_rng_state())}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        # A rank has a GPU of its own, and asking the others would open each of them once more.
-        states = [torch.cuda.get_rng_state()] if is_distributed() else torch.cuda.get_rng_state_all()
-        state["cuda"] = [_hex(s) for s in states]
-    return state
-
-
-def restore_random_state(state: Mapping[str, Any]) -> None:
-    torch.set_rng_state(_unhex(state["cpu"]))
-    if "cuda" in state and torch.cuda.is_available():
-        if is_distributed():
-            torch.cuda.set_rng_state(_unhex(state["cuda"][0]))
-        else:
-            for device, one in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
-                torch.cuda.set_rng_state(_unhex(one), device)
-
-
 def sync_folder(folder: Path) -> None:
     """Make a rename in `folder` survive a power cut (a folder cannot be opened so on Windows)."""
     if sys.platform != "win32":
@@ -407,11 +387,3 @@ def _fits_state(value: Any, parameter: Tensor) -> bool:
     if not isinstance(value, Tensor):
         return True
     return value.dtype.is_floating_point and value.shape in (parameter.shape, torch.Size([]))
-
-
-def _hex(state: Tensor) -> str:
-    return state.cpu().numpy().tobytes().hex()
-
-
-def _unhex(text: str) -> Tensor:
-    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8).clone()

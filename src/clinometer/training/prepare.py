@@ -26,6 +26,7 @@ from clinometer.training.finite import NotFinite, first_spoilt
 from clinometer.training.launch import host_name
 from clinometer.training.parallel import World
 from clinometer.training.precision import Choices, choose
+from clinometer.training.random_state import restore_random_state
 from clinometer.training.run_folder import Lines, NoLines, RunFolder, describe_environment, write_whole
 from clinometer.training.saving import Saver
 from clinometer.training.tokens import Notices, cache_folder, encode_saying, tokenizer_of
@@ -122,11 +123,14 @@ class Session(Computation):
             with suppress(InputError):  # one that is being written is good, and the one to go on from
                 self.written(wait=True)
         saved = checkpoint.checkpoints(self.folder.checkpoints)
-        key = ("weight" if not spoilt.key else "moment") + ("" if saved else "_from_start")
+        if spoilt.key:
+            key = "train.spoilt_moment" if saved else "train.spoilt_moment_from_start"
+        else:
+            key = "train.spoilt_weight" if saved else "train.spoilt_weight_from_start"
         values = {"step": self.step, "tensor": spoilt.described, "run": self.folder.path}
         if saved:
             values |= {"path": saved[-1], "good": checkpoint.step_of(saved[-1])}
-        raise NotFinite(f"train.spoilt_{key}", **values)
+        raise NotFinite(key, **values)
 
     def close(self) -> None:
         with suppress(BaseException):  # told already, or the run has ended by something worse
@@ -316,7 +320,7 @@ def _assemble(
         skipped=skipped,
     )
     if state is not None:
-        checkpoint.restore_random_state(state["random"])
+        restore_random_state(state["random"])
         session.step = state["step"]
         session.skipped_in_a_row = state["skipped_in_a_row"]
         session.best_loss, session.best_step = state["best_loss"], state["best_step"]

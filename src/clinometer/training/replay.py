@@ -29,6 +29,7 @@ from clinometer.training.computation import Computation, first_model, first_opti
 from clinometer.training.config import RunConfig, config_from
 from clinometer.training.loop import batch_of, forward_backward, learning_rate, take_step
 from clinometer.training.precision import Choices, choose
+from clinometer.training.random_state import restore_random_state
 from clinometer.training.replay_folder import save_replay
 from clinometer.training.run_folder import RunFolder, describe_environment
 from clinometer.training.tokens import cache_folder, encode
@@ -232,7 +233,7 @@ def _computation(folder: RunFolder, path: Path | None, progress: Progress) -> Co
     optimizers = first_optimizers(config, model)
     if path is not None and state is not None:
         checkpoint.load_checkpoint(path, model, optimizers if state["optimizers"] else ())
-        checkpoint.restore_random_state(state["random"])
+        restore_random_state(state["random"])
     return Computation(
         config=config,
         choices=choices,
