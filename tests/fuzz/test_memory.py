@@ -44,7 +44,7 @@ def test_a_bomb_is_read_or_refused_in_words_within_a_share_of_its_size(made, tmp
 def test_the_measure_sees_what_is_taken(tmp_path):
     told = measured(lambda folder: len(b"x" * (200 << 20)), tmp_path)
     assert told["outcome"] == "spoke"
-    assert 200 << 20 <= told["grew"] < 232 << 20
+    assert 196 << 20 <= told["grew"] < 232 << 20  # the system counts in lots
     assert measured(lambda folder: b"x" * (1 << 30), tmp_path)["outcome"] == "MemoryError: "
 
 
