@@ -1,7 +1,8 @@
 """A page of documentation as pieces: prose, code that runs, and what it printed.
 
 A ```python block runs; a ```text block right after it is what it printed. A block's code stands in step1.py,
-step2.py, … ```python title="train.py" is a file that later blocks import: it is written and not run.
+step2.py, … ```python title="train.py" is a file that later blocks import: it is written and not run, unless
+what it printed follows.
 ```python no-run is neither, and an HTML comment before it says why. Everything else is prose.
 """
 
@@ -95,6 +96,7 @@ def pieces(text: str) -> list[Piece]:
         ):
             prose.clear()
             last.output, last.output_lines = body, (start, end)
+            last.is_file = False  # a script that runs under a name of its own
         else:
             prose.extend(lines[at : end + 1])
         at = end + 1
