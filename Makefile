@@ -9,8 +9,9 @@ DEMO_FLAGS ?=
 demo: .venv/.installed
 	$(BIN)/clinometer demo $(DEMO_FLAGS)
 
+# A process for each of two cores; torch's own threads would only get into their way.
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest -m "not browser"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not browser" -n 2 --dist loadfile
 
 # Through every page in Chromium; here a missing browser is a failure and not a skip.
 browser: .venv/.installed-dev
