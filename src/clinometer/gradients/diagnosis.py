@@ -29,7 +29,7 @@ from clinometer.gradients.why_nonfinite import Origin, why_nonfinite
 from clinometer.gradients.why_partly import why_partly
 from clinometer.gradients.why_zero import why_zero
 from clinometer.gradients.wording import format_count
-from clinometer.messages import InputError
+from clinometer.messages import InputError, say
 
 _TRIED = 4
 """Lines at which numbers leave torch that are tried one by one: a forward each."""
@@ -64,8 +64,8 @@ class Entry:
         """What happened and why, in the current language; "" when all is well."""
         if self.finding is None:
             return ""
-        parts = (self.finding.say("what"), self.finding.say("why"))
-        return " ".join(part for part in parts if part)
+        what, why = self.finding.say("what"), self.finding.say("why")
+        return say("messages.two_sentences", first=what, second=why) if what and why else what or why
 
     @property
     def remedy(self) -> str:
