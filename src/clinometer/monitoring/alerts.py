@@ -111,7 +111,8 @@ def _key(cause: str, variant: str, part: str) -> str:
 def render(alert: dict[str, Any], language: str | None = None) -> str:
     """What happened and what to do, for a person."""
     names = alert["tensors"]
-    shown = say("gradients.list.separator", language).join(names[:SHOWN]) + (f" (+{len(names) - SHOWN})" if len(names) > SHOWN else "")
+    shown = say("gradients.list.separator", language).join(names[:SHOWN])
+    shown += f" (+{len(names) - SHOWN})" if len(names) > SHOWN else ""
     values = {**alert["values"], "count": len(names), "names": shown, "step": alert["step"]}
     what, remedy = (say(alert[part], language, **values) for part in ("key", "remedy"))
     return say("messages.two_sentences", language, first=what, second=remedy)
