@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["CLINOMETER_LANG"] = "en"
+os.environ["COLUMNS"] = "100"  # where there is no terminal; a worker of pytest-xdist finds one of 80
 
 from jaxtyping import install_import_hook
 
