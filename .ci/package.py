@@ -26,6 +26,8 @@ WANTED = (
     "messages/en.toml",
     "messages/zh.toml",
     "integrations/live/live.js",
+    "lessons/en/1-what-a-gradient-is.md",
+    "lessons/zh/8-your-own-model.md",
     "view/static/index.html",
 )
 UNWANTED = ("tests/", "docs/", "benchmarks/")
@@ -147,7 +149,14 @@ def use(python: Path, work: Path) -> None:
     version = run(command, "--version", cwd=home).strip()
     if f"-{version}-" not in next(work.glob("dist/*.whl")).name:
         raise SystemExit(f"clinometer --version says {version}, and the wheel another")
-    for line in (["--help"], ["train", "--help"], ["doctor"], ["demo", "--quick", "--run", "demo"]):
+    for line in (
+        ["--help"],
+        ["train", "--help"],
+        ["doctor"],
+        ["learn"],
+        ["learn", "3"],
+        ["demo", "--quick", "--run", "demo"],
+    ):
         run(command, *line, cwd=home)
     run(command, "runs", "demo", cwd=home)
 

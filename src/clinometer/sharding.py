@@ -23,9 +23,7 @@ _WHOLE = (Tensor, torch.nn.Parameter)
 
 def is_sharded(tensor: Any) -> bool:
     """Whether a tensor is a DTensor: one part of it in this process, the rest in others."""
-    if (
-        type(tensor) in _WHOLE
-    ):  # nearly all are; looking for an attribute that is not there takes ten times as long
+    if type(tensor) in _WHOLE:  # most are, and a look for an attribute that is not there is slow
         return False
     return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
 

@@ -45,6 +45,14 @@ def _header(
     return make
 
 
+def _replay_of(shape: list[int]) -> Callable[[Path], None]:
+    """Three tensors of that shape and of no bytes."""
+    told = {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}
+    kinds = ("before", "after", "grad")
+    header = json.dumps({f"token_embeddings.weight.{kind}": told for kind in kinds}).encode()
+    return _header("tensors.safetensors", header)
+
+
 def _tensor(shape: list[int], end: int) -> bytes:
     entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, end]}
     return json.dumps({"token_embeddings.weight": entry}).encode()
@@ -274,38 +282,8 @@ BOMBS: dict[str, tuple[str, Callable[[Path], None]]] = {
         _config_llama(num_attention_heads=HUGE, hidden_size=2 * HUGE, num_key_value_heads=1, head_dim=2),
     ),
     "a Llama in 50,000 files that are not there": ("llama", _index_of_many),
-    "a replay of 2^60 columns of nothing": (
-        "replay",
-        _header(
-            "tensors.safetensors",
-            json.dumps(
-                {
-                    f"token_embeddings.weight.{kind}": {
-                        "dtype": "F32",
-                        "shape": [0, HUGE],
-                        "data_offsets": [0, 0],
-                    }
-                    for kind in ("before", "after", "grad")
-                }
-            ).encode(),
-        ),
-    ),
-    "a replay of 2^60 rows of nothing": (
-        "replay",
-        _header(
-            "tensors.safetensors",
-            json.dumps(
-                {
-                    f"token_embeddings.weight.{kind}": {
-                        "dtype": "F32",
-                        "shape": [HUGE, 0],
-                        "data_offsets": [0, 0],
-                    }
-                    for kind in ("before", "after", "grad")
-                }
-            ).encode(),
-        ),
-    ),
+    "a replay of 2^60 columns of nothing": ("replay", _replay_of([0, HUGE])),
+    "a replay of 2^60 rows of nothing": ("replay", _replay_of([HUGE, 0])),
     "a replay whose step is brackets": ("replay", _text("step.json", "[" * 10**6)),
     "a run file of 2^32 pages": ("record", _bytes_at("run.sqlite", 28, struct.pack(">I", 2**32 - 1))),
     "a run file with a page of 64 KiB": ("record", _bytes_at("run.sqlite", 16, b"\x00\x01")),

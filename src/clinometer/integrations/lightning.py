@@ -50,9 +50,7 @@ class ClinometerCallback(Watching, Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         step, self._restored = self._restored, None
-        if (
-            step is None
-        ):  # a checkpoint of a run that was not watched; Lightning counts every optimizer's steps
+        if step is None:  # it was not watched before; Lightning counts every optimizer's steps
             step = trainer.global_step // max(1, len(trainer.optimizers))
         config = {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps}
         config |= {"accumulate_grad_batches": trainer.accumulate_grad_batches, "precision": trainer.precision}

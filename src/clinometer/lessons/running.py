@@ -31,9 +31,7 @@ class Session(InteractiveInterpreter):
         self.folder = Path(os.path.realpath(self._holder.name))
         os.chdir(self.folder)
         sys.path.insert(0, str(self.folder))
-        sys.dont_write_bytecode = (
-            True  # a file that is changed and loaded again within a second is the new one
-        )
+        sys.dont_write_bytecode = True  # changed and loaded again within a second, a file is the new one
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -216,9 +216,7 @@ def describe_environment() -> dict[str, Any]:
     """Machine and versions, without anything that names the person or the folder."""
     from clinometer.training.precision import processor_name
 
-    packages = {
-        "clinometer": __version__
-    }  # and not the one that was installed, which a checkout may be ahead of
+    packages = {"clinometer": __version__}  # a checkout may be ahead of what is installed
     for name in ("torch", "numpy", "tokenizers", "safetensors"):
         try:
             packages[name] = version(name)
