@@ -53,7 +53,7 @@ def main() -> NoReturn:
     arguments = [a for a in arguments if a != "--traceback"]
     try:
         arguments = _take_language(arguments)
-        code = build_app()(arguments, exit_on_error=False, print_error=False)
+        code = build_app(_in_question(arguments))(arguments, exit_on_error=False, print_error=False)
         sys.exit(code if isinstance(code, int) else 0)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -87,8 +87,32 @@ def _refuse(text: str) -> NoReturn:
     sys.exit(2)
 
 
-def build_app() -> App:
-    """The commands, with help in the current language."""
+def _in_question(arguments: list[str]) -> str | None:
+    """The command that is called, "" where the list of commands is asked for, None if it is not clear."""
+    if not arguments or arguments in (["--help"], ["-h"]):
+        return ""
+    return arguments[0] if arguments[0] in _commands() else None
+
+
+def _commands() -> dict[str, Callable[..., int]]:
+    return {
+        "train": train,
+        "generate": generate,
+        "diagnose": diagnose,
+        "check": check,
+        "explain": explain,
+        "view": view,
+        "report": report,
+        "export": export,
+        "import": import_,
+        "learn": learn,
+        "doctor": doctor,
+        "demo": demo,
+    }
+
+
+def build_app(only: str | None = None) -> App:
+    """The commands, with help in the current language; with `only`, that one's parameters alone have it."""
     app = App(
         name="clinometer",
         help=say("cli.about"),
@@ -100,24 +124,15 @@ def build_app() -> App:
         help_epilogue=say("cli.epilogue"),
         help_format="plaintext",
     )
-    for name, command in (
-        ("train", train),
-        ("generate", generate),
-        ("diagnose", diagnose),
-        ("check", check),
-        ("explain", explain),
-        ("view", view),
-        ("report", report),
-        ("export", export),
-        ("import", import_),
-        ("learn", learn),
-        ("doctor", doctor),
-        ("demo", demo),
-    ):
-        app.command(with_help(command, name), name=name, help=say(f"cli.{name}.about"))
+
+    def told(command: Callable[..., int], name: str) -> Callable[..., int]:
+        return with_help(command, name) if only in (None, name) else command
+
+    for name, command in _commands().items():
+        app.command(told(command, name), name=name, help=say(f"cli.{name}.about"))
     records = App(name="runs", help=say("cli.runs.about"), help_format="plaintext")
-    records.default(with_help(runs, "runs"))
-    records.command(with_help(runs_export, "runs_export"), name="export", help=say("cli.runs_export.about"))
+    records.default(told(runs, "runs"))
+    records.command(told(runs_export, "runs_export"), name="export", help=say("cli.runs_export.about"))
     app.command(records)
     app.register_install_completion_command(name="--install-completion")  # pyright: ignore
     return app

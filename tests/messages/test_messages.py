@@ -1,5 +1,7 @@
 import re
 import string
+import tomllib
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,25 @@ def places(sentence):
 def test_both_languages_have_the_same_sentences():
     assert set(sentences("en")) == set(sentences("zh"))
     assert len(sentences("en")) >= 10
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_tables_read_one_by_one_say_what_the_whole_file_says(language):
+    whole = tomllib.loads(
+        files("clinometer.messages").joinpath(f"{language}.toml").read_text(encoding="utf-8")
+    )
+
+    def value(table, key):
+        return table if not key else value(table[key[0]], key[1:])
+
+    said = sentences(language)
+    assert all(value(whole, key.split(".")) == text for key, text in said.items())
+    assert len(said) == sum(1 for _ in leaves(whole))
+
+
+def leaves(table):
+    for value in table.values():
+        yield from leaves(value) if isinstance(value, dict) else [value]
 
 
 @pytest.mark.parametrize("key", sorted(sentences("en")))

@@ -12,6 +12,7 @@ A place may choose words by a number: "{steps} {steps|step|steps}" is "1 step", 
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from functools import cache
@@ -46,13 +47,29 @@ def current_language() -> str:
 @cache
 def sentences(language: str) -> dict[str, str]:
     """All sentences of one language, by dotted key."""
-    with files(__name__).joinpath(f"{language}.toml").open("rb") as file:
-        return dict(_flatten(tomllib.load(file)))
+    return {key: text for first in _tables(language) for key, text in _below(language, first).items()}
 
 
 def say(key: str, language: str | None = None, /, **values: Any) -> str:
     """The sentence `key` with `values` in its places, in `language` (default: `current_language()`)."""
-    return _SENTENCE.vformat(sentences(language or current_language())[key], (), values)
+    known = _below(language or current_language(), key.partition(".")[0])
+    return _SENTENCE.vformat(known[key], (), values)
+
+
+@cache
+def _tables(language: str) -> dict[str, str]:
+    """The file's tables as text, by the first part of their names: a command reads those it speaks from."""
+    text = files(__name__).joinpath(f"{language}.toml").read_text(encoding="utf-8")
+    tables: dict[str, str] = {}
+    for table in re.split(r"^(?=\[)", text, flags=re.MULTILINE)[1:]:
+        first = re.split(r"[].]", table[1:], maxsplit=1)[0]
+        tables[first] = tables.get(first, "") + table
+    return tables
+
+
+@cache
+def _below(language: str, first: str) -> dict[str, str]:
+    return dict(_flatten(tomllib.loads(_tables(language).get(first, ""))))
 
 
 def one_or_many(place: str, values: Mapping[str, Any]) -> str | None:
