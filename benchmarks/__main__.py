@@ -90,8 +90,8 @@ BENCHMARKS = [
     ),
     Benchmark(
         name="tokenizer",
-        minutes=2,
-        full=lambda given: [_text(given)],
+        minutes=15,
+        full=lambda given: [_text(given), ["--memory", "5"]],
         quick=lambda given: [[*_text(given), "--rounds", "1"]],
     ),
     Benchmark(

@@ -1,7 +1,7 @@
 """Training and bulk encoding against plain `tokenizers`, `tiktoken` and `rustbpe`, interleaved in one run.
 
     python -m benchmarks.tokenizer --text FILE [--vocab-size 8192] [--rounds 3]
-    python -m benchmarks.tokenizer --memory 1     peak memory on a generated file of 1 GB
+    python -m benchmarks.tokenizer --memory 5     peak memory and busy cores on a generated file of 5 GB
 
 "in memory" peers encode text that is read already, and drop the ids. "File to file" are ours and a peer that
 read the file and write the ids; ours also splits, checks a sample and hashes the shards.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import platform
 import random
@@ -31,11 +32,11 @@ from clinometer.text.encoding import encode_corpus
 from clinometer.text.tokenizer import train_bpe
 
 _MEASURED = """
-import resource, sys, time
+import json, resource, sys, time
 from clinometer.text.corpus import open_corpus
 from clinometer.text.encoding import encode_corpus
 from clinometer.text.tokenizer import Tokenizer, train_bpe
-from clinometer.training.prepare import TOKENIZER_CHARACTERS
+from clinometer.training.tokens import TOKENIZER_CHARACTERS
 def beginning(corpus):
     "As much of it as `clinometer train` trains a tokenizer on."
     held = 0
@@ -44,14 +45,15 @@ def beginning(corpus):
         if held > TOKENIZER_CHARACTERS:
             return
         yield text
-start = time.perf_counter()
+start, start_cpu = time.perf_counter(), time.process_time()
 task, file, folder, vocab_size = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
 if task == "training":
     train_bpe(beginning(open_corpus(file)), vocab_size, progress=False).save(folder)
 else:
     encode_corpus(open_corpus(file), Tokenizer.load(folder), folder + "/tokens")
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-print(f"{task:10} peak memory {peak:6.2f} GB   {time.perf_counter() - start:7.1f} s")
+seconds, used = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
+cpu = time.process_time() - start_cpu
+print(json.dumps({"gigabytes": used.ru_maxrss * 1024 / 1e9, "seconds": seconds, "cores": cpu / seconds}))
 """
 
 
@@ -72,15 +74,35 @@ def write_text(file: Path, gigabytes: float) -> None:
                 stream.write("\n".join(chosen) + ("\n" if number % 10 else END_OF_TEXT))
 
 
-def measure_memory(gigabytes: float, vocab_size: int) -> None:
-    """Peak memory of training and of encoding, each in a process of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "text")
-        write_text(file, gigabytes)
-        print(f"{file.stat().st_size / 1e9:.2f} GB of text, vocabulary {vocab_size}", flush=True)
-        for task in ("training", "encoding"):
-            command = [sys.executable, "-c", _MEASURED, task, str(file), folder, str(vocab_size)]
-            subprocess.run(command, check=True)
+def measure_memory(gigabytes: float, vocab_size: int) -> list[rows.Row]:
+    """Peak memory and busy cores of training and of encoding, each in a process of its own.
+
+    Encoding a tenth of the file shows what of the memory grows with it.
+    """
+    found: dict[tuple[str, float], dict[str, float]] = {}
+    print(f"generated text, vocabulary {vocab_size}")
+    for size in (gigabytes / 10, gigabytes):
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "text")
+            write_text(file, size)
+            for task in ("training", "encoding"):
+                command = [sys.executable, "-c", _MEASURED, task, str(file), folder, str(vocab_size)]
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+                one = found[task, size] = json.loads(done.stdout.splitlines()[-1])
+                print(
+                    f"{size:5.2f} GB  {task:10} peak memory {one['gigabytes']:6.2f} GB  "
+                    f"{one['seconds']:7.1f} s  {one['cores']:.2f} cores busy",
+                    flush=True,
+                )
+    whole, tenth = found["encoding", gigabytes], found["encoding", gigabytes / 10]
+    return [
+        rows.paired(
+            "tokenizer-cores", "the machine's cores", [whole["cores"]], [float(os.cpu_count() or 1)], "cores"
+        ),
+        rows.paired(
+            "tokenizer-memory", "a tenth of the file", [whole["gigabytes"]], [tenth["gigabytes"]], "GB"
+        ),
+    ]
 
 
 def main() -> None:
@@ -94,7 +116,7 @@ def main() -> None:
     parser.add_argument("--memory", type=float, metavar="GB")
     options = parser.parse_args()
     if options.memory:
-        measure_memory(options.memory, options.vocab_size)
+        rows.keep(options.json, measure_memory(options.memory, options.vocab_size))
         return
     with tempfile.TemporaryDirectory() as folder:
         compare(options, Path(folder))

@@ -3,14 +3,16 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 
 import pytest
 
+from clinometer.messages import InputError
 from clinometer.training.checkpoint import checkpoints, load_checkpoint
-from clinometer.training.launch import launched
+from clinometer.training.launch import Board, Launch, launched
 from clinometer.training.run_folder import RunFolder
 from tests.training.conftest import SENTENCES, assert_refused, small
 from tests.training.ranks import ranks_of
@@ -114,3 +116,14 @@ def test_a_launchers_contradiction_is_refused(clinometer):
     assert_refused((result.returncode, result.stdout, result.stderr), "RANK", "2, 2")
     assert launched({}) is None
     assert launched({"WORLD_SIZE": "1", "RANK": "0"}) is None
+
+
+def test_a_first_machine_that_does_not_answer_is_named_in_a_sentence_when_its_time_is_over(capfd):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # nobody listens: a connection is refused
+        launch = Launch(rank=1, size=2, local_rank=1, address="127.0.0.1", port=taken.getsockname()[1])
+        start = time.monotonic()
+        with pytest.raises(InputError, match=f"127.0.0.1:{launch.port}: .*refused"):
+            Board.open(launch, seconds=0.5)
+        assert time.monotonic() - start >= 0.5  # it may yet be started
+    assert capfd.readouterr().err == ""

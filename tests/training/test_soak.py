@@ -10,6 +10,7 @@ import time
 import pytest
 
 from clinometer.training import checkpoint
+from clinometer.training.launch import OPENING_SECONDS
 from clinometer.training.run_folder import RunFolder
 from tests.training.conftest import small
 
@@ -107,7 +108,7 @@ def test_ranks_killed_at_random_moments_lose_nothing_that_was_committed(corpus, 
     command = ["clinometer", "train", "--run", "run", *settings, "--training.rank-patience=5"]
     whole = ["--corpus", str(corpus)]
     finish_ranks(ranks_of(2, [*command[:3], "whole", *settings, *whole], tmp_path, cwd=tmp_path))
-    kills = 0
+    kills = unmet = 0
     while True:
         started = (tmp_path / "run" / "config.toml").exists()
         ranks = ranks_of(2, [*command, *whole, *(["--resume"] if started else [])], tmp_path, cwd=tmp_path)
@@ -116,13 +117,16 @@ def test_ranks_killed_at_random_moments_lose_nothing_that_was_committed(corpus, 
         if kills < 10 and ranks[victim].poll() is None:
             ranks[victim].kill()
             kills += 1
-        out = [rank.communicate(timeout=300) for rank in ranks]
+        out = [rank.communicate(timeout=OPENING_SECONDS + 120) for rank in ranks]
         codes = [rank.returncode for rank in ranks]
         if codes == [0, 0]:
             break
         assert codes[victim] == -9, out
-        assert codes[1 - victim] == 3, out
-    assert kills >= 2
+        # 2: killed before they had met; the other has waited as long as a large job may take to begin.
+        assert codes[1 - victim] in (2, 3), out
+        unmet += codes[1 - victim] == 2
+    print(f"{kills} kills, {unmet} of them before the ranks had met")
+    assert kills - unmet >= 2
     last = [checkpoint.checkpoints(tmp_path / name / "checkpoints")[-1] for name in ("whole", "run")]
     for file in sorted(p.name for p in last[0].glob("*.safetensors")):
         assert (last[0] / file).read_bytes() == (last[1] / file).read_bytes(), file

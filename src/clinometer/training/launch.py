@@ -85,6 +85,8 @@ class Board:
         from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
         try:
+            if not launch.holds_board:
+                _wait_for_answer(launch, seconds)
             store = TCPStore(
                 launch.address,
                 launch.port,
@@ -93,7 +95,7 @@ class Board:
                 timeout=timedelta(seconds=seconds),
                 wait_for_workers=False,
             )
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             raise InputError(
                 "parallel.unreachable", address=launch.address, port=launch.port, reason=_first_line(error)
             ) from None
@@ -135,5 +137,19 @@ class Board:
         return True
 
 
+def _wait_for_answer(launch: Launch, seconds: float) -> None:
+    """Until somebody listens there; raises the last OSError. torch's own wait lasts twice as long, and ends
+    with a page of C++ frames."""
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((launch.address, launch.port), timeout=5).close()
+            return
+        except OSError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.1)
+
+
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return str(error).strip().splitlines()[0].rstrip(".")
