@@ -195,7 +195,8 @@ def memory(nanogpt: Path) -> list[kept_rows.Row]:
         "clinometer float32": ["ours", "float32", "eager"],
         "clinometer bf16": ["ours", "bfloat16", "eager"],
         "clinometer bf16 compiled": ["ours", "bfloat16", "compiled"],
-        "  in micro-batches of 4": ["ours", "bfloat16", "compiled", "--micro=4"],  # the same step
+        # The same step: the batch in four parts, and what a block holds computed once more in its backward.
+        "clinometer in parts": ["ours", "float32", "eager", "--micro=4", "--recompute"],
     }
     print(f"\nPeak memory, {LARGE}, batch {BATCH}")
     found: dict[str, float] = {}
@@ -214,7 +215,14 @@ def measured(side: list[str], shape: dict[str, int], nanogpt: Path, steps: int) 
 
 
 def worker(
-    side: str, precision: str, form: str, shape: dict[str, int], nanogpt: Path, steps: int, micro: int = BATCH
+    side: str,
+    precision: str,
+    form: str,
+    shape: dict[str, int],
+    nanogpt: Path,
+    steps: int,
+    micro: int = BATCH,
+    recompute: bool = False,
 ) -> None:
     """One process: build the model, take steps on random tokens, print a line of JSON."""
     began = time.perf_counter()
@@ -256,6 +264,7 @@ def worker(
         from clinometer.optim.clipping import clip_grad_norm_
 
         model = TransformerLM(TransformerConfig(**shape, d_ff=feed_forward(shape)))
+        model.recompute_blocks(recompute)
         (optimizer,) = make_optimizers(model.named_parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
         if form == "compiled":
             from clinometer.lm.fast import onednn_is_faster
@@ -342,8 +351,11 @@ if __name__ == "__main__":
         inner.add_argument("--nanogpt", type=Path)
         inner.add_argument("--steps", type=int)
         inner.add_argument("--micro", type=int, default=BATCH)
+        inner.add_argument("--recompute", action="store_true")
         given = inner.parse_args()
         side, precision, form = given.worker
-        worker(side, precision, form, given.shape, given.nanogpt, given.steps, given.micro)
+        worker(
+            side, precision, form, given.shape, given.nanogpt, given.steps, given.micro, given.recompute
+        )
     else:
         main()

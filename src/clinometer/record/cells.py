@@ -70,9 +70,9 @@ class Pieces:
             mean = _reduce(np.add, values, begins) / rows[:, None].astype(values.dtype)
             return np.add.reduceat(self.rows, begins), mean, None
         weights = self.weights()
-        weighted = np.where(weights > 0, self.mean * weights, self.mean.dtype.type(0))
         count = _reduce(np.add, weights, begins)
-        with np.errstate(invalid="ignore", divide="ignore"):
+        with np.errstate(all="ignore"):
+            weighted = np.where(weights > 0, self.mean * weights, self.mean.dtype.type(0))
             mean = _reduce(np.add, weighted, begins) / count
         return rows, mean, count
 

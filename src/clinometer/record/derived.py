@@ -22,7 +22,7 @@ STORED_FOR: dict[str, tuple[str, ...]] = {**{name: (name,) for name in STATISTIC
 def derive(statistic: str, parts: list[Pieces], numel: np.ndarray) -> Pieces:
     """The derived statistic of each piece. A division by zero gives inf; 0/0 gives NaN, nothing there."""
     top = parts[0]
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(all="ignore"):
         if statistic == "update_ratio":
             bottom = parts[1]
             mean = top.mean / bottom.mean
