@@ -354,8 +354,6 @@ if __name__ == "__main__":
         inner.add_argument("--recompute", action="store_true")
         given = inner.parse_args()
         side, precision, form = given.worker
-        worker(
-            side, precision, form, given.shape, given.nanogpt, given.steps, given.micro, given.recompute
-        )
+        worker(side, precision, form, given.shape, given.nanogpt, given.steps, given.micro, given.recompute)
     else:
         main()

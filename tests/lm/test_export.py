@@ -335,7 +335,7 @@ def test_weights_that_do_not_fit_are_not_exported(tmp_path):
         ("export.architecture", None, {"model_type": "remove"}),
         ("export.architecture", None, {"architectures": ["LlamaForSequenceClassification"]}),
         ("export.unsupported", "rope_type", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}),
-        ("export.unsupported", "rope_type", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}),
+        ("model.scaling", None, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}),
         ("export.unsupported", "rope_type", {"rope_scaling": {"type": "dynamic", "factor": 8.0}}),
         ("export.unsupported", "partial_rotary_factor", {"partial_rotary_factor": 0.5}),
         ("export.unsupported", "attention_bias", {"attention_bias": True}),

@@ -19,7 +19,8 @@ class TransformerConfig:
         2·V·D + L·(4·D² + 3·D·F + 2·D) + D
 
     Raises `InputError` for a size that is not a whole number above zero, heads that do not divide
-    d_model, an odd head size (RoPE rotates pairs), a rope_theta that is not finite and positive.
+    d_model, an odd head size (RoPE rotates pairs), a rope_theta that is not finite and positive, a
+    rope_scaling that is no stretching.
     """
 
     vocab_size: int
@@ -36,6 +37,9 @@ class TransformerConfig:
     """F: width inside the feed-forward layer; 8/3·D keeps its size that of a plain 4·D one (Shazeer 2020)."""
     rope_theta: float = 10_000.0
     """Base of the rotary wavelengths: pair i turns by position · theta^(-2i/K) radians."""
+    rope_scaling: tuple[float, float, float, float] | None = None
+    """Llama 3.1's stretching of long wavelengths, for a context longer than the model first had: (factor,
+    low_freq_factor, high_freq_factor, original_context); see `functional.rotary_table`."""
 
     def __post_init__(self) -> None:
         for field in ("vocab_size", "context_length", "d_model", "num_layers", "num_heads", "d_ff"):
@@ -55,6 +59,10 @@ class TransformerConfig:
             )
         if not (math.isfinite(self.rope_theta) and self.rope_theta > 0):
             raise InputError("model.theta", value=self.rope_theta)
+        if self.rope_scaling is not None:
+            object.__setattr__(self, "rope_scaling", tuple(self.rope_scaling))  # JSON and TOML have lists
+            if not _stretches(self.rope_scaling):
+                raise InputError("model.scaling", value=list(self.rope_scaling))
 
     @property
     def head_dim(self) -> int:
@@ -93,3 +101,10 @@ class TransformerConfig:
         S = sequence_length or self.context_length
         V, D, F, L = self.vocab_size, self.d_model, self.d_ff, self.num_layers
         return 6.0 * (L * (4 * D * D + 3 * D * F) + V * D) + 6.0 * L * D * S
+
+
+def _stretches(scaling: tuple[float, ...]) -> bool:
+    if len(scaling) != 4 or not all(isinstance(x, int | float) and math.isfinite(x) for x in scaling):
+        return False
+    factor, low, high, original = scaling
+    return factor >= 1 and 0 < low < high and original >= 1

@@ -89,6 +89,7 @@ class Decoder:
             torch.arange(config.context_length if positions is None else positions),
             config.head_dim,
             config.rope_theta,
+            config.rope_scaling,
         )
         self._turns = torch.complex(cos.to(self._wide), sin.to(self._wide))
         self._floor = torch.tensor(math.sqrt(config.d_model * RMS_NORM_EPS), dtype=self._wide)

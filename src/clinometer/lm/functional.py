@@ -12,7 +12,8 @@ normalisation and the attention), and casts what the equation needs in float32 u
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -87,13 +88,29 @@ def swiglu(
     return linear(silu(linear(x, w1)) * linear(x, w3), w2)
 
 
-def rotary_table(positions: Int[Tensor, "*batch S"], head_dim: int, theta: float) -> Rotation:
-    """cos and sin of the angles m·θ^(-2i/K) at positions m, for the pairs i = 0 … K/2-1; (..., S, K/2).
+def rotary_table(
+    positions: Int[Tensor, "*batch S"],
+    head_dim: int,
+    theta: float,
+    scaling: Sequence[float] | None = None,
+) -> Rotation:
+    """cos and sin of the angles m·f_i, f_i = θ^(-2i/K), at positions m, for the pairs i = 0 … K/2-1.
+
+    Both are (..., S, K/2).
+    `scaling` = (c, l, h, S₀) stretches what turns less than l times in the S₀ positions of the model's first
+    training by c, and leaves what turns more than h times (Llama 3.1):
+
+        f_i ← f_i (r + (1-r)/c) ,   r = (S₀ f_i/2π - l)/(h - l) kept within 0 … 1
 
     In float32 whatever the model's dtype, as transformers does: a trained model's angles are part of it.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angles = positions.to(torch.float32)[..., None] * (1.0 / theta**exponents)
+    frequencies = 1.0 / theta**exponents
+    if scaling is not None:
+        factor, low, high, original = scaling
+        kept = ((original * frequencies / (2 * math.pi) - low) / (high - low)).clamp(0.0, 1.0)
+        frequencies = kept * frequencies + (1 - kept) * frequencies / factor
+    angles = positions.to(torch.float32)[..., None] * frequencies
     return angles.cos(), angles.sin()
 
 
@@ -211,7 +228,7 @@ def transformer_lm(
     check_weights(weights, config)
     check_length(token_ids.shape[-1], config)
     positions = torch.arange(token_ids.shape[-1], device=token_ids.device)
-    rotation = rotary_table(positions, config.head_dim, config.rope_theta)
+    rotation = rotary_table(positions, config.head_dim, config.rope_theta, config.rope_scaling)
 
     x_BSD = embedding(token_ids, weights["token_embeddings.weight"])
     for i in range(config.num_layers):

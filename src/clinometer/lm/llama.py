@@ -93,6 +93,8 @@ def rescale_residual(weights: Mapping[str, Tensor], eps: float) -> dict[str, Ten
 def llama_config(config: TransformerConfig, dtype: torch.dtype, end_of_text_id: int | None) -> dict[str, Any]:
     """The content of config.json, in the spelling of transformers 4 and 5 both."""
     kind = str(dtype).removeprefix("torch.")
+    stretched = dict(zip(_STRETCHING, config.rope_scaling, strict=True)) if config.rope_scaling else {}
+    rope = {"rope_type": "llama3" if stretched else "default", **stretched}
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -107,8 +109,8 @@ def llama_config(config: TransformerConfig, dtype: torch.dtype, end_of_text_id: 
         "hidden_act": "silu",
         "rms_norm_eps": RMS_NORM_EPS,
         "rope_theta": float(config.rope_theta),
-        "rope_parameters": {"rope_type": "default", "rope_theta": float(config.rope_theta)},
-        "rope_scaling": None,
+        "rope_parameters": {**rope, "rope_theta": float(config.rope_theta)},
+        "rope_scaling": rope if stretched else None,
         "tie_word_embeddings": False,
         "attention_bias": False,
         "mlp_bias": False,
@@ -151,7 +153,7 @@ def read_llama_config(given: Mapping[str, Any], path: object) -> tuple[Transform
     for field, needed in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
         require(field, given.get(field, needed), needed)
     require("quantization_config", given.get("quantization_config"), None)
-    theta = _rope_theta(given, require)
+    theta, scaling = _rope(given, require)
     config = TransformerConfig(
         vocab_size=size("vocab_size"),
         context_length=given["max_position_embeddings"],
@@ -160,6 +162,7 @@ def read_llama_config(given: Mapping[str, Any], path: object) -> tuple[Transform
         num_heads=size("num_attention_heads"),
         d_ff=size("intermediate_size"),
         rope_theta=theta,
+        rope_scaling=scaling,
     )
     window = given.get("sliding_window") if kind == "mistral" else None
     if window is not None and not (isinstance(window, int) and window >= config.context_length):
@@ -176,17 +179,30 @@ def read_llama_config(given: Mapping[str, Any], path: object) -> tuple[Transform
     return config, num_kv_heads, float(eps), bool(given.get("tie_word_embeddings", False))
 
 
-def _rope_theta(given: Mapping[str, Any], require: Any) -> float:
-    """θ, from `rope_parameters` (transformers 5) or `rope_theta` beside `rope_scaling` (4)."""
+_STRETCHING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+"""What transformers calls the four numbers of our `rope_scaling`."""
+
+
+def _rope(given: Mapping[str, Any], require: Any) -> tuple[float, tuple[float, float, float, float] | None]:
+    """θ and its stretching, from `rope_parameters` (transformers 5) or beside `rope_scaling` (4)."""
     rope = given.get("rope_scaling") or given.get("rope_parameters") or {}
     require("rope_parameters", type(rope), dict)
-    require("rope_type", rope.get("rope_type", rope.get("type", "default")), "default")
+    kind, scaling = rope.get("rope_type", rope.get("type", "default")), None
+    if kind == "llama3":
+        told = {_STRETCHING[3]: given.get(_STRETCHING[3]), **rope}
+        numbers: list[Any] = [told.get(name) for name in _STRETCHING]
+        if not all(map(_is_positive, numbers)):
+            raise InputError("model.scaling", value=numbers)
+        factor, low, high, original = map(float, numbers)
+        scaling = factor, low, high, original
+    elif kind != "default":
+        require("rope_type", kind, "default, llama3")
     factor = rope.get("partial_rotary_factor", given.get("partial_rotary_factor"))
     require("partial_rotary_factor", 1.0 if factor is None else factor, 1.0)
     theta = rope.get("rope_theta", given.get("rope_theta", 10_000.0))
     if not _is_positive(theta):
         raise InputError("model.theta", value=theta)
-    return float(theta)
+    return float(theta), scaling
 
 
 def _is_positive(value: object) -> bool:

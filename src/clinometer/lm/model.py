@@ -148,7 +148,7 @@ class TransformerLM(nn.Module):
         """`hidden` of tokens whose embeddings are `x_BSD`: what follows the lookup."""
         config = self.config
         positions = torch.arange(start, start + x_BSD.shape[-2], device=x_BSD.device)
-        rotation = functional.rotary_table(positions, config.head_dim, config.rope_theta)
+        rotation = functional.rotary_table(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         for i, block in enumerate(self.layers):
             x_BSD = block(x_BSD, rotation, caches[i] if caches is not None else None)
         return functional.rms_norm(x_BSD, self.ln_final.weight)

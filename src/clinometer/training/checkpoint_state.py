@@ -86,9 +86,12 @@ def _cpu_generator(value: Any) -> bool:
 
 def _model(value: Any) -> bool:
     sizes = ("vocab_size", "context_length", "d_model", "num_layers", "num_heads", "d_ff")
-    finite = _number
-    return _table(value, **dict.fromkeys(sizes, _whole), rope_theta=finite) and math.isfinite(
-        value["rope_theta"]
+    finite = lambda number: _number(number) and math.isfinite(number)  # noqa: E731
+    if not isinstance(value, dict):
+        return False
+    known = {"rope_scaling": None, **value}  # a checkpoint of before has no such field
+    return _table(
+        known, **dict.fromkeys(sizes, _whole), rope_theta=finite, rope_scaling=_or_none(_each(finite))
     )
 
 

@@ -29,6 +29,7 @@ class ModelConfig:
     num_heads: int = 4
     d_ff: int | None = None
     rope_theta: float = 10_000.0
+    rope_scaling: tuple[float, float, float, float] | None = None
 
     def __post_init__(self) -> None:
         self.transformer(vocab_size=1)
@@ -46,6 +47,7 @@ class ModelConfig:
             num_heads=self.num_heads,
             d_ff=d_ff,  # pyright: ignore[reportArgumentType]  (TransformerConfig refuses None)
             rope_theta=self.rope_theta,
+            rope_scaling=self.rope_scaling,
         )
 
 

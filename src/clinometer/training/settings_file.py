@@ -120,13 +120,14 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, int)
     if hint is float or text == "float | None":
         return isinstance(value, int | float)
-    if "tuple[float, float]" in text:
-        return isinstance(value, list) and len(value) == 2 and all(_fits(v, float) for v in value)
+    if "tuple[" in text:
+        wanted = text.count("float")
+        return isinstance(value, list) and len(value) == wanted and all(_fits(v, float) for v in value)
     return isinstance(value, str)
 
 
 def _spell(hint: Any) -> str:
-    if "tuple[float, float]" in str(hint):
-        return "[0.9, 0.95]"
+    if "tuple[" in str(hint):
+        return "[8, 1, 4, 8192]" if str(hint).count("float") == 4 else "[0.9, 0.95]"
     text = str(hint).replace("typing.", "").replace("<class '", "").replace("'>", "").replace(" | None", "")
     return text.removeprefix("Literal")
