@@ -35,7 +35,8 @@ def test_a_command_stays_on_its_line_however_long():
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_only_a_terminal_folds(terminal):
-    console = Console(file=io.StringIO(), force_terminal=terminal, width=20, color_system=None)
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=terminal, width=20, color_system=None)
     tell(console, "a sentence of more than twenty columns [bold]")
-    assert console.file.getvalue().count("\n") == (3 if terminal else 1)
-    assert "[bold]" in console.file.getvalue()
+    assert shown.getvalue().count("\n") == (3 if terminal else 1)
+    assert "[bold]" in shown.getvalue()
