@@ -3,6 +3,10 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { command -v $$p; break; }; done)
 BIN := .venv/bin
 DEMO_FLAGS ?=
+# pip says nothing for minutes; which language, clinometer chooses the same way.
+INSTALLING := $(strip $(if $(filter zh%,$(firstword $(CLINOMETER_LANG) $(LC_ALL) $(LC_MESSAGES) $(LANG))),\
+	正在把 PyTorch 等所需的一切装进 .venv：第一次要几分钟。,\
+	Installing PyTorch and whatever else is needed into .venv: the first time takes some minutes.))
 
 .PHONY: demo test browser check docs audit package bench soak coverage clean
 
@@ -57,6 +61,7 @@ clean:
 	$(PYTHON) -m venv .venv
 
 .venv/.installed: .venv/bin/python pyproject.toml
+	@echo "$(INSTALLING)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
 	@touch $@
 

@@ -19,7 +19,9 @@ from cyclopts.config import Dict
 
 from clinometer import __version__
 from clinometer.cli_help import with_help
+from clinometer.cli_usage import explain_usage
 from clinometer.messages import InputError, say, set_language
+from clinometer.messages.folding import tell
 from clinometer.training.config import SECTIONS, RunConfig, config_from
 from clinometer.training.settings_file import read_toml
 
@@ -37,8 +39,6 @@ PROCESS_SETTINGS = {
 glibc hands big blocks back to the system and pays for fresh pages at every step; keeping them makes training
 on a CPU a fifth to two fifths faster. OpenMP's threads spin while they wait for each other; spinning briefly
 costs nothing on an idle machine and doubles the speed where another program wants a core (docs/log.md)."""
-
-PLAIN: Any = {"style": "red", "markup": False, "highlight": False, "soft_wrap": True}
 
 
 def main() -> NoReturn:
@@ -66,7 +66,7 @@ def main() -> NoReturn:
 
         if with_traceback or not is_out_of_memory(error):
             raise
-        _console(stderr=True).print(say("cli.memory", reason=error), **PLAIN)
+        tell(_console(stderr=True), say("cli.memory", reason=error), "red")
         sys.exit(2)
     except BrokenPipeError:  # `clinometer … | head`: whoever read us has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -83,7 +83,7 @@ def _refuse(text: str) -> NoReturn:
         from clinometer.training.parallel import refuse_together
 
         refuse_together(text, 2)
-    _console(stderr=True).print(text, **PLAIN)
+    tell(_console(stderr=True), text, "red")
     sys.exit(2)
 
 
@@ -356,18 +356,7 @@ def _layer_configuration(app: App, commands: tuple[str, ...], arguments: Any) ->
 
 def _explain(error: Exception) -> str:
     """One paragraph: what, the value, the remedy."""
-    if isinstance(error, InputError):
-        return str(error)
-    if isinstance(error, cyclopts.UnknownOptionError | cyclopts.UnknownCommandError):
-        return say("cli.unknown", text=str(error))
-    if isinstance(error, cyclopts.CoercionError):
-        return say("cli.value", text=str(error))
-    if isinstance(error, cyclopts.MissingArgumentError):
-        error.verbose = False
-        return say("cli.missing", text=str(error))
-    if isinstance(error, cyclopts.CycloptsError):
-        error.verbose = False
-    return say("cli.wrong", text=str(error))
+    return explain_usage(error) if isinstance(error, cyclopts.CycloptsError) else str(error)
 
 
 def _take_language(arguments: list[str]) -> list[str]:

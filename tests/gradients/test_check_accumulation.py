@@ -152,6 +152,9 @@ def test_no_parts_is_an_error_that_says_what_to_give():
     with pytest.raises(InputError) as error:
         check_accumulation(model, lambda: F.cross_entropy(model(x), y), [])
     assert error.value.key == "accumulation.no_parts"
+    with pytest.raises(InputError) as error:  # one function for a list of them: it returns a loss
+        check_accumulation(model, lambda: F.cross_entropy(model(x), y), lambda: F.cross_entropy(model(x), y))
+    assert error.value.key == "accumulation.not_parts"
 
 
 def test_nothing_is_left_behind():

@@ -49,6 +49,11 @@ def test_a_long_line_is_wrapped_with_its_hang():
     assert to_text([line], 16).splitlines() == [" ✗ one two three", "   four five six"]
 
 
+def test_what_a_no_break_space_holds_together_stays_together():
+    formula = "lr √(1−β₂ᵗ)/(1−β₁ᵗ), lr\u00a0=\u00a00.0007361"
+    assert to_text([Line(formula)], 30).splitlines() == ["lr √(1−β₂ᵗ)/(1−β₁ᵗ),", "lr = 0.0007361"]
+
+
 def test_chinese_is_wrapped_between_characters_but_not_before_its_punctuation():
     line = Line("保留数值，却不再记得它从哪里来。")
     lines = to_text([line], 8).splitlines()

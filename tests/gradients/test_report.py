@@ -133,6 +133,8 @@ def cut_sentences(monkeypatch):
 
     for module in (messages, document, finding):
         monkeypatch.setattr(module, "sentences", lambda language: {**real(language), **english})
+    below = messages._below
+    monkeypatch.setattr(messages, "_below", lambda lang, top: english if top == "test" else below(lang, top))
 
 
 def test_a_finding_is_shown_as_the_voice_asks(cut_sentences):

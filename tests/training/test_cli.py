@@ -32,6 +32,10 @@ from tests.training.conftest import SMALL, assert_refused, small
         (["generate"], ["--run"]),
         (["--language", "fr", "doctor"], ["fr", "en, zh"]),
         (["doctor", "--language"], ["en", "zh"]),
+        (["learn", "x"], ["LESSON", "'x'"]),
+        (["--language", "zh", "trian"], ["没有 trian", "是不是 train"]),
+        (["--language", "zh", "train", "--optim.lr", "fast"], ["--optim.lr 需要一个数", "'fast'"]),
+        (["--language", "zh", "generate", "somewhere"], ["缺少 --prompt", "clinometer generate --help"]),
     ],
 )
 def test_wrong_use_is_explained(call, arguments, words):

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from clinometer.gradients.closure import Closure, eagerly
 from clinometer.gradients.document import Document, Line, dim, ok, sentence
 from clinometer.gradients.double import in_double
@@ -146,7 +148,10 @@ def check_accumulation(
     Raises InputError for no parts, and for closures that return no loss.
     """
     subject = Subject.of(params)
-    closures = list(parts() if callable(parts) else parts)
+    given = parts() if callable(parts) else parts
+    if isinstance(given, Tensor) or not isinstance(given, Iterable):
+        raise InputError("accumulation.not_parts", given=type(given).__name__)
+    closures = list(given)
     if not closures:
         raise InputError("accumulation.no_parts")
 

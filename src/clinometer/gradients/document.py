@@ -72,6 +72,8 @@ class Table:
 
 
 Document = list[Line | Table]
+NBSP = "\u00a0"
+"""Keeps what stands around it on one line; in text it is shown as a space."""
 BLANK = Line()
 
 
@@ -192,7 +194,7 @@ def _wrap(spans: Spans, width: int, indent: int, hang: int) -> Iterator[list[Spa
     line: list[Span] = []
     used, waiting = start, Span("")
     for unit in _units(_spans(spans), width - indent - hang):
-        if unit[0].text.isspace():
+        if all(_gap(character) for character in unit[0].text):
             waiting = Span(waiting.text + unit[0].text, unit[0].role)
             continue
         size = _width(unit)
@@ -200,7 +202,8 @@ def _wrap(spans: Spans, width: int, indent: int, hang: int) -> Iterator[list[Spa
             yield [Span(" " * start), *line]
             start = indent + hang
             line, used, waiting = [], start, Span("")
-        line += [waiting, *unit] if waiting.text else unit
+        shown = [s if s.role == "code" else Span(s.text.replace(NBSP, " "), s.role) for s in unit]
+        line += [waiting, *shown] if waiting.text else shown
         used += len(waiting.text) + size
         waiting = Span("")
     yield [Span(" " * start), *line]
@@ -230,11 +233,15 @@ def _units(spans: list[Span], room: int) -> Iterator[list[Span]]:
 
 
 def _may_break(before: str, after: str) -> bool:
-    if before.isspace() or after.isspace():
-        return before.isspace() != after.isspace()
+    if _gap(before) or _gap(after):
+        return _gap(before) != _gap(after)
     if after in _NEVER_FIRST or before in _NEVER_LAST:
         return False
     return is_wide(before) or is_wide(after)
+
+
+def _gap(character: str) -> bool:
+    return character.isspace() and character != NBSP
 
 
 def _spans(given: Span | str | Spans) -> list[Span]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clinometer.gradients.document import NBSP
 from clinometer.gradients.held import Held, Quantity, Replay, wide
 
 
@@ -119,10 +120,10 @@ def _adam(
         quantities.append(Quantity("largest", "√v̂", largest.sqrt(), used.sqrt(), "v̂: max(v̂, v)"))
     if efficient:
         rate, shrink = lr * math.sqrt(correction2) / correction1, 1.0
-        rate_formula, denominator_formula = f"lr √(1−β₂ᵗ)/(1−β₁ᵗ), lr = {lr:g}", f"√{sign} + ε"
+        rate_formula, denominator_formula = f"lr √(1−β₂ᵗ)/(1−β₁ᵗ), lr{NBSP}={NBSP}{lr:.4g}", f"√{sign} + ε"
     else:
         rate, shrink = lr / correction1, math.sqrt(correction2)
-        rate_formula, denominator_formula = f"lr/(1−β₁ᵗ), lr = {lr:g}", f"√{sign}/√(1−β₂ᵗ) + ε"
+        rate_formula, denominator_formula = f"lr/(1−β₁ᵗ), lr{NBSP}={NBSP}{lr:.4g}", f"√{sign}/√(1−β₂ᵗ) + ε"
     denominator = (used / shrink**2 + eps).sqrt() if eps_inside else used.sqrt() / shrink + eps
     momentum = -rate * beta1 * m_old / denominator
     fresh = -rate * (1 - beta1) * g / denominator
@@ -199,7 +200,7 @@ def muon(held: Held) -> Replay:
             orthogonal,
             "O Oᵀ ≈ I: NS((1−μ) g + μ b)" if nesterov else "O Oᵀ ≈ I: NS(b)",
         ),
-        Quantity("rate", "lr'", None, rate, f"{rate_formula}, lr = {lr:g}".lstrip(", ")),
+        Quantity("rate", "lr'", None, rate, f"{rate_formula}, lr{NBSP}={NBSP}{lr:.4g}".lstrip(", ")),
         Quantity("update", "", None, update, "−lr' O"),
     ]
     if decay_rate:

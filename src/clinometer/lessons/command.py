@@ -10,6 +10,7 @@ from rich.table import Table
 
 from clinometer.lessons import pages
 from clinometer.messages import InputError, current_language, say
+from clinometer.messages.folding import fold, tell
 
 
 def learn_command(
@@ -25,24 +26,25 @@ def learn_command(
     lesson = pages.lesson(number, language)
     if notebook is not None:
         _write(lesson, language, notebook, overwrite)
-        console.print(say("learn.written", path=notebook), markup=False, highlight=False, soft_wrap=True)
+        tell(console, say("learn.written", path=notebook))
         return 0
     from clinometer.lessons.terminal import show
 
     waits = not straight and console.is_terminal and sys.stdin.isatty()
     finished = show(console, lesson, waits=waits)
     if finished and number < len(pages.lessons(language)):
-        console.print(say("learn.next", number=number + 1), markup=False, highlight=False)
+        tell(console, say("learn.next", number=number + 1))
     return 0
 
 
 def _list(console: Console, language: str) -> None:
     table = Table.grid(padding=(0, 2))
     for lesson in pages.lessons(language):
-        table.add_row(str(lesson.number), f"[bold]{lesson.title}[/bold]\n{lesson.summary}")
+        summary = fold(lesson.summary, console.width - 3) if console.is_terminal else lesson.summary
+        table.add_row(str(lesson.number), f"[bold]{lesson.title}[/bold]\n{summary}")
     console.print(table, highlight=False)
     console.print()
-    console.print(say("learn.how"), markup=False, highlight=False, soft_wrap=True)
+    tell(console, say("learn.how"))
 
 
 def _write(lesson: pages.Lesson, language: str, path: Path, overwrite: bool) -> None:

@@ -37,12 +37,12 @@ def show(console: Console, lesson: Lesson, *, waits: bool) -> bool:
             console.print(Rule(Text(name, style="dim"), align="left", style="dim"))
             code = piece.text.rstrip("\n")
             if console.is_terminal:
-                coloured = Syntax(
-                    code, "python", theme="ansi_dark", background_color="default", word_wrap=True
-                )
-                console.print(coloured)
-            else:  # as it is, for who copies it
-                console.print(code, markup=False, highlight=False, soft_wrap=True)
+                coloured = Syntax(code, "python", theme="ansi_dark", background_color="default")
+                shown = coloured.highlight(code)
+                shown.rstrip()
+            else:
+                shown = Text(code)
+            console.print(shown, soft_wrap=True)  # its lines as they are, for who copies them
             console.print(Rule(style="dim"))
             if piece.runs and waits and not piece.is_file and not goes_on(console):
                 return False

@@ -15,6 +15,7 @@ from rich.console import Console
 from clinometer.lm.export import export_llama
 from clinometer.lm.generate import fit_prompt, generate
 from clinometer.messages import InputError, say
+from clinometer.messages.folding import tell
 from clinometer.training.checkpoint import checkpoints, step_of
 from clinometer.training.config import LARGEST_SEED, DataConfig, RunConfig
 from clinometer.training.display import RunDisplay, clock, printable, short_count
@@ -72,10 +73,12 @@ def _train(
             session = resume(run, config, display, world)
         else:
             config = config or RunConfig()
+            if config.data.corpus == "python":  # the default: somebody may have meant to name a text
+                display.notice("train.python")
             session = start(config, run or next_run_folder(config.data.corpus), display, world)
     except KeyboardInterrupt:
         if run is not None and world.first and os.path.exists(run / "config.toml"):
-            console.print(say("train.interrupted_early", run=run), highlight=False)
+            tell(console, say("train.interrupted_early", run=run))
         raise
     world.remedy = lambda: _how_to_go_on(session)
     try:
@@ -102,8 +105,13 @@ def _how_to_go_on(session: Session) -> str:
     return say("parallel.go_on", step=step_of(saved[-1]), path=saved[-1], run=path)
 
 
-def run_session(session: Session, display: RunDisplay, began: Callable[[Path], None] | None = None) -> int:
-    """Say what is about to happen, train, and say how it ended."""
+def run_session(
+    session: Session,
+    display: RunDisplay,
+    began: Callable[[Path], None] | None = None,
+    onward: bool = True,
+) -> int:
+    """Say what is about to happen, train, and say how it ended and, if `onward`, what to do next."""
     config, model, header = session.config, session.model.config, session.data.header
     path, steps = session.folder.path, config.training.steps
     tokens_per_step = config.training.batch_size * model.context_length
@@ -116,9 +124,10 @@ def run_session(session: Session, display: RunDisplay, began: Callable[[Path], N
         train_tokens=header.train_tokens,
         validation_tokens=header.validation_tokens,
     )
-    choices = session.choices
+    choices, resumed = session.choices, bool(checkpoints(session.folder.checkpoints))
+    epochs = steps * tokens_per_step / header.train_tokens
     display.notice(
-        "train.choices",
+        "train.choices_again" if resumed else "train.choices",
         device=choices.device,
         precision=choices.precision,
         why_precision=choices.why_precision,
@@ -126,7 +135,7 @@ def run_session(session: Session, display: RunDisplay, began: Callable[[Path], N
         why_compile=choices.why_compile,
         steps=steps,
         tokens=tokens_per_step,
-        epochs=steps * tokens_per_step / header.train_tokens,
+        epochs=f"{epochs:,.0f}" if epochs >= 9.995 else f"{epochs:.2f}",
     )
     if not session.world.alone:
         display.notice(f"parallel.{choices.parallel}", **session.world.described(model.num_parameters))
@@ -136,7 +145,7 @@ def run_session(session: Session, display: RunDisplay, began: Callable[[Path], N
     if session.step >= steps:
         display.notice("train.already_done", path=path, steps=steps, more=2 * steps)
         return 0
-    if checkpoints(session.folder.checkpoints):
+    if resumed:
         display.notice("train.resumed", path=path, step=session.step, steps=steps)
 
     record = open_record(session, display)
@@ -162,6 +171,10 @@ def run_session(session: Session, display: RunDisplay, began: Callable[[Path], N
     record.close(outcome)
     seconds = time.perf_counter() - started
     _say_outcome(session, display, outcome, seconds, (session.step - before) * tokens_per_step / seconds)
+    if onward and outcome is Outcome.DONE:
+        ours = config.data.corpus == "python"
+        prompt = config.training.sample_prompt or ("def " if ours else say("train.prompt"))
+        display.notice("train.next", run=path, prompt=prompt)
     return outcome.value
 
 
@@ -185,8 +198,6 @@ def _say_outcome(
             validation=best,
             path=saved,
         )
-        prompt = session.config.training.sample_prompt or "def "
-        display.notice("train.next", run=path, prompt=prompt)
     elif outcome is Outcome.NOT_FINITE:
         display.notice(
             "train.not_finite",
@@ -242,15 +253,11 @@ def generate_command(
         generator=generator,
         stop_id=trained.tokenizer.end_of_text_id,
     )
-    console.print(
-        say("cli.from_checkpoint", step=trained.step, path=run, seed=seed),
-        style="dim",
-        highlight=False,
-    )
+    tell(console, say("cli.from_checkpoint", step=trained.step, path=run, seed=seed), "dim")
     if dropped:
         kept = window.shape[-1]
         told = say("cli.prompt_cut", dropped=dropped, kept=kept)
-        console.print(told, style="yellow", highlight=False, soft_wrap=True)
+        tell(console, told, "yellow")
     on_terminal = sys.stdout.isatty()
     out = sys.stdout
     stream = trained.tokenizer.decode_stream()
@@ -282,12 +289,12 @@ def export_command(console: Console, run: Path, to: Path, checkpoint: str, overw
         overwrite=overwrite,
         also=trained.tokenizer.save,
     )
-    console.print(say("cli.exported", path=to, step=trained.step), highlight=False, soft_wrap=True)
+    tell(console, say("cli.exported", path=to, step=trained.step))
     return 0
 
 
 def import_command(console: Console, source: Path, run: Path, corpus: str) -> int:
     """Make a run of a Llama-type model that somebody else trained."""
     folder = import_run(source, run, RunConfig(data=DataConfig(corpus=corpus)))
-    console.print(say("cli.imported", path=folder.path), highlight=False, soft_wrap=True)
+    tell(console, say("cli.imported", path=folder.path))
     return 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -10,6 +12,7 @@ from rich.console import Console
 from clinometer.gradients.check import check_gradients
 from clinometer.gradients.diagnosis import diagnose
 from clinometer.messages import say
+from clinometer.messages.folding import tell
 from clinometer.record.replays import Replay
 from clinometer.training.checkpoint import checkpoints, step_of
 from clinometer.training.command import next_run_folder, run_session
@@ -45,19 +48,28 @@ def demo_command(console: Console, run: Path | None, quick: bool) -> tuple[int, 
         config = dataclasses.replace(
             config, training=dataclasses.replace(DEMO.training, steps=40, batch_size=8)
         )
-    console.print(say("demo.begin"), highlight=False)
+    tell(console, say("demo.begin"))
     display = RunDisplay(console)
     session = start(config, run or next_run_folder("demo"), display)
     try:
-        code = run_session(session, display)
+        code = run_session(session, display, onward=False)
         if code == 0:
             look(console, display, session)
     finally:
         session.close()
     if code == 0:
         console.print()
-        console.print(say("demo.end", run=session.folder.path), highlight=False)
+        tell(console, say("demo.end", run=session.folder.path, clinometer=_how_to_call()))
     return code, session.folder.path
+
+
+def _how_to_call() -> str:
+    """`clinometer`, or its path where the shell would not find it: `make demo` activates nothing."""
+    ours = Path(sys.executable).parent / "clinometer"
+    if shutil.which("clinometer") or not ours.exists():
+        return "clinometer"
+    here = Path.cwd()
+    return str(ours.relative_to(here) if ours.is_relative_to(here) else ours)
 
 
 def look(console: Console, display: RunDisplay, session: Session) -> None:

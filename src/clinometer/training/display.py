@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
 from clinometer.messages import say
+from clinometer.messages.folding import tell
 
 PLAIN_EVERY_SECONDS = 10.0
 
@@ -121,8 +122,7 @@ class RunDisplay:
             self._progress, self._bar_key = None, ""
 
     def _say(self, key: str, **values: Any) -> None:
-        text = say(key, **values)
-        self.console.print(text, highlight=False, markup=False, soft_wrap=not self._live)
+        tell(self.console, say(key, **values))
 
     def _line(self, row: dict[str, Any]) -> str:
         speed = self.tokens_per_second()

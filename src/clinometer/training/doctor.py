@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import distributed
 
 from clinometer.messages import say
+from clinometer.messages.folding import tell
 from clinometer.training.launch import launched
 from clinometer.training.precision import (
     bfloat16_is_fast,
@@ -38,7 +39,10 @@ def doctor_command(console: Console) -> int:
         table.add_row(say(f"doctor.{key}"), value)
 
     versions = environment["packages"]
-    row("version", f"clinometer {versions['clinometer']}, torch {torch.__version__}, {environment['python']}")
+    row(
+        "version",
+        f"clinometer {versions['clinometer']}, torch {torch.__version__}, Python {environment['python']}",
+    )
     row("system", environment["platform"])
     row("processor", f"{processor_name()}, {environment['cores']}")
     row("threads", str(torch.get_num_threads()))
@@ -67,10 +71,7 @@ def doctor_command(console: Console) -> int:
     console.print()
     precision = "bfloat16" if fast else "float32"
     compiles = say("doctor.long_runs" if find_compiler(device) else "doctor.no_compiler")
-    console.print(
-        say("doctor.defaults", device=device, precision=precision, why=why, compiles=compiles),
-        highlight=False,
-    )
+    tell(console, say("doctor.defaults", device=device, precision=precision, why=why, compiles=compiles))
     return 0
 
 

@@ -86,20 +86,24 @@ def _train_tokenizer(config: RunConfig, corpus: Corpus, notices: Notices) -> Tok
     size = config.data.vocab_size or DEFAULT_VOCABULARY
     notices.notice("train.tokenizer", vocab_size=size)
     try:
-        return train_bpe(_training_text(config, corpus), size)
+        return train_bpe(_training_text(config, corpus, notices), size, progress=False)
     except InputError as error:
         if config.data.vocab_size is not None or error.key != "text.vocab_large":
             raise
-        return train_bpe(_training_text(config, corpus), error.values["largest"])
+        return train_bpe(_training_text(config, corpus, notices), error.values["largest"], progress=False)
 
 
-def _training_text(config: RunConfig, corpus: Corpus) -> Iterator[str]:
+def _training_text(config: RunConfig, corpus: Corpus, notices: Notices) -> Iterator[str]:
     """The training side in pieces, so that nothing of the validation text shapes the vocabulary.
 
     Not in documents: a file of gigabytes may be one.
     """
     left = TOKENIZER_CHARACTERS
-    for side, text, _ in split(corpus, config.data.validation_fraction).parts(corpus):
+    chosen = split(corpus, config.data.validation_fraction)
+    seen, total = 0, min(chosen.characters, left)  # the library counts words it has not met yet: "0 of 0"
+    for side, text, _ in chosen.parts(corpus):
+        seen += len(text)
+        notices.progress("train.tokenizer_bar", min(seen, total), total)
         if side == "train":
             yield text[:left]
             left -= len(text)

@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from clinometer.messages import InputError, current_language, say
+from clinometer.messages.folding import tell
 from clinometer.record.reader import RunFile, find_runs
 from clinometer.view.report import write_report
 
@@ -31,7 +32,7 @@ def view_command(
         raise InputError("view.missing", path=path)
     found = find_runs(path)
     if not found:  # they appear on the page as they are made
-        console.print(say("view.no_runs", path=path), markup=False, highlight=False, soft_wrap=True)
+        tell(console, say("view.no_runs", path=path))
     if token == "auto":
         token = secrets.token_urlsafe(24)
     alone = RunFile.open(path) if found == [path] else None
@@ -40,8 +41,7 @@ def view_command(
         alone.close()
 
     def announce(address: str) -> None:
-        line = f"{say('view.open_at', address=address)}  {say('view.stop_with')}"
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        tell(console, f"{say('view.open_at', address=address)}\n{say('view.stop_with')}")
 
     serve(
         path,

@@ -188,7 +188,10 @@ function unitOf(layout) {
   return unit ? `(${unit[1]})` : titles[0];
 }
 
-// On a log axis a label at every decade, or at 1, 2 and 5 where there is hardly one decade to see.
+// On a log axis a label at every decade; where there are hardly two of them to see, at 1, 2 and 5 between, or
+// closer still. Plotly's own labels between decades are digits without their power of ten: "5" for 0.5.
+const BETWEEN = [[1, 2, 5], [1, 1.5, 2, 3, 4, 5, 7], Array.from({ length: 90 }, (_, i) => 1 + i / 10)];
+
 function logTicks(axis, data, id) {
   let [low, high] = [Infinity, -Infinity];
   for (const trace of data) {
@@ -198,9 +201,20 @@ function logTicks(axis, data, id) {
       if (value > high && Number.isFinite(value)) high = value;
     }
   }
-  const decades = axis.range ? axis.range[1] - axis.range[0] : high > 0 ? Math.log10(high / low) : 4;
+  if (axis.range) [low, high] = axis.range.map((power) => 10 ** power);
+  const decades = high > 0 ? Math.log10(high / low) : 4;
   axis.exponentformat = "e";
-  axis.dtick = decades > 0.9 ? Math.ceil(decades / 4) : "D2";
+  if (!(decades < 1.8)) {
+    axis.dtick = Math.ceil(decades / 4);
+    return;
+  }
+  const powers = [-1, 0, 1, 2].map((more) => Math.floor(Math.log10(low)) + more);
+  const between = (digits) => powers.flatMap((power) => digits.map((digit) => Number(`${digit}e${power}`)))
+    .filter((value) => value >= low * 0.98 && value <= high * 1.02);
+  let ticks = [];
+  for (const digits of BETWEEN) if (ticks.length < 2) ticks = between(digits);
+  axis.tickvals = ticks;
+  axis.ticktext = ticks.map((value) => (value >= 1e-3 && value < 1e4 ? String(value) : value.toExponential()));
 }
 
 function heatKey(trace) {

@@ -1,0 +1,41 @@
+"""What was wrong with the words of a command line, said in the language that is spoken."""
+
+from __future__ import annotations
+
+import difflib
+from itertools import chain
+
+import cyclopts
+
+from clinometer.messages import say
+
+
+def explain_usage(error: cyclopts.CycloptsError) -> str:
+    """One paragraph: what, the value, the remedy. What has no sentence of ours speaks for itself."""
+    seen = "clinometer " + "".join(f"{name} " for name in error.command_chain or ()) + "--help"
+    if isinstance(error, cyclopts.UnknownOptionError) and error.token.source == "cli":
+        given = (error.token.keyword or error.token.value).partition("=")[0]
+        names = chain.from_iterable(one.names for one in error.argument_collection if one.parse)
+        return _unknown("option", given, names, seen)
+    if isinstance(error, cyclopts.UnknownCommandError) and error.unused_tokens:
+        commands = [] if error.app is None else [name for name in error.app if not name.startswith("-")]
+        return _unknown("command", error.unused_tokens[0], commands, seen)
+    if isinstance(error, cyclopts.CoercionError) and error.token is not None and error.argument is not None:
+        kind = {int: "whole", float: "number", bool: "truth"}.get(error.target_type)  # type: ignore[arg-type]
+        if kind is not None and error.token.source == "cli":
+            option = error.token.keyword or error.argument.name.lstrip("-").upper()
+            return say(f"cli.value_{kind}", option=option, value=error.token.value)
+    if isinstance(error, cyclopts.MissingArgumentError) and error.argument is not None:
+        name = error.argument.name
+        option = name if error.argument.field_info.is_keyword_only else f"{name.lstrip('-').upper()} ({name})"
+        return say("cli.missing", option=error.keyword or option, help=seen)
+    if hasattr(error, "verbose"):
+        error.verbose = False
+    return say("cli.wrong", text=str(error), help=seen)
+
+
+def _unknown(what: str, given: str, known: object, seen: str) -> str:
+    near = difflib.get_close_matches(given, list(known), n=1)  # type: ignore[call-overload]
+    if near:
+        return say(f"cli.unknown_{what}_near", given=given, near=near[0], help=seen)
+    return say(f"cli.unknown_{what}", given=given, help=seen)
