@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Annotated, Any, get_type_hints
 
-from cyclopts import Group, Parameter
+from cyclopts import Group, Parameter, Token
 
 from clinometer.messages import say
 from clinometer.training.config import SECTIONS, RunConfig
@@ -24,12 +25,34 @@ def with_help(command: Any, name: str) -> Any:
             # Under torchrun, Python 3.11's argparse takes --run for the launcher's own --run-path.
             names = ("--run", "--folder") if (name, parameter) == ("train", "run") else None
             told = Parameter(
-                names, help=say(f"cli.{name}.{parameter}"), allow_leading_hyphen=dash, negative=()
+                names,
+                help=say(f"cli.{name}.{parameter}"),
+                allow_leading_hyphen=dash,
+                negative=(),
+                converter=_converter(hint),
             )
             annotations[parameter] = Annotated[hint, told]
 
     command.__annotations__ = annotations
     return command
+
+
+def _converter(hint: Any) -> Any:
+    """A whole number is read by us: cyclopts rounds, and 1.5 layers would be 2."""
+    return _whole if hint in (int, int | None) else None
+
+
+def _whole(kind: type, tokens: Sequence[Token]) -> int:
+    text = tokens[0].value.lower()
+    if text.lstrip("+-").startswith(("0x", "0o", "0b")):
+        return int(text, 0)
+    try:
+        return int(text)
+    except ValueError:
+        number = float(text)  # 30.0 and 1e6 are whole
+    if not number.is_integer():
+        raise ValueError(f"{tokens[0].value} is not whole")
+    return int(number)
 
 
 def _settings_type() -> type[RunConfig]:
@@ -44,7 +67,12 @@ def _settings_type() -> type[RunConfig]:
                 f.name,
                 Annotated[
                     hints[f.name],
-                    Parameter(help=say(f"config.{section}.{f.name}"), group=group, negative=()),
+                    Parameter(
+                        help=say(f"config.{section}.{f.name}"),
+                        group=group,
+                        negative=(),
+                        converter=_converter(hints[f.name]),
+                    ),
                 ],
                 dataclasses.field(default=f.default),
             )

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import difflib
 from itertools import chain
+from typing import Any
 
 import cyclopts
 
 from clinometer.messages import say
+
+
+_KINDS: dict[Any, str] = {int: "whole", float: "number", bool: "truth"}
+_KINDS |= {kind | None: name for kind, name in _KINDS.items()}
 
 
 def explain_usage(error: cyclopts.CycloptsError) -> str:
@@ -21,7 +26,7 @@ def explain_usage(error: cyclopts.CycloptsError) -> str:
         commands = [] if error.app is None else [name for name in error.app if not name.startswith("-")]
         return _unknown("command", error.unused_tokens[0], commands, seen)
     if isinstance(error, cyclopts.CoercionError) and error.token is not None and error.argument is not None:
-        kind = {int: "whole", float: "number", bool: "truth"}.get(error.target_type)  # type: ignore[arg-type]
+        kind = _KINDS.get(error.target_type)
         if kind is not None and error.token.source == "cli":
             option = error.token.keyword or error.argument.name.lstrip("-").upper()
             return say(f"cli.value_{kind}", option=option, value=error.token.value)

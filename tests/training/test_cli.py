@@ -33,6 +33,9 @@ from tests.training.conftest import SMALL, assert_refused, small
         (["--language", "fr", "doctor"], ["fr", "en, zh"]),
         (["doctor", "--language"], ["en", "zh"]),
         (["learn", "x"], ["LESSON", "'x'"]),
+        (["train", "--model.d-model", "1.5"], ["--model.d-model", "whole", "1.5"]),  # and not rounded to 2
+        (["train", "--training.micro-batch-size", "0x"], ["--training.micro-batch-size", "0x"]),
+        (["train", "--model.rope-scaling", "8", "5", "4", "64"], ["rope_scaling", "5.0, 4.0"]),
         (["--language", "zh", "trian"], ["没有 trian", "是不是 train"]),
         (["--language", "zh", "train", "--optim.lr", "fast"], ["--optim.lr 需要一个数", "'fast'"]),
         (["--language", "zh", "generate", "somewhere"], ["缺少 --prompt", "clinometer generate --help"]),
@@ -53,6 +56,7 @@ def test_wrong_use_is_explained(call, arguments, words):
         (["--training.device=gpu"], ["gpu"]),
         (["--optim.lr=nan"], ["nan"]),
         (["--data.vocab-size=0"], ["0"]),
+        (["--training.steps=1e3", "--training.batch-size=0x0"], ["training.batch_size = 0"]),
     ],
 )
 def test_wrong_settings_are_explained_and_leave_no_run(call, corpus, tmp_path, settings, words):
