@@ -10,7 +10,6 @@ import cyclopts
 
 from clinometer.messages import say
 
-
 _KINDS: dict[Any, str] = {int: "whole", float: "number", bool: "truth"}
 _KINDS |= {kind | None: name for kind, name in _KINDS.items()}
 
