@@ -52,7 +52,11 @@ def speed_rows(results: Mapping[str, Sequence[Mapping[str, float]]], operations_
 def memory_rows(gigabytes: Mapping[str, float]) -> list[Row]:
     """Peak memory in float32, the precision that nanoGPT has too, and in bf16, compiled."""
     peer = "nanoGPT eager"
-    sides = {"memory": "clinometer float32", "memory-bf16": "clinometer bf16 compiled"}
+    sides = {
+        "memory": "clinometer float32",
+        "memory-bf16": "clinometer bf16 compiled",
+        "memory-parts": "clinometer in parts",
+    }
     return [
         paired(name, peer, [gigabytes[side]], [gigabytes[peer]], "GB")
         for name, side in sides.items()
