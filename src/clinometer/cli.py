@@ -193,16 +193,16 @@ def doctor() -> int:
     return doctor_command(_console())
 
 
-def diagnose(target: str) -> int:
+def diagnose(target: str, *, json: bool = False) -> int:
     from clinometer.training.instrument import diagnose_command
 
-    return diagnose_command(_console(), target)
+    return diagnose_command(_console(), target, json)
 
 
-def check(target: str) -> int:
+def check(target: str, *, json: bool = False) -> int:
     from clinometer.training.instrument import check_command
 
-    return check_command(_console(), target)
+    return check_command(_console(), target, json)
 
 
 def explain(
@@ -343,16 +343,16 @@ def _explain(error: Exception) -> str:
     """One paragraph: what, the value, the remedy."""
     if isinstance(error, InputError):
         return str(error)
+    chain = getattr(error, "command_chain", None) or ()
+    command = " ".join(("clinometer", *chain))  # the one whose help says how it is called
     if isinstance(error, cyclopts.UnknownOptionError | cyclopts.UnknownCommandError):
-        return say("cli.unknown", text=str(error))
+        return say("cli.unknown", text=str(error), command=command)
     if isinstance(error, cyclopts.CoercionError):
         return say("cli.value", text=str(error))
-    if isinstance(error, cyclopts.MissingArgumentError):
-        error.verbose = False
-        return say("cli.missing", text=str(error))
     if isinstance(error, cyclopts.CycloptsError):
         error.verbose = False
-    return say("cli.wrong", text=str(error))
+    key = "cli.missing" if isinstance(error, cyclopts.MissingArgumentError) else "cli.wrong"
+    return say(key, text=str(error), command=command)
 
 
 def _take_language(arguments: list[str]) -> list[str]:
