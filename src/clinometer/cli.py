@@ -208,16 +208,16 @@ def doctor() -> int:
     return doctor_command(_console())
 
 
-def diagnose(target: str) -> int:
+def diagnose(target: str, *, json: bool = False) -> int:
     from clinometer.training.instrument import diagnose_command
 
-    return diagnose_command(_console(), target)
+    return diagnose_command(_console(), target, json)
 
 
-def check(target: str) -> int:
+def check(target: str, *, json: bool = False) -> int:
     from clinometer.training.instrument import check_command
 
-    return check_command(_console(), target)
+    return check_command(_console(), target, json)
 
 
 def explain(

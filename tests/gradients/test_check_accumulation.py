@@ -175,3 +175,25 @@ def test_every_form_of_the_result_is_there(language):
     assert facts["factor"] == pytest.approx(4)
     assert facts["tensors"]["0.weight"]["factor"] == pytest.approx(4)
     assert "<div" in check._repr_html_()
+
+
+def test_a_factor_is_told_without_the_rounding_of_a_part_in_float32():
+    model, x, y = setting()
+    full = lambda: F.cross_entropy(model(x), y)  # noqa: E731
+    parts = [
+        lambda part=part, scale=scale: part().float() * scale
+        for part, scale in zip(parts_of(model, x, y, [4] * 2), (0.25000001, 0.24999999), strict=True)
+    ]
+    check = check_accumulation(model, full, parts)
+    assert check.cause == "factor"
+    assert check.factor == pytest.approx(0.5, rel=1e-6)
+    assert "gradient is 0.5 times" in check.render("en")
+
+
+def test_a_single_tensor_is_spoken_of_in_the_singular():
+    model = nn.Linear(5, 1, bias=False)
+    x = torch.randn(4, 5)
+    check = check_accumulation(
+        model, lambda: model(x).sum(), [lambda: model(x[:2]).sum(), lambda: model(x[2:]).sum()]
+    )
+    assert "in the 1 tensor (" in check.render("en", 200)

@@ -281,3 +281,33 @@ def test_a_wrong_backward_behind_such_an_embedding_is_still_found():
     check = check_gradients(model, lambda: model[1](Twice.apply(model[0](ids))).square().mean())
     assert not check.healthy
     assert check["0.weight"].status == "wrong"
+
+
+STOPPED = {"round": "detach", "data": "data", "no_grad": "sub", "number": "item", "stopped target": "detach"}
+
+
+@pytest.mark.parametrize("form", STOPPED)
+def test_a_line_that_keeps_a_part_of_the_loss_from_the_gradient_is_named_beside_the_verdict(form):
+    check = around(ByDetach(form))
+    (line,) = check.stopped
+    assert line.op == STOPPED[form]
+    told = " ".join(check.render("en").split())
+    assert "✓" in told
+    assert f"stopped at {line.label} ({line.op})" in told
+    assert check.to_dict()["stopped"] == [line.to_dict()]
+
+
+class Logged(nn.Module):
+    """What it takes out of the gradient does not come back into the loss, or makes no difference there."""
+
+    def forward(self, x):
+        self.seen = x.detach().mean(), x.norm().item(), x.tolist()
+        scores = x - x.detach().amax(-1, keepdim=True)
+        return scores.exp() / scores.exp().sum(-1, keepdim=True)
+
+
+def test_lines_whose_values_make_no_difference_to_the_loss_are_not_named():
+    check = around(Logged())
+    assert len(check.held) == 2
+    assert check.stopped == ()
+    assert "stopped" not in check.render("en")

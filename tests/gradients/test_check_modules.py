@@ -209,3 +209,20 @@ def test_a_healthy_model_passes(name):
     statuses = {tensor.status for tensor in check.entries().values()}
     assert statuses <= ({"passed", "unchecked"} if name == "low_rank" else {"passed"}), check.render("en")
     assert all(layer.judgement.verdict != "wrong" for layer in check.layers)
+
+
+def test_a_layer_whose_parameter_the_forward_puts_in_anew_is_not_accused():
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.head = nn.Linear(4, 4), nn.Linear(4, 1)
+
+        def forward(self, x):
+            self.fc.weight = nn.Parameter(self.fc.weight)
+            return self.head(torch.tanh(self.fc(x)))
+
+    model, x = Wrapped(), torch.randn(3, 4)
+    check = check_gradients(model, lambda: model(x).square().sum())
+    assert check.wrong_layers == ()
+    assert check.healthy
+    assert check["fc.weight"].status == "no-gradient"  # which diagnose traces to the line

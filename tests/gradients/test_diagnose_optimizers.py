@@ -127,3 +127,51 @@ def test_what_is_no_optimizer_is_refused(given):
     model = nn.Linear(4, 1)
     with pytest.raises(InputError, match="not an optimizer"):
         diagnose(model, lambda: model(z()).mean(), optimizer=given)
+
+
+class NaN(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.layer = kind, nn.Linear(4, 4)
+
+    def forward(self, inputs):
+        h = self.layer(inputs)
+        return {"forward": h.sum().log(), "backward": (h - h.detach()).sqrt().sum()}[self.kind]
+
+
+@pytest.mark.parametrize("kind", ["forward", "backward", "weights"])
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_gradient_of_nan_is_not_called_too_small_to_move_a_weight(kind, optimizer):
+    model = NaN("forward" if kind == "weights" else kind)
+    nn.init.constant_(model.layer.bias, float("nan") if kind == "weights" else -100.0)
+    found = diagnose(model, lambda: model(torch.ones(3, 4)), optimizer=optimizer(model.parameters(), 0.1))
+    assert {(f.status, f.cause) for f in found.findings} == {
+        ("non-finite", "backward" if kind == "backward" else "forward")
+    }
+
+
+def test_what_an_optimizer_does_is_told_beside_a_loss_that_is_not_finite():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    optimizer = torch.optim.SGD(model[1].parameters(), 0.1)
+    found = diagnose(model, lambda: model(z()).mean() * float("inf"), optimizer=optimizer)
+    assert "not-in-optimizer" in {f.cause for f in found.findings}
+
+
+@pytest.mark.parametrize(
+    ("groups", "told"),
+    [
+        (1, "learning rate of parameter group 0 is 0"),
+        (2, "learning rate of parameter groups 0, 1 is 0"),
+        (9, "groups 0, 1, 2, 3, 4, 5 and 3 more is 0"),
+    ],
+)
+def test_groups_that_do_not_move_are_counted(groups, told):
+    weights = [nn.Parameter(torch.ones(2)) for _ in range(groups)]
+    optimizer = torch.optim.SGD([{"params": [w]} for w in weights], lr=0.0)
+    found = diagnose(
+        {str(i): w for i, w in enumerate(weights)},
+        lambda: torch.stack(weights).square().sum(),
+        optimizer=optimizer,
+    )
+    (finding,) = found.findings
+    assert told in finding.say("what", "en")

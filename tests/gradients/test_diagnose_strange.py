@@ -10,6 +10,7 @@ from torch.func import functional_call
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from clinometer.gradients.check import check_gradients
 from clinometer.gradients.diagnosis import diagnose
 from clinometer.messages import InputError
 
@@ -264,3 +265,35 @@ class TestWithoutAClosure:
         model(x()).mean().backward()
         found = diagnose(model, optimizer=torch.optim.SGD(model.head.parameters(), 0.1))
         assert "not-in-optimizer" in {f.cause for f in found.findings}
+
+
+@pytest.mark.parametrize("look", [diagnose, check_gradients])
+def test_an_index_beyond_the_vocabulary_is_told_with_its_line_and_the_range(look):
+    table = nn.Embedding(5, 4)
+    ids = torch.tensor([1, 7])
+
+    def loss():
+        return table(ids).sum()
+
+    with pytest.raises(IndexError, match="out of range") as caught:
+        look(table, loss)
+    (note,) = caught.value.__notes__
+    assert "test_diagnose_strange.py:" in note
+    assert "(return table(ids).sum())" in note
+    assert "from 1 to 7, and the table has 5 rows" in note
+
+
+def test_a_target_beyond_the_classes_is_told_and_ignored_ones_are_not_counted():
+    model = nn.Linear(4, 3)
+    targets = torch.tensor([0, -100, 3])
+    with pytest.raises(IndexError, match="out of bounds") as caught:
+        diagnose(model, lambda: F.cross_entropy(model(x()), targets))
+    (note,) = caught.value.__notes__
+    assert "from 0 to 3, and there are 3 classes" in note
+
+
+def test_an_index_error_of_another_kind_is_left_as_it_is():
+    model = nn.Linear(4, 3)
+    with pytest.raises(IndexError) as caught:
+        diagnose(model, lambda: model(x())[torch.tensor([9])].sum())
+    assert not getattr(caught.value, "__notes__", ())

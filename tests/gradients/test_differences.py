@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from clinometer.gradients.differences import (
+    COARSEST,
     EPS,
     RELATIVE,
     STEP,
@@ -121,3 +122,23 @@ def test_reals_share_the_memory_of_a_complex_tensor():
     z = torch.zeros(2, dtype=torch.complex128)
     reals(z)[0, 1] = 3.0
     assert z[0] == 3j
+
+
+@pytest.mark.parametrize(("magnitude", "verdict"), [(50.0, "passed"), (1.0, "passed")])
+def test_curvature_where_rounding_forbids_a_finer_step_is_extrapolated_away(magnitude, verdict):
+    f = lambda t: math.sin(40 * t) / 40  # noqa: E731
+    assert abs(richardson(f, STEP) - 1) > tolerance(1.0, magnitude, STEP)
+    judged = judge(f, 1.0, 1.0, magnitude, 0.0)
+    assert judged.verdict == verdict
+    assert abs(judged.error) < 1e-9
+    assert judge(f, 1.0 + 1e-7, 1.0, magnitude, 0.0).verdict == "wrong"
+
+
+def test_rounding_of_the_numbers_a_small_loss_is_made_of_is_measured():
+    size = 1e-4
+    f = lambda t: (12.0 + size * math.exp(t)) - 12.0  # noqa: E731
+    assert abs(richardson(f, STEP) - size) > tolerance(size, size, STEP)  # ε·|L| is too little
+    judged = judge(f, size, size, size, f(0.0))
+    assert judged.verdict == "passed"
+    assert abs(judged.error) <= judged.tolerance <= COARSEST * size
+    assert judge(f, size * 1.001, size, size, f(0.0)).verdict == "wrong"

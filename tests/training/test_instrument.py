@@ -1,5 +1,6 @@
 """The instrument on the command line: on a run, on a file, and on what is neither."""
 
+import json
 import textwrap
 
 import pytest
@@ -61,6 +62,17 @@ def overwritten():
 def fails_when_called():
     layer = torch.nn.Linear(WIDTH, WIDTH)
     return layer, lambda: layer(torch.ones(3, WIDTH + 1)).sum()
+
+def beyond():
+    table = torch.nn.Embedding(3, WIDTH)
+    return table, lambda: table(torch.tensor([5])).sum()
+
+def talks():
+    print("loading the data")
+    return broken()
+
+def needs(width, depth=2):
+    return None
 
 def nothing():
     return None
@@ -142,13 +154,33 @@ def test_a_closure_that_fails_is_told_with_its_line(call, script, command, monke
         ("{script}:missing", ["missing", "broken, healthy, frozen"]),
         ("{script}:nothing", ["nothing", "NoneType", "(params, closure)"]),
         ("{script}:fails", ["ZeroDivisionError", "line"]),
+        ("{script}:needs", ["needs() in", "needs arguments (width)", "takes none"]),
+        ("{script}:beyond", ["run from 5 to 5, and the table has 3 rows"]),
         ("nowhere.py:f", ["nowhere.py"]),
+        ("a_module:broken", ["file.py:function"]),
         ("no/run", ["no/run"]),
     ],
 )
 def test_what_cannot_be_looked_at_is_explained(call, script, target, words):
     for command in ("diagnose", "check"):
         assert_refused(call(command, target.format(script=script)), *words)
+
+
+def test_the_result_is_printed_as_json_and_nothing_else_is(call, script):
+    code, out, err = call("diagnose", f"{script}:talks", "--json")
+    found = json.loads(out)
+    assert code == 1
+    assert not found["healthy"]
+    assert found["findings"][0]["cause"] == "cut"
+    assert found["tensors"]["first.weight"]["where"]["line"] > 1
+    assert "loading the data" in err
+    code, out, _ = call("check", f"{script}:healthy", "--json")
+    assert (code, json.loads(out)["passed"]) == (0, True)
+
+
+@pytest.mark.parametrize("arguments", [["diagnose"], ["check", "--wrong"], ["check", "a", "b"]])
+def test_wrong_use_of_a_command_points_at_its_own_help(call, arguments):
+    assert_refused(call(*arguments), f"clinometer {arguments[0]} --help")
 
 
 def test_a_file_that_does_not_parse_is_explained_with_its_line(call, tmp_path):

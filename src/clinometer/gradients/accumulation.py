@@ -117,7 +117,8 @@ class AccumulationCheck(Result):
     def _fault(self) -> Finding:
         key, values = self.cause.replace("-", "_"), {"parts": format_count(self.parts)}
         if self.factor is not None:
-            values["factor"] = format_factor(self.factor)
+            # Six digits: a closure that keeps a part in float32 spoils those beyond.
+            values["factor"] = format_factor(float(f"{self.factor:.6g}"))
             key = "factor"
             if abs(self.factor - self.parts) < 1e-6:
                 key = "factor_parts"

@@ -40,6 +40,7 @@ from clinometer.gradients.running import run
 from clinometer.gradients.subject import Subject
 from clinometer.gradients.untouched import Before, modules_named_by, untouched
 from clinometer.gradients.verdict import GradientCheck, TensorCheck
+from clinometer.gradients.where import Where
 from clinometer.messages import InputError
 
 MOST_NARROWED = 6
@@ -105,6 +106,7 @@ class _Check:
     done: int = 0
     total: int = 0
     has_graph: bool = True
+    stopped: list[Where] = field(default_factory=list)
 
     def run(self) -> GradientCheck:
         self.started = time.perf_counter()
@@ -112,8 +114,8 @@ class _Check:
         self.checked = {n: t for n, t in subject.tensors.items() if _checkable(t)}
         try:
             own = OwnGradients.of(self.closure, self.checked, self.before)
-        except RuntimeError as error:
-            if is_overwritten(error):
+        except (RuntimeError, IndexError) as error:
+            if isinstance(error, IndexError) or is_overwritten(error):
                 self._raise_its_own()
             raise
         self.functions, self.operators = own.functions, own.operators
@@ -179,6 +181,7 @@ class _Check:
         absent = [name for name, tensor in tensors.items() if tensor.status == "no-gradient"]
         findings = no_gradient(absent, cut, len(tensors))
         findings += divided(tensors, self.checked, own.divided)
+        self.stopped = probe.stopped(self.seed)
         return self._result(tensors, findings, probe)
 
     def _narrow(self, probe: Probe, tensors: dict[str, TensorCheck]) -> None:
@@ -305,6 +308,7 @@ class _Check:
             seconds=time.perf_counter() - self.started,
             frozen=sum(not t.requires_grad for t in self.subject.tensors.values()),
             held=[] if held is None else list(held.places.values()),
+            stopped=self.stopped,
         )
 
 

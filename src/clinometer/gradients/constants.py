@@ -82,10 +82,13 @@ class Held(TorchFunctionMode):
         """Functions with values exactly on a corner: how many, and the first line."""
         self.places: dict[str, Where] = {}
         """Lines that take floating-point values out of the gradient, by label."""
+        self.released = ""
+        """The label of the one line whose values are not given again but let live."""
         self.written: list[Where] = []
         """Lines whose alias (`.data`, `detach()`) was written to afterwards: not held, the write is real."""
         self._values: list[tuple[str, Any]] = []
         self._aliases: list[_Alias] = []
+        self._labels: dict[int, str] = {}
         self._position = 0
         self._opened: list[Any] = []
 
@@ -102,9 +105,14 @@ class Held(TorchFunctionMode):
             self._doubling.restore_default()
         self._opened.pop().__exit__(*error)
 
+    @property
+    def labelled(self) -> dict[str, None]:
+        """The lines that can be `released`, by label."""
+        return dict.fromkeys(self._labels.values())
+
     def record(self) -> Held:
         self.recording = True
-        self._values, self._aliases = [], []
+        self._values, self._aliases, self._labels = [], [], {}
         return self
 
     def replay(self) -> Held:
@@ -189,13 +197,18 @@ class Held(TorchFunctionMode):
 
     def _exchange(self, name: str, out: Any, args: Any) -> Any:
         if not self.recording:
+            label = self._labels.get(self._position)
             value = self._next(name, out)
+            if label is not None and label == self.released:
+                return out
             return value.clone() if isinstance(value, Tensor) else value
         if isinstance(out, Tensor):
             if out.is_floating_point():
                 self._note(name, out, args)
             self._values.append((name, out.detach().clone()))
         else:
+            if isinstance(out, float) or name == "tolist":
+                self._note(name, out, ())
             self._values.append((name, out))
         return out
 
@@ -242,11 +255,13 @@ class Held(TorchFunctionMode):
         same = not isinstance(value, Tensor) or getattr(otherwise, "shape", None) == value.shape
         return value if same and value is not _PASS else otherwise
 
-    def _note(self, name: str, out: Tensor, args: Any) -> None:
+    def _note(self, name: str, out: Any, args: Any) -> None:
         where = user_frame(sys._getframe(1), op="data" if name == "__get__" else name)
         if where is not None:
             self.places.setdefault(where.label, where)
-        memory = _memory(out)
+            if name not in _OF_TORCH:
+                self._labels[len(self._values)] = where.label
+        memory = _memory(out) if isinstance(out, Tensor) else None
         if memory is not None and any(isinstance(a, Tensor) and _memory(a) == memory for a in args):
             self._aliases.append(_Alias(len(self._values), out, out._version, where))
 
@@ -261,6 +276,8 @@ class Held(TorchFunctionMode):
 
 
 _PASS = object()
+_OF_TORCH = ("padding", "gumbel_softmax")
+"""Values that torch itself takes out of the gradient, by its documentation."""
 
 
 _SPECIAL = {*_STRAIGHT, F.gumbel_softmax, F.embedding, *LOOKUPS}

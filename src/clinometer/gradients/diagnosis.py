@@ -19,7 +19,14 @@ from clinometer.gradients.finding import EXPLAINED, FAULT, Finding, Severity
 from clinometer.gradients.owners import owners
 from clinometer.gradients.ranks import Ranks, refuse_flattened
 from clinometer.gradients.report import Result
-from clinometer.gradients.running import Run, look_at_values, only_looked_at, run, used_by_chance
+from clinometer.gradients.running import (
+    Run,
+    gradients_kept,
+    look_at_values,
+    only_looked_at,
+    run,
+    used_by_chance,
+)
 from clinometer.gradients.subject import Subject
 from clinometer.gradients.untouched import Before, modules_named_by, untouched
 from clinometer.gradients.where import Where
@@ -187,7 +194,8 @@ def diagnose(
     ranks = Ranks(subject.tensors, modules)
     with ranks.apart(), eagerly(), untouched(subject, closure=closure, optimizer=optimizers) as before:
         result = run(subject, closure, before, ranks)
-        reasons, origin = explain(subject, closure, result, before, ranks)
+        with gradients_kept(subject):
+            reasons, origin = explain(subject, closure, result, before, ranks)
         unknown = {name: result.lines[name] for name, reason in reasons.items() if reason == "partly-zero"}
         reasons |= explain_lines(subject, closure, before, unknown, ranks)
         reasons = _without_chance(subject, closure, reasons, ranks)
@@ -196,7 +204,7 @@ def diagnose(
         nodes = len(result.flow.graph.nodes) if result.flow else 0
     entries, found = collect(subject, reasons)
     if origin is not None and not any(f.status == "non-finite" for f in found):
-        found.append(_finding(origin.reason(), ("loss",)))
+        found.append(_finding(origin.reason(), ()))
     nothing = result.loss.grad_fn is None and not result.own
     if nothing and not any(f.cause == "loss-without-graph" for f in found):
         found.append(_finding(Reason("none", "loss-without-graph", FAULT, "frozen"), ()))
@@ -280,14 +288,12 @@ def _forget_logs(subject: Subject, closure: Closure, result: Run, before: Before
         suspects = {}
     if len(suspects) > _TRIED or not math.isfinite(result.returned):
         suspects = {}
-    kept = {id(t): (t, t.grad) for t in subject.tensors.values() if t.is_leaf}
     waiting = list(suspects.values())
-    while ranks.any(bool(waiting)):
-        escape = waiting.pop() if waiting else None
-        if only_looked_at(escape, subject, closure, before, result.returned) and escape:
-            logs.add(escape.place)
-    for tensor, gradient in kept.values():
-        tensor.grad = gradient
+    with gradients_kept(subject):
+        while ranks.any(bool(waiting)):
+            escape = waiting.pop() if waiting else None
+            if only_looked_at(escape, subject, closure, before, result.returned) and escape:
+                logs.add(escape.place)
     trace.escapes[:] = [escape for escape in trace.escapes if escape.place not in logs]
 
 
@@ -326,15 +332,16 @@ def _kept_apart(
 def collect(subject: Subject, reasons: Mapping[str, Reason | str]) -> tuple[dict[str, Entry], list[Finding]]:
     """One finding for each cause and place, and each tensor's entry."""
     groups: dict[Any, list[str]] = {}
-    for name, reason in reasons.items():
-        if isinstance(reason, Reason):
-            groups.setdefault(_key(reason), []).append(name)
+    alike: dict[Any, Any] = {}
+    keys = {name: _key(reason, alike) for name, reason in reasons.items() if isinstance(reason, Reason)}
+    for name, key in keys.items():
+        groups.setdefault(key, []).append(name)
     findings = {}
     for key, names in groups.items():
         reason = next(r for r in (reasons[names[0]],) if isinstance(r, Reason))
         findings[key] = _finding(reason, tuple(names), owners(names, subject))
     entries = {
-        name: Entry(name, reason.status, findings[_key(reason)])
+        name: Entry(name, reason.status, findings[keys[name]])
         if isinstance(reason, Reason)
         else Entry(name, reason)
         for name, reason in reasons.items()
@@ -342,9 +349,13 @@ def collect(subject: Subject, reasons: Mapping[str, Reason | str]) -> tuple[dict
     return entries, list(findings.values())
 
 
-def _key(reason: Reason) -> Any:
+def _key(reason: Reason, alike: dict[Any, Any]) -> Any:
+    """What tells findings apart; layers that run at one line are `alike` where nothing else does."""
     place = None if reason.where is None else (reason.where.file, reason.where.line)
-    return reason.status, reason.cause, reason.variant, place if reason.group is None else reason.group
+    group = place if reason.group is None else reason.group
+    if reason.where is not None and not isinstance(group, int | str | tuple):  # a node of the graph
+        group = alike.setdefault(group, (place, repr(sorted(reason.values.items()))))
+    return reason.status, reason.cause, reason.variant, group
 
 
 def _finding(reason: Reason, names: tuple[str, ...], owned: tuple[str, ...] = ()) -> Finding:

@@ -32,7 +32,8 @@ class Finding:
     key: str
     """Where its sentences are: `{key}.what`, and where they exist `{key}.why` and `{key}.remedy`.
 
-    With a single name, `{key}.what_one` is used where it exists, and so for the other two.
+    With a single name `{key}.what_one` is used where it exists, without one `{key}.what_none`; so for the
+    other two.
     """
     names: tuple[str, ...] = ()
     where: Where | None = None
@@ -99,7 +100,8 @@ class Finding:
     def _key(self, part: str) -> str:
         """The most particular sentence there is: of this variant, and for a single tensor."""
         known = sentences("en")
-        ends = [f"{part}_one", part] if len(self.names) == 1 else [part]
+        particular = {0: "none", 1: "one"}.get(len(self.names))
+        ends = [f"{part}_{particular}", part] if particular else [part]
         variant = f"{self.key}.{self.variant}"
         owners = [variant] if f"{variant}.what" in known else [variant, self.key]
         return next((key for owner in owners for end in ends if (key := f"{owner}.{end}") in known), "")

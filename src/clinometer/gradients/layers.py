@@ -86,6 +86,7 @@ def check_call(
 ) -> LayerCheck | None:
     """The verdict on one call; None when it cannot be repeated alone, or nothing in it has a gradient."""
     judge = verdict or _judge
+    rewind()  # a forward may have put another parameter in the place of one: each run begins without it
     module = call.target if isinstance(call.target, nn.Module) else None
     if module is not None and any(m.training != t for m, t in call.training.items()):
         return None

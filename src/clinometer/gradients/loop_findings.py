@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import math
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ from clinometer.gradients.running import Run
 from clinometer.gradients.subject import Subject
 from clinometer.gradients.untouched import Before
 from clinometer.gradients.where import Where
-from clinometer.gradients.wording import format_number
+from clinometer.gradients.wording import format_number, shorten
 
 Optimizers = tuple[Optimizer, ...]
 
@@ -123,7 +124,8 @@ def _learning_rates(optimizer: Optimizer) -> Iterator[Finding]:
     if groups:
         # A schedule may begin or end at 0; without one nobody will raise it again.
         scheduled = all("initial_lr" in optimizer.param_groups[i] for i in groups)
-        yield _loop("zero-lr", EXPLAINED if scheduled else FAULT, (), groups=", ".join(map(str, groups)))
+        severity = EXPLAINED if scheduled else FAULT
+        yield _loop("zero-lr", severity, (), n=len(groups), groups=shorten([*map(str, groups)], 6))
 
 
 def _hidden(subject: Subject, run: Run, optimizers: Optimizers) -> Iterator[Finding]:
@@ -221,7 +223,8 @@ def _one_step(
     if zero:
         yield _loop("moved-while-frozen", EXPLAINED, zero, variant="zero_gradient")
     should = [n for n, t in ours.items() if t.requires_grad and run.sizes[n] and rates[id(t)].get("lr", 1.0)]
-    should = [name for name in should if not _is_rounding(ours[name], run)]
+    # A step of NaN says nothing about rounding: an optimizer may refuse it, and a weight be NaN already.
+    should = [n for n in should if math.isfinite(run.sizes[n] or 0.0) and not _is_rounding(ours[n], run)]
     still = tuple(name for name in should if name not in moved)
     if still:
         scheduled = all("initial_lr" in rates[id(ours[name])] for name in still)

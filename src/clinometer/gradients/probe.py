@@ -15,7 +15,13 @@ from clinometer.gradients.differences import EPS, ROUNDING, STEP, Along, Judgeme
 from clinometer.gradients.double import Doubled, InDouble
 from clinometer.gradients.forward_mode import ForwardMode, by_forward_mode
 from clinometer.gradients.graph import Graph
+from clinometer.gradients.where import Where
 from clinometer.messages import InputError
+
+MOST_RELEASED = 8
+"""Lines that are tried one by one: an evaluation each."""
+_NOTICED = 1e4
+"""Times the rounding of the loss: what a maximum subtracted in a softmax leaves is below."""
 
 
 class NotRepeatable(Exception):
@@ -82,6 +88,29 @@ class Probe:
         """Whether the scalar, nothing held constant, is another when one tensor is moved by a small step."""
         with self._moved({name: self.direction(name, generator)}, STEP), self._doubling:
             return not self._agrees(float(self._run().detach()))
+
+    def stopped(self, seed: int) -> list[Where]:
+        """Lines whose values take part in the loss though the gradient takes them for constants.
+
+        All tensors moved a little, does the loss notice whether the values of this line move too?
+        """
+        lines = list(self.held.labelled)[:MOST_RELEASED]
+        if not lines:
+            return []
+        found, least = [], _NOTICED * ROUNDING * EPS * self.magnitude
+        with self._moved(dict(self._drawn(seed)), STEP):
+            fixed = self.value()
+            for label in lines:
+                self.held.released = label
+                try:
+                    live = self.value()
+                except Exception:  # with another number the closure may go where it cannot
+                    continue
+                finally:
+                    self.held.released = ""
+                if abs(live - fixed) > least:
+                    found.append(self.held.places[label])
+        return found
 
     def _agrees(self, value: float) -> bool:
         return abs(value - self.here) <= ROUNDING * EPS * self.magnitude

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,6 +129,17 @@ def _say_who_wrote(
     else:
         values |= {"writer": written.label, "written": written.source, "op": written.op}
         error.add_note(say("diagnosis.overwritten_by", **values))
+
+
+@contextmanager
+def gradients_kept(subject: Subject) -> Iterator[None]:
+    """Afterwards every `.grad` is what it was, whatever ran inside: what comes later reads this run's."""
+    kept = [(tensor, tensor.grad) for tensor in subject.tensors.values() if tensor.is_leaf]
+    try:
+        yield
+    finally:
+        for tensor, gradient in kept:
+            tensor.grad = gradient
 
 
 def look_at_values(

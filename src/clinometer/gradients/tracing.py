@@ -22,6 +22,7 @@ from clinometer.gradients import operations
 from clinometer.gradients.cuts import Cell, Cut, Escape, each_bit, nudge
 from clinometer.gradients.grad_off import GradOff
 from clinometer.gradients.graph import Node, live_below
+from clinometer.gradients.indices import note_range
 from clinometer.gradients.patches import seen_calls
 from clinometer.gradients.subject import Subject
 from clinometer.gradients.where import Where, user_frame
@@ -142,7 +143,11 @@ class Trace(TorchFunctionMode):
         if name.endswith("_"):  # what is written over no longer knows, afterwards, what it came from
             for tensor in ins:
                 came |= self.live(tensor)
-        out = func(*args, **kwargs)
+        try:
+            out = func(*args, **kwargs)
+        except IndexError as error:
+            note_range(error, name, args, kwargs, self._where(name))
+            raise
         if self._inside:
             self._inside[-1].note(self, ins)
             return out

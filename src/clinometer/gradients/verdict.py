@@ -24,7 +24,7 @@ from clinometer.gradients.layers import LayerCheck
 from clinometer.gradients.localise import EntryCheck, Narrowed, Range
 from clinometer.gradients.report import Result
 from clinometer.gradients.where import Where
-from clinometer.gradients.wording import format_count, format_number
+from clinometer.gradients.wording import format_count, format_number, shorten
 
 Status = Literal["passed", "wrong", "surrogate", "kink", "unclear", "no-gradient", "unchecked"]
 _SHOWN = 3
@@ -119,6 +119,7 @@ class GradientCheck(Result):
         seconds: float,
         frozen: int = 0,
         held: Sequence[Where] = (),
+        stopped: Sequence[Where] = (),
     ) -> None:
         self._tensors = dict(tensors)
         self._aliases = dict(aliases)
@@ -137,6 +138,8 @@ class GradientCheck(Result):
         """How many ask for no gradient, so that there is nothing to check."""
         self.held = tuple(held)
         """Lines whose values the gradient treats as constant; so did the check."""
+        self.stopped = tuple(stopped)
+        """Those of them whose values the loss depends on: the gradient is without that part."""
 
     @property
     def healthy(self) -> bool:
@@ -174,6 +177,7 @@ class GradientCheck(Result):
             "tensors": {key: tensor.to_dict() for key, tensor in self._tensors.items()},
             "layers": [layer.to_dict() for layer in self.layers],
             "held": [where.to_dict() for where in self.held],
+            "stopped": [where.to_dict() for where in self.stopped],
         }
 
     def document(self, language: str | None = None) -> Document:
@@ -199,6 +203,10 @@ class GradientCheck(Result):
             values = {"count": format_count(passed), "total": total}
             values |= {"frozen": frozen} if self.frozen else {}
             lines.append(Line(sentence(key, language, **values)))
+        if self.stopped:
+            places = [f"{w.label} ({w.op})" if w.op else w.label for w in self.stopped]
+            listed = name(shorten(places, language=language))
+            lines.append(Line(sentence("check.stopped", language, lines=listed), hang=2))
         looked = sentence(
             "check.looked_at",
             language,

@@ -22,6 +22,7 @@ from clinometer.gradients.finding import EXPLAINED
 from clinometer.gradients.graph import Graph, Node, leaf_through, operation
 from clinometer.gradients.kinds import MASK, PICK, PRODUCT, RELU, SMOOTH
 from clinometer.gradients.ranks import Ranks
+from clinometer.gradients.running import gradients_kept
 from clinometer.gradients.subject import Subject
 from clinometer.gradients.tracing import Trace
 from clinometer.gradients.untouched import Before
@@ -45,14 +46,11 @@ def explain_lines(
     # Where one rank runs once more all do: what it waits for in the forward, another must send.
     if ranks.sharded or ranks.unseen or not ranks.any(bool(lines)):
         return {}
-    kept = {id(t): (t, t.grad) for t in subject.tensors.values() if t.is_leaf}
     try:
-        look = _Look(subject, closure, before)
+        with gradients_kept(subject):
+            look = _Look(subject, closure, before)
     except Exception:  # a closure that cannot be run twice: a batch from an iterator, a graph used up
         return {}
-    finally:
-        for tensor, gradient in kept.values():
-            tensor.grad = gradient
     found = {name: look.explain(name, lines) for name in lines}
     return {name: reason for name, reason in found.items() if reason is not None}
 

@@ -109,6 +109,8 @@ class Origin:
     """"made" by the call; in "given" data or a "parameter" already; "mask": infinity that is meant."""
     dtype: torch.dtype
     parameter: str = ""
+    across: bool = False
+    """Of a softmax: the rows of −∞ lie along another dimension than the last."""
 
     def reason(self) -> Reason:
         values = {"op": self.name.strip("_"), "dtype": str(self.dtype).removeprefix("torch.")}
@@ -127,7 +129,7 @@ class Origin:
             return Reason("non-finite", "forward", FAULT, "input", self.where, values, group)
         if not self.nan and self.name not in _INFINITE and self.kind == "made":
             return Reason("non-finite", "overflow", FAULT, "forward", self.where, values, group)
-        variant = _NAMES.get(self.name, "other")
+        variant = "softmax-across" if self.across else _NAMES.get(self.name, "other")
         return Reason("non-finite", "forward", FAULT, variant, self.where, values, group)
 
 
@@ -173,7 +175,8 @@ class Finiteness:
                 origin = came if origin is None or origin.kind == "mask" else origin
         if origin is None or (origin.kind == "mask" and nan and not origin.nan):
             mask = not nan and name in _MASKS
-            origin = Origin(name, where, nan, "mask" if mask else "made", out.dtype)
+            across = nan and _NAMES.get(name) == "softmax" and bool(ins) and _is_fine_along_the_last(ins[0])
+            origin = Origin(name, where, nan, "mask" if mask else "made", out.dtype, across=across)
         self._known[id(out)] = (weakref.ref(out), origin)
 
     def behind(self, reason: Reason) -> Reason:
@@ -206,3 +209,11 @@ class Finiteness:
         if id(tensor) in self._parameters:
             return Origin(name, where, nan, "parameter", tensor.dtype, self._parameters[id(tensor)])
         return Origin(name, where, nan, "given" if nan else "mask", tensor.dtype)
+
+
+def _is_fine_along_the_last(scores: Tensor) -> bool:
+    """Whether a softmax over the last dimension would have something to choose from in every row."""
+    scores = plain(scores)
+    if scores.dim() < 2 or bool((torch.isnan(scores) | torch.isposinf(scores)).any()):
+        return False
+    return not bool(torch.isneginf(scores).all(-1).any())

@@ -88,7 +88,7 @@ def read_clue(
         return Clue("zero-weight-downstream", "product", EXPLAINED)
     if name == "Pow" and saved("exponent") == 0:
         return Clue("masked", "zero", FAULT)
-    if name in ("Exp", "Exp2", "Pow", "Prod", "Abs", "Cumprod"):
+    if name in ("Exp", "Exp2", "Pow", "Prod", "Abs", "Cumprod", "LinalgVectorNorm"):
         return Clue("underflow" if name.startswith("Exp") else "zero-weight-downstream", "forward", EXPLAINED)
     return Clue("structural", "cancels", EXPLAINED) if name in SUM else Clue("unknown", "", EXPLAINED)
 
@@ -175,6 +175,8 @@ def why_zero(
         cause, variant = "zero-loss-gradient", "minimum"
     elif nothing_learns and variant in ("zero", "round", "clamp") and event.scalar:
         cause, variant = "zero-loss-gradient", "flat"
+    if cause == "zero-weight-downstream" and loss == 0 and nothing_learns and _is_flat_at_zero(event.node):
+        cause, variant = "zero-loss-gradient", "minimum"
     if cause == "zero-loss-gradient" and variant == "minimum":
         severity, variant = (EXPLAINED, variant) if loss == 0 else (FAULT, "flat")
     if severity == FAULT and cause in ("masked", "dead-activation") and _is_one_of_many(name, sizes):
@@ -221,6 +223,14 @@ def _masked_below(factor: Node | None, flow: Flow) -> tuple[Event, Clue] | None:
                 break
             weighed = True  # an attention's probabilities times its values, as separate calls
     return None
+
+
+def _is_flat_at_zero(node: Node) -> bool:
+    """Whether it is a power, a norm or a square d·d, which have their minimum at zero."""
+    below = [below for below, _ in node.next_functions if below is not None]
+    return operation(node) in ("Pow", "Abs", "LinalgVectorNorm") or (
+        operation(node) == "Mul" and below[1:] == below[:1]
+    )
 
 
 def _is_one_of_many(name: str, sizes: Mapping[str, float | None]) -> bool:

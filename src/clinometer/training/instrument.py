@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
+import json
 import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -43,33 +46,52 @@ class Target:
     """The user's file it is from."""
 
 
-def diagnose_command(console: Console, target: str) -> int:
+def diagnose_command(console: Console, target: str, as_json: bool = False) -> int:
     """Print the diagnosis; 1 if something is very likely wrong."""
-    given = read_target(target, RunDisplay(console))
-    result = _looked_at(given, lambda: diagnose(given.params, given.closure, optimizer=given.optimizer))
-    console.print(result)
+    with _prints_to_stderr(as_json):
+        given = read_target(target, RunDisplay(_aside(console, as_json)))
+        result = _looked_at(given, lambda: diagnose(given.params, given.closure, optimizer=given.optimizer))
+    _show(console, result, as_json)
     keep(given, result)
     return 0 if result.healthy else 1
 
 
-def check_command(console: Console, target: str) -> int:
+def check_command(console: Console, target: str, as_json: bool = False) -> int:
     """Print the check; 1 if a gradient is not the derivative of the loss."""
-    display = RunDisplay(console)
-    given = read_target(target, display, short=True)
-    try:
-        result = _looked_at(
-            given,
-            lambda: check_gradients(
-                given.params,
-                given.closure,
-                progress=lambda done, total: display.progress("demo.check_bar", done, total),
-            ),
-        )
-    finally:
-        display.end()
-    console.print(result)
+    display = RunDisplay(_aside(console, as_json))
+    with _prints_to_stderr(as_json):
+        given = read_target(target, display, short=True)
+        try:
+            result = _looked_at(
+                given,
+                lambda: check_gradients(
+                    given.params,
+                    given.closure,
+                    progress=lambda done, total: display.progress("demo.check_bar", done, total),
+                ),
+            )
+        finally:
+            display.end()
+    _show(console, result, as_json)
     keep(given, result)
     return 0 if result.passed else 1
+
+
+def _show(console: Console, result: Result, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result.to_dict(), ensure_ascii=False, indent=2))
+    else:
+        console.print(result)
+
+
+def _aside(console: Console, as_json: bool) -> Console:
+    """Where notices and bars go: beside JSON they stand on stderr."""
+    return Console(stderr=True) if as_json else console
+
+
+def _prints_to_stderr(as_json: bool) -> AbstractContextManager[Any]:
+    """What the user's file prints must not stand before the JSON."""
+    return redirect_stdout(sys.stderr) if as_json else nullcontext()
 
 
 def keep(target: Target, result: Result) -> None:
@@ -89,6 +111,8 @@ def read_target(target: str, notices: Notices, *, short: bool = False) -> Target
         return _from_file(Path(file), function)
     if target.endswith(".py"):
         raise InputError("instrument.which_function", file=target)
+    if colon and not os.path.exists(target):
+        raise InputError("instrument.no_file", path=file)
     return _from_run(Path(target), notices, short)
 
 
@@ -124,11 +148,23 @@ def _from_file(path: Path, function: str) -> Target:
         raise InputError(
             "instrument.no_function", path=path, function=function, known=", ".join(names) or "-"
         )
+    if needed := _needed(make):
+        raise InputError("instrument.arguments", function=function, path=path, needed=", ".join(needed))
     given = _run(path, make)
     if isinstance(given, tuple) and len(given) in (2, 3) and callable(given[1]):
         optimizer = given[2] if len(given) == 3 else None
         return Target(params=given[0], closure=given[1], optimizer=optimizer, file=path)
     raise InputError("instrument.returns", function=function, path=path, type=type(given).__name__)
+
+
+def _needed(make: Callable[..., Any]) -> list[str]:
+    """The arguments without which it cannot be called."""
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    try:
+        parameters = inspect.signature(make).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in kinds]
 
 
 def _load(path: Path) -> ModuleType:
@@ -162,7 +198,8 @@ def _looked_at(target: Target, look: Callable[[], Any]) -> Any:
     except InputError:
         raise
     except Exception as error:
-        if is_overwritten(error) and (told := " ".join(getattr(error, "__notes__", ()))):
+        told = " ".join(getattr(error, "__notes__", ()))
+        if told and (is_overwritten(error) or isinstance(error, IndexError)):
             raise InputError("instrument.overwritten", told=told) from error
         line = None if target.file is None else _line_in(target.file, error)
         if target.file is None or line is None:  # not the user's
