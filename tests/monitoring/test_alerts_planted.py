@@ -78,6 +78,28 @@ def no_gradient(sink):
     loop(net, sgd(net), sink, 60, loss=lambda n, x, y, s: F.cross_entropy(n[2](n[1](n[0](x)).detach()), y))
 
 
+def zeroed_before_the_step(sink):
+    net = mlp()
+    optimizer = sgd(net)
+    with watch(net, optimizer, to=sink):
+        for _ in range(55):
+            for _ in range(2):  # accumulated: watch asks for the first part's norm, too
+                x, y = data()
+                F.cross_entropy(net(x), y).backward()
+            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            optimizer.zero_grad()
+            optimizer.step()
+
+
+def every_target_ignored(sink):
+    net = mlp()
+
+    def loss(net, x, y, step):
+        return F.cross_entropy(net(x), y if step <= 5 else torch.full_like(y, -100))
+
+    loop(net, sgd(net), sink, 12, loss=loss)
+
+
 def always_clipped(sink):
     net = mlp()
     loop(net, sgd(net), sink, 105, clip=0.01)
@@ -177,6 +199,8 @@ PLANTED = {
     vanishing: ("vanishing", 30),
     dead: ("dead", 50),
     no_gradient: ("no-gradient", 50),
+    zeroed_before_the_step: ("no-gradient", 50),
+    every_target_ignored: ("non-finite", 8),
     always_clipped: ("always-clipped", 100),
     loss_spike: ("loss-spike", 75),
     steps_too_large: ("update-ratio", 40),

@@ -77,6 +77,8 @@ class Facts:
     scaler: bool
     clipped_while_scaled: bool
     piled_up: bool
+    backwards: int
+    """Backward calls since the last step that reached the tensors."""
     batch: dict[str, Any] | None
 
     @property
@@ -138,5 +140,6 @@ def facts_of(row: Row, roster: Roster, known: Tensors) -> Facts:
         scaler="grad_scale" in row.scalars,
         clipped_while_scaled=row.clipped_while_scaled,
         piled_up=row.piled_up,
+        backwards=row.parts,
         batch=row.batch,
     )

@@ -46,10 +46,11 @@ class FirstPart:
 
     def tell(self, row: Row) -> None:
         """Add the step to the averages, and their noise scale to its numbers."""
-        if row.first_square is not None and row.parts >= 2 and row.taken and not row.after_clipping:
+        whole = row.scalars.get("total_norm")  # None: every gradient was taken away before the step
+        usable = row.parts >= 2 and row.taken and not row.after_clipping
+        if usable and row.first_square is not None and whole is not None:
             scale = row.scalars.get("grad_scale", 1.0)
-            whole = row.scalars["total_norm"] ** 2
-            self._noise.add(float(row.first_square) / scale**2, whole, row.parts, row.noise_ranks)
+            self._noise.add(float(row.first_square) / scale**2, whole**2, row.parts, row.noise_ranks)
         value = self._noise.value()
         if value is not None and row.parts >= 2:
             tokens = row.scalars.get("tokens")

@@ -24,19 +24,26 @@ def _highest(before: np.ndarray, now: np.ndarray) -> np.ndarray:
 
 class NonFinite:
     """A NaN or Inf in a gradient: one is enough. Where a loss scaler is at work it looks for its scale by
-    overflowing, so there only a row of overflows counts: 20 of them take the usual 2¹⁶ below 1."""
+    overflowing, so there only a row of overflows counts: 20 of them take the usual 2¹⁶ below 1.
+
+    A loss that is NaN, three steps in a row, with gradients that are finite: a batch whose targets are all
+    ignored gives 0/0 and no gradient, and one such batch is nobody's fault."""
 
     cause, opens, closes = "non-finite", 1, 10
-    _PATIENCE = 20
+    _PATIENCE, _LOSSES = 20, 3
 
     def __init__(self) -> None:
-        self._row = 0
+        self._row = self._losses = 0
 
     def look(self, facts: Facts) -> Trouble | None:
         bad = facts.of("grad_nonfinite") > 0
+        loss = facts.scalars.get("loss", 0.0)
         if not bad.any():
             self._row = 0
-            return None
+            self._losses = self._losses + 1 if math.isnan(loss) and facts.backwards else 0
+            if self._losses < self._LOSSES:
+                return None
+            return Trouble("fault", (), {}, "loss")
         self._row += 1
         if facts.scaler and not facts.taken and self._row < self._PATIENCE:
             return None
@@ -74,6 +81,8 @@ class NoGradient:
 
     Only with the first matrix among them. What is never used stands at the end (a pooler, a second task's
     head), and a model that carries it along is healthy.
+
+    Or none at all has one when the step is taken, though backward reached them: zero_grad() stands between.
     """
 
     cause, opens, closes = "no-gradient", 50, 3
@@ -82,7 +91,11 @@ class NoGradient:
         able = facts.stepped & facts.learns & (facts.numel > 0)
         norm = facts.of("grad_norm")
         first = np.flatnonzero(able & facts.matrix)[:1]
-        if not facts.taken or not first.size or not np.isnan(norm[first[0]]) or not (norm[able] > 0).any():
+        if not facts.taken or not first.size or not np.isnan(norm[first[0]]):
+            return None
+        if facts.backwards and np.isnan(norm).all():
+            return Trouble("fault", _indices(able), {}, "none")
+        if not (norm[able] > 0).any():
             return None
         return Trouble("warning", _indices(able & np.isnan(norm)))
 

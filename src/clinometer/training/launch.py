@@ -96,9 +96,7 @@ class Board:
                 wait_for_workers=False,
             )
         except (RuntimeError, OSError) as error:
-            raise InputError(
-                "parallel.unreachable", address=launch.address, port=launch.port, reason=_first_line(error)
-            ) from None
+            raise unreachable(launch, error) from None
         return cls(store, f"clinometer/{launch.attempt}")
 
     def again(self) -> Board:
@@ -151,5 +149,7 @@ def _wait_for_answer(launch: Launch, seconds: float) -> None:
             time.sleep(0.1)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".")
+def unreachable(launch: Launch, error: Exception) -> InputError:
+    """What to raise where the board does not answer."""
+    reason = str(error).strip().splitlines()[0].rstrip(".")
+    return InputError("parallel.unreachable", address=launch.address, port=launch.port, reason=reason)

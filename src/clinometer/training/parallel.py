@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from clinometer.messages import InputError, say
 from clinometer.training.heartbeat import GIVE_UP, LOST, Finding, Heart
-from clinometer.training.launch import Board, Launch, host_name, launched
+from clinometer.training.launch import Board, Launch, host_name, launched, unreachable
 
 if TYPE_CHECKING:
     from clinometer.lm.model import TransformerLM
@@ -84,9 +84,12 @@ class World:
             return
         self.board = Board.open(self.launch)
         place = f"{self.launch.address}:{self.launch.port}"
-        self.heart = Heart(self.board.again(), self.rank, self.size, PATIENCE, self._tell, place)
         names = [f"beat/{rank}" for rank in range(self.size)] if self.first else ["beat/0"]
-        self._wait(names)
+        try:
+            self.heart = Heart(self.board.again(), self.rank, self.size, PATIENCE, self._tell, place)
+            self._wait(names)
+        except RuntimeError as error:  # whoever held the board ended before all had met
+            raise unreachable(self.launch, error) from None
         self.heart.start()
 
     def choose(self, asked: str) -> str:
