@@ -127,3 +127,37 @@ def test_a_first_machine_that_does_not_answer_is_named_in_a_sentence_when_its_ti
             Board.open(launch, seconds=0.5)
         assert time.monotonic() - start >= 0.5  # it may yet be started
     assert capfd.readouterr().err == ""
+
+
+SHORT = """
+import pathlib, sys
+from rich.console import Console
+from clinometer.training import command, config, parallel
+parallel.OPENING_SECONDS = 1
+given = config.config_from({"data": {"corpus": "corpus.txt"}})
+sys.exit(command.train_command(Console(), given, pathlib.Path("run"), False))
+"""
+
+
+@pytest.mark.parametrize("come", [[0], [0, 1]])
+def test_a_rank_that_never_comes_is_named_by_the_first(tmp_path, come):
+    (tmp_path / "corpus.txt").write_text("few words\n" * 99)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", SHORT],
+            cwd=tmp_path,
+            env={**os.environ, **place, "WORLD_SIZE": "3", "RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in come
+    ]
+    told = [rank.communicate(timeout=120)[1] for rank in ranks]
+    missing = "Ranks 1, 2" if come == [0] else "Rank 2"
+    assert_refused((ranks[0].returncode, "", told[0]), f"{missing} did not come within 1 s")
+    assert told[1:] in ([], [""])  # one says it
+    assert {rank.returncode for rank in ranks} == {2}
+    assert not (tmp_path / "run").exists()

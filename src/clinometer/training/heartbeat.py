@@ -160,7 +160,8 @@ class Heart:
     def stop(self) -> None:
         """Nobody shall wait for this rank: it has ended well, or has said why not."""
         self._stopped.set()
-        self._thread.join(5)
+        if self._thread.is_alive():  # not before all had met
+            self._thread.join(5)
 
     def take(self) -> None:
         """The main thread has seen the verdict and ends the process by itself."""

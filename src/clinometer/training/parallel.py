@@ -9,6 +9,7 @@ sum of token losses over (all tokens / W).
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from clinometer.messages import InputError, say
 from clinometer.training.heartbeat import GIVE_UP, LOST, Finding, Heart
-from clinometer.training.launch import Board, Launch, host_name, launched, unreachable
+from clinometer.training.launch import OPENING_SECONDS, Board, Launch, host_name, launched, unreachable
 
 if TYPE_CHECKING:
     from clinometer.lm.model import TransformerLM
@@ -33,6 +34,8 @@ PATIENCE = 60
 """Seconds, until the configuration says otherwise."""
 _DEFERENCE_SECONDS = 3.0
 """What every rank finds, such as a wrong setting, rank 0 shall say."""
+_SHOWN = 16
+"""Ranks that a message lists."""
 _SYMPTOMS = ("gloo", "nccl", "connection", "timed out waiting", "broken pipe", "socket", "distbackend")
 
 
@@ -79,7 +82,7 @@ class World:
         return {"ranks": self.size, "backend": backend, "gigabytes": 16 * each / 2**30}
 
     def join(self) -> None:
-        """Meet the other ranks. Raises `InputError` if they cannot be reached."""
+        """Meet the other ranks. Raises `InputError` if they cannot be reached or do not come."""
         if self.launch is None:
             return
         self.board = Board.open(self.launch)
@@ -87,8 +90,9 @@ class World:
         names = [f"beat/{rank}" for rank in range(self.size)] if self.first else ["beat/0"]
         try:
             self.heart = Heart(self.board.again(), self.rank, self.size, PATIENCE, self._tell, place)
-            self._wait(names)
+            self._wait(names, OPENING_SECONDS)
         except RuntimeError as error:  # whoever held the board ended before all had met
+            self.heart = None  # pyright: ignore[reportAttributeAccessIssue]  (there is nobody to tell)
             raise unreachable(self.launch, error) from None
         self.heart.start()
 
@@ -170,9 +174,15 @@ class World:
         self._turns += 1
         return f"turn/{self._turns}"
 
-    def _wait(self, names: list[str]) -> None:
+    def _wait(self, names: list[str], seconds: float = math.inf) -> None:
+        """Until these words are there; without a limit only when the heart listens to who owes them."""
+        until = time.monotonic() + seconds
         while not self.board.wait(names, 1.0):
             self.check()
+            if time.monotonic() > until:
+                absent = [name.partition("/")[2] for name in names if self.board.read(name) is None]
+                shown = ", ".join(absent[:_SHOWN]) + (", …" if len(absent) > _SHOWN else "")
+                raise InputError("parallel.absent", count=len(absent), ranks=shown, seconds=round(seconds))
 
     def check(self) -> None:
         """Raises `Ended` if another rank has ended the run."""
