@@ -360,8 +360,8 @@ def test_the_maps_scale_rises_evenly_in_lightness():
 def test_an_alert_is_said_with_its_values_and_a_strange_one_by_its_name(monkeypatch):
     planted = {"alert.x.what": "Step {step}: {count} {count|tensor|tensors}, {ratio}: {names}"}
     words = {**sentences("en"), **planted, "view.token": "secret {step}"}
-    for module in ("clinometer.view.figures.words", "clinometer.messages"):
-        monkeypatch.setattr(f"{module}.sentences", lambda language: words)
+    monkeypatch.setattr("clinometer.view.figures.words.sentences", lambda language: words)
+    monkeypatch.setattr("clinometer.messages._below", lambda language, first: words)
     alert = {"cause": "x", "step": 1200, "tensors": list("abcde"), "values": {"ratio": 1.23456e-7}}
     said = alert_sentences({**alert, "key": "alert.x.what", "remedy": "alert.x.remedy"}, "en")
     assert said == ("Step 1,200: 5 tensors, 1.235e-07: a, b, c and 2 more", "")
