@@ -24,6 +24,8 @@ def explain_usage(error: cyclopts.CycloptsError) -> str:
     if isinstance(error, cyclopts.UnknownCommandError) and error.unused_tokens:
         commands = [] if error.app is None else [name for name in error.app if not name.startswith("-")]
         return _unknown("command", error.unused_tokens[0], commands, seen)
+    if isinstance(error, cyclopts.UnusedCliTokensError) and error.unused_tokens:
+        return say("cli.unused", given=" ".join(map(str, error.unused_tokens)), help=seen)
     if isinstance(error, cyclopts.CoercionError) and error.token is not None and error.argument is not None:
         kind = _KINDS.get(error.target_type)
         if kind is not None and error.token.source == "cli":

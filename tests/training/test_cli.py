@@ -33,6 +33,7 @@ from tests.training.conftest import SMALL, assert_refused, small
         (["--language", "fr", "doctor"], ["fr", "en, zh"]),
         (["doctor", "--language"], ["en", "zh"]),
         (["learn", "x"], ["LESSON", "'x'"]),
+        (["doctor", "now"], ["now", "clinometer doctor --help"]),
         (["train", "--model.d-model", "1.5"], ["--model.d-model", "whole", "1.5"]),  # and not rounded to 2
         (["train", "--training.micro-batch-size", "0x"], ["--training.micro-batch-size", "0x"]),
         (["train", "--model.rope-scaling", "8", "5", "4", "64"], ["rope_scaling", "5.0, 4.0"]),
