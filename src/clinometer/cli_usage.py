@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
@@ -40,8 +41,8 @@ def explain_usage(error: cyclopts.CycloptsError) -> str:
     return say("cli.wrong", text=str(error), help=seen)
 
 
-def _unknown(what: str, given: str, known: object, seen: str) -> str:
-    near = difflib.get_close_matches(given, list(known), n=1)  # type: ignore[call-overload]
+def _unknown(what: str, given: str, known: Iterable[str], seen: str) -> str:
+    near = difflib.get_close_matches(given, list(known), n=1)
     if near:
         return say(f"cli.unknown_{what}_near", given=given, near=near[0], help=seen)
     return say(f"cli.unknown_{what}", given=given, help=seen)

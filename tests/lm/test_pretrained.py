@@ -108,6 +108,9 @@ def test_a_stretched_rotation_changes_the_logits_and_survives_the_way_back(tmp_p
         torch.testing.assert_close(model(IDS), ours, rtol=1e-5, atol=1e-5)
         greedy = torch.cat(list(generate(model, IDS[:1, :8], 8, temperature=0))).tolist()
     export_llama(model, config, tmp_path / "ours")
+    written = json.loads((tmp_path / "ours" / "config.json").read_text())["rope_parameters"]
+    assert written == LLAMA31
+    assert type(written["original_max_position_embeddings"]) is int  # transformers complains of 32.0
     back = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
     with torch.no_grad():
         assert float((back(IDS).logits - ours).abs().max()) <= 2e-5 * float(ours.abs().max())

@@ -231,7 +231,10 @@ def test_from_text_to_generated_text_to_transformers_and_back(call, corpus, tmp_
 def test_an_imported_model_can_be_tuned(call, corpus, tmp_path):
     assert call("train", "--corpus", corpus, "--run", "run", *SMALL, "--training.steps=3")[0] == 0
     assert call("export", "run", "--to", "llama")[0] == 0
-    assert call("import", "llama", "--run", "tuned", "--corpus", corpus)[0] == 0
+    assert_refused(call("import", "llama", "--run", "tuned", "--corpus", "nothing.txt"), "nothing.txt")
+    relative = os.path.relpath(corpus, tmp_path)  # the run means the same file from wherever it goes on
+    assert call("import", "llama", "--run", "tuned", "--corpus", relative)[0] == 0
+    assert RunFolder.open(tmp_path / "tuned").config.data.corpus == str(corpus)
     code, out, _ = call(
         "train", "--run", "tuned", "--resume", "--training.steps=2", "--training.sample-tokens=0"
     )

@@ -27,7 +27,14 @@ from clinometer.training.launch import host_name
 from clinometer.training.parallel import World
 from clinometer.training.precision import Choices, choose
 from clinometer.training.random_state import restore_random_state
-from clinometer.training.run_folder import Lines, NoLines, RunFolder, describe_environment, write_whole
+from clinometer.training.run_folder import (
+    Lines,
+    NoLines,
+    RunFolder,
+    describe_environment,
+    with_full_paths,
+    write_whole,
+)
 from clinometer.training.saving import Saver
 from clinometer.training.tokens import Notices, cache_folder, encode_saying, tokenizer_of
 
@@ -150,7 +157,7 @@ def start(config: RunConfig, path: Path, notices: Notices, world: World | None =
     once = _is_stream(config.data.corpus)
     corpus = None if once else open_corpus(config.data.corpus)
     existed = os.path.exists(path)
-    folder = RunFolder.create(path, _with_full_paths(config))
+    folder = RunFolder.create(path, config)
     try:
         if corpus is None:  # standard input, a pipe: it cannot be read again on resume, so the run keeps it
             config = _keep_stream(config, folder)
@@ -204,12 +211,12 @@ def attend(notices: Notices, world: World) -> Session:
 def _resume(folder: RunFolder, changed: RunConfig | None, notices: Notices, world: World) -> Session:
     path, config = folder.path, folder.config
     checkpoint.sweep(folder.checkpoints)
-    if changed is not None and (found := differences(config, _with_full_paths(changed))):
+    if changed is not None and (found := differences(config, with_full_paths(changed))):
         wrong = {name: values for name, values in found.items() if name not in FREE_ON_RESUME}
         if wrong:
             fields = "; ".join(f"{name}: {old!r} → {new!r}" for name, (old, new) in wrong.items())
             raise InputError("resume.config", path=path, fields=fields)
-        config = _with_full_paths(changed)
+        config = with_full_paths(changed)
     saved = checkpoint.checkpoints(folder.checkpoints)
     last = saved[-1] if saved else None
     state = checkpoint.read_state(last) if last else None
@@ -347,17 +354,6 @@ def _keep_stream(config: RunConfig, folder: RunFolder) -> RunConfig:
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, corpus=str(kept)))
     write_whole(folder.config_file, config.to_toml())
     return config
-
-
-def _with_full_paths(config: RunConfig) -> RunConfig:
-    """The same configuration, meaning the same from whatever folder it is read."""
-    data = {}
-    for name in ("corpus", "tokenizer"):
-        value = getattr(config.data, name)
-        # The words with a meaning of their own win over a file that has such a name.
-        if value not in ("python", "-", "bpe", "bytes") and (os.path.exists(value) or "*" in value):
-            data[name] = str(Path(value).absolute())
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, **data))
 
 
 def _remove_unstarted(folder: RunFolder, existed: bool) -> None:

@@ -11,6 +11,7 @@ samples/            text the model wrote
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
@@ -48,7 +49,10 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, config: RunConfig) -> RunFolder:
-        """A new folder with its config.toml. Raises `InputError` if there is something at `path` already."""
+        """A new folder with its config.toml, whose paths are full ones.
+
+        Raises `InputError` if there is something at `path` already.
+        """
         if os.path.isfile(path / "config.toml"):
             raise InputError("run.exists", path=path)
         if os.path.exists(path) and (not path.is_dir() or not _is_unused(path)):
@@ -58,7 +62,7 @@ class RunFolder:
             folder = cls(path)
             folder.lock()
             folder.checkpoints.mkdir(exist_ok=True)
-            write_whole(folder.config_file, config.to_toml())
+            write_whole(folder.config_file, with_full_paths(config).to_toml())
         except OSError as error:
             raise InputError("run.not_writable", path=path, reason=error.strerror) from None
         return folder
@@ -210,6 +214,17 @@ def write_whole(path: Path, text: str) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def with_full_paths(config: RunConfig) -> RunConfig:
+    """The same configuration, meaning the same from whatever folder it is read."""
+    data = {}
+    for name in ("corpus", "tokenizer"):
+        value = getattr(config.data, name)
+        # The words with a meaning of their own win over a file that has such a name.
+        if value not in ("python", "-", "bpe", "bytes") and (os.path.exists(value) or "*" in value):
+            data[name] = str(Path(value).absolute())
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **data))
 
 
 def describe_environment() -> dict[str, Any]:

@@ -12,6 +12,7 @@ from clinometer.lm.config import TransformerConfig
 from clinometer.lm.export import import_llama
 from clinometer.lm.model import TransformerLM
 from clinometer.messages import InputError
+from clinometer.text.corpus import open_corpus
 from clinometer.text.tokenizer import Tokenizer
 from clinometer.training import checkpoint
 from clinometer.training.config import ModelConfig, RunConfig
@@ -73,12 +74,15 @@ def load_run(path: Path, which: str = "best", device: str | torch.device = "cpu"
 def import_run(source: Path, path: Path, config: RunConfig) -> RunFolder:
     """A new run whose step 0 is the Llama-type model in the folder `source`; `train --resume` tunes it.
 
-    `config` gives everything but the model's sizes. Raises `InputError` if the model cannot be represented.
+    `config` gives everything but the model's sizes. Raises `InputError` if the model cannot be represented,
+    and for a corpus that is not there.
     """
     model_config, weights = import_llama(source)
     tokenizer = Tokenizer.load(source)
     sizes = {f.name: getattr(model_config, f.name) for f in dataclasses.fields(ModelConfig)}
     config = dataclasses.replace(config, model=ModelConfig(**sizes))
+    if config.data.corpus != "-":
+        open_corpus(config.data.corpus)  # or the mistake would be found when it is tuned
     folder = RunFolder.create(path, config)
     try:
         tokenizer.save(folder.tokenizer)
@@ -90,7 +94,7 @@ def import_run(source: Path, path: Path, config: RunConfig) -> RunFolder:
             model,
             [],
             {
-                "config": config.to_dict(),
+                "config": folder.config.to_dict(),
                 "model": dataclasses.asdict(model_config),
                 "choices": None,
                 "data": None,
