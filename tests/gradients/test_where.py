@@ -4,13 +4,15 @@ import json
 import linecache
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from clinometer.gradients.where import Where, is_machinery, user_frame
+import clinometer
+from clinometer.gradients.where import Where, is_instrument, is_machinery, user_frame
 
 
 class Watching(TorchFunctionMode):
@@ -107,6 +109,15 @@ def test_our_own_model_is_a_users_model_and_the_instrument_is_not():
 
     assert not is_machinery(clinometer.lm.functional.__file__)
     assert is_machinery(clinometer.gradients.subject.__file__)
+
+
+@pytest.mark.parametrize("room", ["gradients", "monitoring", "integrations"])
+def test_no_file_of_the_instrument_is_the_users_however_deep_it_lies(room):
+    files = list((Path(clinometer.__file__).parent / room).rglob("*.py"))
+    assert files
+    assert all(is_instrument(str(file)) and is_machinery(str(file)) for file in files)
+    assert not is_instrument(clinometer.__file__)
+    assert not is_instrument(f"{Path(clinometer.__file__).parent / room}_of_mine/model.py")
 
 
 def test_a_model_in_an_installed_package_is_placed_inside_that_package(tmp_path, monkeypatch):

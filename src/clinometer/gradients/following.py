@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations
 from clinometer.gradients.calls import name_of, tensors_in
 from clinometer.gradients.contraction import Placement
 from clinometer.gradients.derived import ELEMENTWISE, Derived, function_of
+from clinometer.gradients.where import is_instrument
 
 
 class Followed:
@@ -121,10 +122,9 @@ class Followed:
 def is_parametrizing() -> bool:
     """Whether the call comes from torch's own parametrizations: all they make of weights is a weight."""
     frame: Any = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename in _HERE:
+    while frame is not None and is_instrument(frame.f_code.co_filename):
         frame = frame.f_back
     return frame is not None and frame.f_code.co_filename in _PARAMETRIZATIONS
 
 
 _PARAMETRIZATIONS = {str(parametrizations.__file__)}
-_HERE = {__file__, __file__.replace("following", "uses")}

@@ -13,7 +13,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-_HERE = os.path.dirname(os.path.abspath(__file__))
+import clinometer
+
+_PACKAGE = os.path.dirname(os.path.abspath(clinometer.__file__))
+_INSTRUMENT = tuple(
+    os.path.join(_PACKAGE, room)
+    for room in ("gradients", "monitoring", "attach", "distributed", "integrations")
+)
+"""Rooms whose frames are never the user's. A model of ours (`lm`) is a model like any other."""
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__))
 _STANDARD = {os.path.realpath(sysconfig.get_path(key)) for key in ("stdlib", "platstdlib")}
 _INSTALLED = ("site-packages", "dist-packages")
@@ -98,7 +105,7 @@ def is_machinery(file: str) -> bool:
     if file.startswith("<"):  # "<string>", "<stdin>", "<ipython-input-3>" are somebody's code
         return file.startswith(("<frozen ", "<@beartype"))
     path = os.path.abspath(file)
-    if _within(path, _TORCH) or _within(path, _HERE) or _within(path, _MONITORING):
+    if _within(path, _TORCH) or is_instrument(file):
         return True
     real = os.path.realpath(path)
     return any(
@@ -107,12 +114,16 @@ def is_machinery(file: str) -> bool:
     )
 
 
+@cache
+def is_instrument(file: str) -> bool:
+    """Whether a file belongs to the instrument itself."""
+    path = os.path.abspath(file)
+    return any(_within(path, room) for room in _INSTRUMENT)
+
+
 def is_installed(file: str) -> bool:
     """Whether a file belongs to an installed package, not to the user's own project."""
     return any(part in _INSTALLED for part in file.replace("\\", "/").split("/"))
-
-
-_MONITORING = os.path.join(os.path.dirname(_HERE), "monitoring")
 
 
 def _within(path: str, folder: str) -> bool:
