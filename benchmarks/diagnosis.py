@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> tuple[float, float, int]:
     if options.side == "step":
         work = step
     else:
-        from clinometer.gradients.diagnosis import diagnose
+        from clinometer.gradients.diagnose.diagnose import diagnose
 
         if options.optimizer:
             step()

@@ -98,9 +98,9 @@ def bare(session: Any, steps: int) -> list[tuple[float, float]]:
 def ours(session: Any, watched: bool) -> list[tuple[float, float]]:
     from rich.console import Console
 
-    from clinometer.training.display import RunDisplay
-    from clinometer.training.loop import Record, train
-    from clinometer.training.recording import open_record
+    from clinometer.training.run.display import RunDisplay
+    from clinometer.training.run.loop import Record, train
+    from clinometer.training.run.recording import open_record
 
     inside = Inside()
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
@@ -124,8 +124,8 @@ def ours(session: Any, watched: bool) -> list[tuple[float, float]]:
 
 
 def measure(text: Path, steps: int, path: Path | None = None) -> None:
-    from clinometer.training import prepare
-    from clinometer.training.config import config_from
+    from clinometer.training.run import prepare
+    from clinometer.training.settings.config import config_from
 
     for name, (width, heads, context, vocab_size, batch) in MODELS.items():
         print(f"\nLoop, {name} ({steps} steps each)")

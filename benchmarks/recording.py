@@ -20,8 +20,8 @@ from tests.record.synthetic import KINDS, synthetic, tensor_list
 
 from benchmarks import rows as kept_rows
 from benchmarks.optimizer import machine
-from clinometer.record.reader import RunFile
-from clinometer.record.recorder import Recorder
+from clinometer.record.read.reader import RunFile
+from clinometer.record.write.recorder import Recorder
 
 NAMES = ("loss", "lr", "total_norm", "clip", "max_norm", "tokens", "seconds", "memory", "taken", "grad_scale")
 SCALARS = dict.fromkeys(NAMES, 0.5)

@@ -200,7 +200,7 @@ def machine() -> dict[str, Any]:
     """What the figures depend on: processor, cores, memory, bfloat16 units, device, torch."""
     import torch
 
-    from clinometer.training.precision import processor_name
+    from clinometer.training.settings.precision import processor_name
 
     facts: dict[str, Any] = {
         "processor": processor_name(),

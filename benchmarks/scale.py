@@ -23,7 +23,7 @@ STATE_BYTES = 16
 COPY_BYTES = 4
 """A parameter's copy from before the step, which a watch keeps."""
 READ_BYTES = 86
-"""Read and written for a parameter by the kernels of monitoring/device.py in a measured step."""
+"""Read and written for a parameter by the kernels of monitoring/measure/device.py in a measured step."""
 SUMS, MAXIMA, EXTRA = 9, 2, 309
 """Float64 numbers a tensor in the two vectors of a step, and those for the step as a whole."""
 

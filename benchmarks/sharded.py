@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.optimizer import machine
-from clinometer.monitoring.watcher import watch
+from clinometer.monitoring.watch import watch
 from clinometer.optim.clipping import clip_grad_norm_
 
 IDS = torch.randint(0, 96, (8, 32), generator=torch.Generator().manual_seed(0))

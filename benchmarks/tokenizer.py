@@ -36,7 +36,7 @@ import json, resource, sys, time
 from clinometer.text.corpus import open_corpus
 from clinometer.text.encoding import encode_corpus
 from clinometer.text.tokenizer import Tokenizer, train_bpe
-from clinometer.training.tokens import TOKENIZER_CHARACTERS
+from clinometer.training.run.run_tokens import TOKENIZER_CHARACTERS
 def beginning(corpus):
     "As much of it as `clinometer train` trains a tokenizer on."
     held = 0

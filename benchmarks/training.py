@@ -291,7 +291,7 @@ def worker(
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     speed = BATCH * S / statistics.median(times)
     from clinometer.lm.config import TransformerConfig
-    from clinometer.training.precision import matmul_rate
+    from clinometer.training.settings.precision import matmul_rate
 
     # nanoGPT's block has as many weights in products as ours, so the same count serves both.
     flops = TransformerConfig(**shape, d_ff=feed_forward(shape)).flops_per_token()
@@ -337,7 +337,7 @@ def run(command: list[str], env: dict[str, str] | None = None, cwd: Path | None 
 def machine() -> str:
     import torch
 
-    from clinometer.training.precision import bfloat16_is_fast, processor_name
+    from clinometer.training.settings.precision import bfloat16_is_fast, processor_name
 
     _, bfloat16 = bfloat16_is_fast(torch.device("cpu"))
     return f"{processor_name()}, {os.cpu_count()} cores, torch {torch.__version__}, bfloat16: {bfloat16}"

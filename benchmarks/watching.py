@@ -25,7 +25,7 @@ from benchmarks import rows
 from benchmarks.optimizer import machine
 from clinometer.lm.config import TransformerConfig
 from clinometer.lm.model import TransformerLM
-from clinometer.monitoring.watcher import watch
+from clinometer.monitoring.watch import watch
 from clinometer.optim.adamw import AdamW
 from clinometer.optim.clipping import clip_grad_norm_
 

@@ -22,7 +22,7 @@ from clinometer.lm import functional
 from clinometer.text.byte_pairs import byte_pairs, from_byte_pairs
 from clinometer.text.sampler import gather
 from clinometer.text.tokenizer import train_bpe
-from clinometer.training.checkpoint import load_checkpoint, save_checkpoint
+from clinometer.training.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 
 File = str | os.PathLike | BinaryIO | IO[bytes]
 

@@ -32,13 +32,13 @@ for module in pkgutil.walk_packages(clinometer.__path__, "clinometer."):
         importlib.import_module(module.name)
 
 from clinometer.lm.decoding import _room_for
-from clinometer.monitoring.surroundings import environment, memory_in_use
-from clinometer.record.filesystem import is_network
-from clinometer.record.process import is_alive, this_process
+from clinometer.monitoring.environment import environment, memory_in_use
+from clinometer.record.format.filesystem import is_network
+from clinometer.record.format.process import is_alive, this_process
 from clinometer.text.encoding import _locked
-from clinometer.training.doctor import _memory_bytes
-from clinometer.training.memory import _limit_and_taken
-from clinometer.training.run_folder import describe_environment
+from clinometer.commands.doctor import _memory_bytes
+from clinometer.training.run.out_of_memory import _limit_and_taken
+from clinometer.training.run.run_folder import describe_environment
 
 assert memory_in_use(None) is None
 assert _memory_bytes() == 0

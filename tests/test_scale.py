@@ -25,10 +25,10 @@ def test_the_page_holds_the_table_and_its_constants(language):
 
 
 def test_the_vectors_of_a_step_are_as_long_as_the_page_says():
-    from clinometer.monitoring import exchange, pins
+    from clinometer.monitoring.measure import pins, rank_sums
 
-    columns = exchange._COLUMNS
+    columns = rank_sums._COLUMNS
     room = pins.MOST * 2 * len(pins._NUMBERS)
-    flags = 2 * len(exchange.COMPARED) + len(exchange.LARGEST)
+    flags = 2 * len(rank_sums.COMPARED) + len(rank_sums.LARGEST)
     assert (columns, 2) == (scale.SUMS, scale.MAXIMA)
-    assert room + len(exchange.SUMMED) + flags == scale.EXTRA
+    assert room + len(rank_sums.SUMMED) + flags == scale.EXTRA

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from clinometer.gradients.accumulation import check_accumulation as check_accumulation
-    from clinometer.gradients.attribution import attribute as attribute
-    from clinometer.gradients.causality import check_causality as check_causality
-    from clinometer.gradients.check import check_gradients as check_gradients
-    from clinometer.gradients.diagnosis import diagnose as diagnose
-    from clinometer.gradients.step import explain_step as explain_step
+    from clinometer.gradients.attribute.attribute import attribute as attribute
+    from clinometer.gradients.check.accumulation import check_accumulation as check_accumulation
+    from clinometer.gradients.check.check_gradients import check_gradients as check_gradients
+    from clinometer.gradients.check.leakage import check_causality as check_causality
+    from clinometer.gradients.diagnose.diagnose import diagnose as diagnose
+    from clinometer.gradients.step.explain_step import explain_step as explain_step
     from clinometer.integrations.loops import watch as watch
     from clinometer.lm.config import TransformerConfig as TransformerConfig
     from clinometer.lm.functional import cross_entropy as cross_entropy
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     from clinometer.text.tokenizer import Tokenizer as Tokenizer
 
 _HOME = {
-    "diagnose": "clinometer.gradients.diagnosis",
-    "check_gradients": "clinometer.gradients.check",
-    "check_accumulation": "clinometer.gradients.accumulation",
-    "check_causality": "clinometer.gradients.causality",
-    "explain_step": "clinometer.gradients.step",
-    "attribute": "clinometer.gradients.attribution",
+    "diagnose": "clinometer.gradients.diagnose.diagnose",
+    "check_gradients": "clinometer.gradients.check.check_gradients",
+    "check_accumulation": "clinometer.gradients.check.accumulation",
+    "check_causality": "clinometer.gradients.check.leakage",
+    "explain_step": "clinometer.gradients.step.explain_step",
+    "attribute": "clinometer.gradients.attribute.attribute",
     "watch": "clinometer.integrations.loops",
     "TransformerConfig": "clinometer.lm.config",
     "TransformerLM": "clinometer.lm.model",

@@ -18,12 +18,12 @@ from cyclopts import App, Group, Parameter
 from cyclopts.config import Dict
 
 from clinometer import __version__
-from clinometer.cli_help import with_help
-from clinometer.cli_usage import explain_usage
+from clinometer.commands.command_help import with_help
+from clinometer.commands.usage_errors import explain_usage
 from clinometer.messages import InputError, say, set_language
 from clinometer.messages.folding import tell
-from clinometer.training.config import SECTIONS, RunConfig, config_from
-from clinometer.training.settings_file import read_toml
+from clinometer.training.settings.config import SECTIONS, RunConfig, config_from
+from clinometer.training.settings.settings_file import read_toml
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -62,7 +62,7 @@ def main() -> NoReturn:
             raise
         _refuse(_explain(error))
     except (MemoryError, RuntimeError) as error:
-        from clinometer.training.memory import is_out_of_memory
+        from clinometer.training.run.out_of_memory import is_out_of_memory
 
         if with_traceback or not is_out_of_memory(error):
             raise
@@ -80,7 +80,7 @@ def main() -> NoReturn:
 def _refuse(text: str) -> NoReturn:
     """Say what is wrong, and end with 2; of several ranks that find the same one says it."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        from clinometer.training.parallel import refuse_together
+        from clinometer.training.ranks.world import refuse_together
 
         refuse_together(text, 2)
     tell(_console(stderr=True), text, "red")
@@ -148,7 +148,7 @@ def train(
     settings: Annotated[RunConfig | None, Parameter(name="*")] = None,
 ) -> int:
     _restart_with_settings()
-    from clinometer.training import command
+    from clinometer.commands import train as command
 
     if resume and run is None:
         raise InputError("cli.resume_needs_run")
@@ -174,7 +174,7 @@ def generate(
     checkpoint: str = "best",
     device: str = "auto",
 ) -> int:
-    from clinometer.training import command
+    from clinometer.commands import train as command
 
     return command.generate_command(
         _console(stderr=True),
@@ -191,31 +191,31 @@ def generate(
 
 
 def export(run: Path, *, to: Path, checkpoint: str = "best", overwrite: bool = False) -> int:
-    from clinometer.training import command
+    from clinometer.commands import train as command
 
     return command.export_command(_console(), run, to, checkpoint, overwrite)
 
 
 def import_(source: Path, *, run: Path, corpus: str = "python") -> int:
-    from clinometer.training import command
+    from clinometer.commands import train as command
 
     return command.import_command(_console(), source, run, corpus)
 
 
 def doctor() -> int:
-    from clinometer.training.doctor import doctor_command
+    from clinometer.commands.doctor import doctor_command
 
     return doctor_command(_console())
 
 
 def diagnose(target: str, *, json: bool = False) -> int:
-    from clinometer.training.instrument import diagnose_command
+    from clinometer.commands.diagnose import diagnose_command
 
     return diagnose_command(_console(), target, json)
 
 
 def check(target: str, *, json: bool = False) -> int:
-    from clinometer.training.instrument import check_command
+    from clinometer.commands.diagnose import check_command
 
     return check_command(_console(), target, json)
 
@@ -230,7 +230,7 @@ def explain(
     inexact: bool = False,
 ) -> int:
     _restart_with_settings()
-    from clinometer.training.explain import explain_command
+    from clinometer.commands.explain import explain_command
 
     return explain_command(_console(), run, step, parameter, index, machine=machine, inexact=inexact)
 
@@ -244,7 +244,7 @@ def view(
     allow_host: tuple[str, ...] = (),
     no_open: bool = False,
 ) -> int:
-    from clinometer.view.command import view_command
+    from clinometer.commands.view import view_command
 
     return view_command(
         _console(),
@@ -258,13 +258,13 @@ def view(
 
 
 def report(run: Path, *, to: Path) -> int:
-    from clinometer.view.command import report_command
+    from clinometer.commands.view import report_command
 
     return report_command(_console(), run, to)
 
 
 def runs(folder: Path = Path("runs")) -> int:
-    from clinometer.record.command import runs_command
+    from clinometer.commands.runs import runs_command
 
     return runs_command(_console(), folder)
 
@@ -278,7 +278,7 @@ def runs_export(
     last: int | None = None,
     overwrite: bool = False,
 ) -> int:
-    from clinometer.record.command import export_command
+    from clinometer.commands.runs import export_command
 
     return export_command(_console(), run, to, table, first, last, overwrite)
 
@@ -290,19 +290,19 @@ def learn(
     notebook: Path | None = None,
     overwrite: bool = False,
 ) -> int:
-    from clinometer.lessons.command import learn_command
+    from clinometer.commands.learn import learn_command
 
     return learn_command(_console(), lesson, all, notebook, overwrite)
 
 
 def demo(*, run: Path | None = None, quick: bool = False) -> int:
     _restart_with_settings()
-    from clinometer.training.demo import demo_command
+    from clinometer.commands.demo import demo_command
 
     console = _console()
     code, folder = demo_command(console, run, quick)
     if code == 0 and not quick and console.is_terminal:  # in a log nobody could close it
-        from clinometer.view.command import view_command
+        from clinometer.commands.view import view_command
 
         console.print()
         return view_command(console, folder)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
+from clinometer.lessons.page_session import Session
 from clinometer.lessons.pages import Code, pieces
-from clinometer.lessons.running import Session
 from clinometer.messages import set_language
 
 DOCS = Path(__file__).parents[2] / "docs"

@@ -19,20 +19,21 @@ from clinometer.lm.export import export_llama, import_llama
 from clinometer.lm.generate import generate
 from clinometer.lm.model import TransformerLM
 from clinometer.optim.choice import make_optimizers
-from clinometer.record.reader import RunFile
-from clinometer.record.replays import KINDS, Replay
+from clinometer.record.read.reader import RunFile
+from clinometer.record.replays.replays import KINDS, Replay
 from clinometer.text.corpus import open_corpus
 from clinometer.text.shards import TokenData
 from clinometer.text.tokenizer import Tokenizer, from_gpt2_files, train_bpe
-from clinometer.training import checkpoint, prepare
-from clinometer.training.config import config_from
-from clinometer.training.loop import train
-from clinometer.training.parts import rows_of
-from clinometer.training.random_state import restore_random_state
-from clinometer.training.replay import replay_step
-from clinometer.training.run_folder import RunFolder
-from clinometer.training.settings_file import read_toml
-from clinometer.training.trained import load_run
+from clinometer.training.checkpoints import checkpoint
+from clinometer.training.checkpoints.checkpoint_parts import rows_of
+from clinometer.training.checkpoints.generator_state import restore_random_state
+from clinometer.training.replay.replay import replay_step
+from clinometer.training.run import prepare
+from clinometer.training.run.load_run import load_run
+from clinometer.training.run.loop import train
+from clinometer.training.run.run_folder import RunFolder
+from clinometer.training.settings.config import config_from
+from clinometer.training.settings.settings_file import read_toml
 from tests.fuzz import edits
 from tests.fuzz.guard import answered
 from tests.record.synthetic import synthetic

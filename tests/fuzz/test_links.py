@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from clinometer.messages import InputError
-from clinometer.record.recorder import Recorder
+from clinometer.record.write.recorder import Recorder
 from clinometer.text.shards import TokenData
-from clinometer.training import checkpoint, prepare
-from clinometer.training.loop import train
-from clinometer.training.replay import replay_step
-from clinometer.training.run_folder import RunFolder, write_whole
+from clinometer.training.checkpoints import checkpoint
+from clinometer.training.replay.replay import replay_step
+from clinometer.training.run import prepare
+from clinometer.training.run.loop import train
+from clinometer.training.run.run_folder import RunFolder, write_whole
 from tests.record.synthetic import synthetic
 from tests.training.conftest import SENTENCES, Silent, small_config
 

@@ -43,9 +43,9 @@ METHODS = {
     ("dcp", "load"),
 }
 OURS = {
-    ("training/instrument.py", "spec_from_file_location"),
-    ("lessons/running.py", "compile"),
-    ("lessons/running.py", "InteractiveInterpreter"),
+    ("commands/diagnose.py", "spec_from_file_location"),
+    ("lessons/page_session.py", "compile"),
+    ("lessons/page_session.py", "InteractiveInterpreter"),
 }
 """`clinometer check file.py:function` runs the file that is named: that is what it is for. `clinometer learn`
 runs the lessons that came with the package, block by block."""

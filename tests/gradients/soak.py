@@ -21,7 +21,7 @@ from tests.gradients.test_check_healthy import BUILDERS
 from tests.gradients.test_check_modules import CASES
 from tests.gradients.tiny import MORE, TINY
 
-from clinometer.gradients.check import check_gradients
+from clinometer.gradients.check.check_gradients import check_gradients
 
 SEEDS = 200
 TWICE = {

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from clinometer.gradients.attribution import attribute
+from clinometer.gradients.attribute.attribute import attribute
 from clinometer.messages import InputError
 
 B, S, D = 2, 5, 4

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from clinometer.gradients.attribution import attribute
+from clinometer.gradients.attribute.attribute import attribute
 
 B, S, D = 2, 5, 4
 
@@ -153,7 +153,7 @@ def test_a_fused_recurrent_layer_is_split_over_the_sequence(layer, x):
 
 @pytest.mark.parametrize("layer", RECURRENT[:4], ids=str)
 def test_a_recurrent_layer_computes_what_torch_computes(layer, x):
-    from clinometer.gradients.uses import Watched
+    from clinometer.gradients.attribute.use_recorder import Watched
 
     layer = layer.double()
     expected = layer(x)

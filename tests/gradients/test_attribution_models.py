@@ -6,7 +6,7 @@ from tests.gradients.traces import trace_of
 from torch import nn
 
 from clinometer import TransformerConfig, TransformerLM, cross_entropy, transformer_lm
-from clinometer.gradients.attribution import attribute
+from clinometer.gradients.attribute.attribute import attribute
 
 CONFIG = TransformerConfig(vocab_size=50, context_length=16, d_model=16, num_layers=2, num_heads=2, d_ff=32)
 IDS = torch.randint(0, 50, (3, 12), generator=torch.Generator().manual_seed(3))

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clinometer.gradients.attribution import attribute
-from clinometer.gradients.wording import format_number
+from clinometer.gradients.attribute.attribute import attribute
+from clinometer.gradients.report.formatting import format_number
 from clinometer.messages import InputError
 
 WORDS = [" the", " return", "\n", " import", "你好", " self", ":\n", " a_very_long_identifier_that_goes_on"]

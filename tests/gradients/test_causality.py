@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import clinometer
-from clinometer.gradients.causality import MOST_POSITIONS, check_causality
+from clinometer.gradients.check.leakage import MOST_POSITIONS, check_causality
 from clinometer.messages import InputError
 
 

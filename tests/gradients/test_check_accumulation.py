@@ -6,7 +6,7 @@ from tests.gradients.traces import trace_of
 from torch import nn
 from torch.nn import functional as F
 
-from clinometer.gradients.accumulation import check_accumulation
+from clinometer.gradients.check.accumulation import check_accumulation
 from clinometer.messages import InputError
 
 

@@ -8,7 +8,7 @@ from tests.gradients.test_check_meant import ByDetach, Round, Spike
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from clinometer.gradients.check import check_gradients
+from clinometer.gradients.check.check_gradients import check_gradients
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

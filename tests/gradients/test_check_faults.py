@@ -9,7 +9,7 @@ from tests.gradients.broken import Apply, BrokenLinear, BrokenNorm
 from torch import nn
 from torch.nn import functional as F
 
-from clinometer.gradients.check import MOST_NARROWED, check_gradients
+from clinometer.gradients.check.check_gradients import MOST_NARROWED, check_gradients
 
 
 def checked(layers, inputs=6, rows=12, **options):

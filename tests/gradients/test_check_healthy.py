@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from clinometer.gradients.check import check_gradients
+from clinometer.gradients.check.check_gradients import check_gradients
 from clinometer.lm.config import TransformerConfig
 from clinometer.lm.functional import cross_entropy
 from clinometer.lm.model import TransformerLM

@@ -7,7 +7,7 @@ from tests.gradients.broken import Apply, BrokenLinear
 from torch import nn
 from torch.nn import functional as F
 
-from clinometer.gradients.check import check_gradients
+from clinometer.gradients.check.check_gradients import check_gradients
 
 
 class Rotary(nn.Module):

@@ -8,7 +8,7 @@ from tests.gradients.broken import Apply
 from torch import nn
 from torch.nn import functional as F
 
-from clinometer.gradients.check import check_gradients
+from clinometer.gradients.check.check_gradients import check_gradients
 
 
 class Round(torch.autograd.Function):

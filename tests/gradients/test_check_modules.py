@@ -7,7 +7,7 @@ from torch.func import functional_call, vmap
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
-from clinometer.gradients.check import check_gradients
+from clinometer.gradients.check.check_gradients import check_gradients
 
 
 def vectors(module, *shape):

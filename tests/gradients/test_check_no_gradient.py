@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from clinometer.gradients.check import check_gradients
+from clinometer.gradients.check.check_gradients import check_gradients
 
 
 def parted(cut):

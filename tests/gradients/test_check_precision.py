@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from clinometer.gradients.check import check_gradients
-from clinometer.gradients.double import InDouble, in_double
+from clinometer.gradients.check.check_gradients import check_gradients
+from clinometer.gradients.check.numerics.float64 import InDouble, in_double
 
 
 class Lowering(nn.Module):

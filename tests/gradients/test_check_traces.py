@@ -8,7 +8,7 @@ from tests.gradients.broken import BrokenLinear
 from tests.gradients.traces import bits, trace_of
 from torch import nn
 
-from clinometer.gradients.check import check_gradients
+from clinometer.gradients.check.check_gradients import check_gradients
 
 
 class Busy(nn.Module):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tests.gradients.tiny import MORE, TINY
 
-from clinometer.gradients.check import check_gradients
+from clinometer.gradients.check.check_gradients import check_gradients
 
 
 def passes(build):

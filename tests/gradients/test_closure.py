@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from clinometer.gradients.closure import eagerly, evaluate, replay
-from clinometer.gradients.randomness import RandomState
+from clinometer.gradients.sandbox.closure import eagerly, evaluate, replay
+from clinometer.gradients.sandbox.random_state import RandomState
 from clinometer.messages import InputError
 
 LOSS = torch.tensor(2.5)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clinometer.gradients.diagnosis import diagnose
+from clinometer.gradients.diagnose.diagnose import diagnose
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
 

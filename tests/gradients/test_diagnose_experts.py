@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from clinometer.gradients.diagnosis import diagnose
+from clinometer.gradients.diagnose.diagnose import diagnose
 
 X = torch.randn(8, 4, generator=torch.Generator().manual_seed(2))
 

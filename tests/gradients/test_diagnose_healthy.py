@@ -4,7 +4,7 @@ import pytest
 import torch
 from tests.gradients.healthy import TORCH, TRANSFORMERS
 
-from clinometer.gradients.diagnosis import diagnose
+from clinometer.gradients.diagnose.diagnose import diagnose
 
 
 @pytest.mark.filterwarnings("ignore")

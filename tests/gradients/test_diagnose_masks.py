@@ -5,7 +5,7 @@ import torch
 from tests.gradients.planted.zero_gradient import Attending
 from torch import nn
 
-from clinometer.gradients.diagnosis import diagnose
+from clinometer.gradients.diagnose.diagnose import diagnose
 
 HIDDEN = torch.ones(2, 5, dtype=torch.bool)
 LAST_TWO = torch.tensor([0, 0, 0, 1, 1]).bool()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from clinometer.gradients.diagnosis import diagnose
+from clinometer.gradients.diagnose.diagnose import diagnose
 from clinometer.messages import InputError
 
 

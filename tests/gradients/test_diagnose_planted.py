@@ -3,7 +3,7 @@
 import pytest
 from tests.gradients.planted import cut_paths, loops, no_gradient, not_finite, zero_gradient
 
-from clinometer.gradients.diagnosis import diagnose
+from clinometer.gradients.diagnose.diagnose import diagnose
 
 PLANTED = [*cut_paths.FAULTS, *no_gradient.FAULTS, *zero_gradient.FAULTS, *not_finite.FAULTS, *loops.FAULTS]
 

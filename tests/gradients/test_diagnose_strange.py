@@ -10,8 +10,8 @@ from torch.func import functional_call
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from clinometer.gradients.check import check_gradients
-from clinometer.gradients.diagnosis import diagnose
+from clinometer.gradients.check.check_gradients import check_gradients
+from clinometer.gradients.diagnose.diagnose import diagnose
 from clinometer.messages import InputError
 
 

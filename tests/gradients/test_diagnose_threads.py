@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from clinometer.gradients import patches
-from clinometer.gradients.diagnosis import diagnose
+from clinometer.gradients.diagnose.diagnose import diagnose
+from clinometer.gradients.trace import torch_patches
 
 
 class Double(torch.autograd.Function):
@@ -109,7 +109,7 @@ def test_only_the_thread_that_asks_is_seen():
     def inference(entered):
         seen.append("inference")
 
-    with patches.seen_calls(function, parameter, modules, inference):
+    with torch_patches.seen_calls(function, parameter, modules, inference):
         other = threading.Thread(target=elsewhere)
         other.start()
         other.join()

@@ -6,7 +6,7 @@ from tests.gradients.planted import cut_paths, loops, no_gradient, not_finite, z
 from torch import nn
 from torch.nn.modules import module as module_hooks
 
-from clinometer.gradients.diagnosis import diagnose
+from clinometer.gradients.diagnose.diagnose import diagnose
 
 PLANTED = [
     *cut_paths.FAULTS[::4],

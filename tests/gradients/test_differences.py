@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from clinometer.gradients.differences import (
+from clinometer.gradients.check.numerics.finite_differences import (
     COARSEST,
     EPS,
     RELATIVE,

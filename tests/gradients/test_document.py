@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from clinometer.gradients.document import (
+from clinometer.gradients.report.document import (
     BLANK,
     HTML,
     RICH,
@@ -24,7 +24,7 @@ from clinometer.gradients.document import (
     to_rich,
     to_text,
 )
-from clinometer.gradients.wording import cell_width
+from clinometer.gradients.report.formatting import cell_width
 
 DOCUMENT = [
     Line((fault("✗ "), "27 parameters have no gradient: the path is cut"), hang=2),

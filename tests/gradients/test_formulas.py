@@ -6,9 +6,9 @@ import itertools
 import pytest
 import torch
 
-from clinometer.gradients.formulas import FORMULAS, claims
-from clinometer.gradients.measures import ulp
-from clinometer.gradients.step import explain_step
+from clinometer.gradients.step.explain_step import explain_step
+from clinometer.gradients.step.formulas import FORMULAS, claims
+from clinometer.gradients.step.measures import ulp
 from clinometer.optim.adamw import AdamW
 from clinometer.optim.sgd import SGD
 

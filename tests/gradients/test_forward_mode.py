@@ -8,7 +8,7 @@ from tests.gradients.test_check_modules import CASES
 from tests.gradients.traces import trace_of
 from torch import nn
 
-from clinometer.gradients.check import check_gradients
+from clinometer.gradients.check.check_gradients import check_gradients
 
 
 def forward_mode(params, loss):

@@ -9,8 +9,8 @@ import torch
 from tests.gradients.traces import bits
 from torch import nn
 
-from clinometer.gradients.subject import Subject
-from clinometer.gradients.untouched import untouched
+from clinometer.gradients.sandbox.sandbox import untouched
+from clinometer.gradients.sandbox.subject import Subject
 
 
 def test_memory_that_may_not_be_written_is_not(tmp_path):

@@ -3,7 +3,7 @@ import functools
 import torch
 from torch import nn
 
-from clinometer.gradients.untouched import modules_named_by
+from clinometer.gradients.sandbox.sandbox import modules_named_by
 
 MODULE = nn.Linear(2, 2)
 

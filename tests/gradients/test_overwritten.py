@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clinometer.gradients.diagnosis import diagnose
-from clinometer.gradients.ranks import Ranks
+from clinometer.distributed.ranks import Ranks
+from clinometer.gradients.diagnose.diagnose import diagnose
 
 
 def x():

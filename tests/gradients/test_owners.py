@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from clinometer.gradients.diagnosis import diagnose
-from clinometer.gradients.finding import Finding
-from clinometer.gradients.owners import owners
-from clinometer.gradients.subject import Subject
+from clinometer.gradients.diagnose.diagnose import diagnose
+from clinometer.gradients.report.finding import Finding
+from clinometer.gradients.report.module_names import owners
+from clinometer.gradients.sandbox.subject import Subject
 
 
 def freezing(names, subject):

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from clinometer.gradients.check import check_gradients
-from clinometer.gradients.diagnosis import diagnose
+from clinometer.gradients.check.check_gradients import check_gradients
+from clinometer.gradients.diagnose.diagnose import diagnose
 from clinometer.messages import InputError
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from clinometer.gradients.attribution import attribute
-from clinometer.gradients.check import check_gradients
-from clinometer.gradients.diagnosis import diagnose
-from clinometer.gradients.step import explain_step
+from clinometer.gradients.attribute.attribute import attribute
+from clinometer.gradients.check.check_gradients import check_gradients
+from clinometer.gradients.diagnose.diagnose import diagnose
+from clinometer.gradients.step.explain_step import explain_step
 from clinometer.messages import InputError
 from clinometer.optim.clipping import clip_grad_norm_, gradient_norms
 

@@ -11,11 +11,11 @@ import torch
 from rich.console import Console
 
 from clinometer import messages
-from clinometer.gradients.document import Line, fault, name, sentence
-from clinometer.gradients.finding import EXPLAINED, FAULT, Finding
-from clinometer.gradients.report import Result, jsonable
-from clinometer.gradients.subject import UnknownName
-from clinometer.gradients.where import Where
+from clinometer.gradients.report.document import Line, fault, name, sentence
+from clinometer.gradients.report.finding import EXPLAINED, FAULT, Finding
+from clinometer.gradients.report.places import Where
+from clinometer.gradients.report.result import Result, jsonable
+from clinometer.gradients.sandbox.subject import UnknownName
 from clinometer.messages import InputError
 
 
@@ -129,7 +129,7 @@ def cut_sentences(monkeypatch):
         "test.rows.what": "{count} rows are zero",
     }
     real = messages.sentences
-    from clinometer.gradients import document, finding
+    from clinometer.gradients.report import document, finding
 
     for module in (messages, document, finding):
         monkeypatch.setattr(module, "sentences", lambda language: {**real(language), **english})

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from clinometer.gradients.step import explain_step
-from clinometer.gradients.wording import format_number
+from clinometer.gradients.report.formatting import format_number
+from clinometer.gradients.step.explain_step import explain_step
 from clinometer.messages import InputError
 from clinometer.optim.adamw import AdamW
 from clinometer.optim.clipping import clip_grad_norm_

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from clinometer.gradients.step import explain_step
+from clinometer.gradients.step.explain_step import explain_step
 from clinometer.optim.adamw import AdamW
 from clinometer.optim.clipping import clip_grad_norm_
 

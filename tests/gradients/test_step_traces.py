@@ -7,7 +7,7 @@ import torch
 from tests.gradients.traces import trace_of
 from torch import nn
 
-from clinometer.gradients.step import explain_step
+from clinometer.gradients.step.explain_step import explain_step
 from clinometer.optim.adamw import AdamW
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from clinometer.gradients.step import explain_step
+from clinometer.gradients.step.explain_step import explain_step
 from clinometer.optim.adamw import AdamW
 
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-4, "weight_decay": 0.1}

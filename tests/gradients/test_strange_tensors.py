@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from tests.gradients.traces import bits, hooks_of
 from torch import nn
 
-from clinometer.gradients.accumulation import check_accumulation
-from clinometer.gradients.attribution import attribute
-from clinometer.gradients.check import check_gradients
-from clinometer.gradients.diagnosis import diagnose
-from clinometer.gradients.step import explain_step
+from clinometer.gradients.attribute.attribute import attribute
+from clinometer.gradients.check.accumulation import check_accumulation
+from clinometer.gradients.check.check_gradients import check_gradients
+from clinometer.gradients.diagnose.diagnose import diagnose
+from clinometer.gradients.step.explain_step import explain_step
 from clinometer.messages import InputError
 from clinometer.optim.clipping import gradient_norms
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from clinometer.gradients.subject import Subject, UnknownName, clean_name
+from clinometer.gradients.sandbox.subject import Subject, UnknownName, clean_name
 from clinometer.messages import InputError
 
 

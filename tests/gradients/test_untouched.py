@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from tests.gradients.traces import bits, hooks_of, trace_of
 from torch import nn
 
-from clinometer.gradients.closure import evaluate
-from clinometer.gradients.subject import Subject
-from clinometer.gradients.untouched import untouched
+from clinometer.gradients.sandbox.closure import evaluate
+from clinometer.gradients.sandbox.sandbox import untouched
+from clinometer.gradients.sandbox.subject import Subject
 
 
 class Model(nn.Module):
@@ -243,9 +243,9 @@ def test_what_nobody_wrote_to_keeps_its_version():
 def test_interruption_while_putting_back_still_puts_everything_back(monkeypatch):
     model, optimizer = trained()
     before = everything(model, optimizer)
-    from clinometer.gradients import keeping
+    from clinometer.gradients.sandbox import saved_state
 
-    original, calls = keeping.KeptBits.restore, []
+    original, calls = saved_state.KeptBits.restore, []
 
     def interrupted_once(self):
         calls.append(self)
@@ -253,7 +253,7 @@ def test_interruption_while_putting_back_still_puts_everything_back(monkeypatch)
             raise KeyboardInterrupt
         original(self)
 
-    monkeypatch.setattr(keeping.KeptBits, "restore", interrupted_once)
+    monkeypatch.setattr(saved_state.KeptBits, "restore", interrupted_once)
     with pytest.raises(KeyboardInterrupt), untouched(Subject.of(model), optimizer=optimizer):
         step(model, optimizer)
     assert len(calls) > 3
@@ -274,15 +274,15 @@ def test_a_cast_cached_inside_is_not_used_in_the_next_forward():
 def test_what_cannot_be_put_back_does_not_keep_the_rest_from_it(monkeypatch):
     model, optimizer = trained()
     before = everything(model, optimizer)
-    from clinometer.gradients import keeping
+    from clinometer.gradients.sandbox import saved_state
 
-    original = keeping.KeptTensor.restore
+    original = saved_state.KeptTensor.restore
 
     def failing(self):
         original(self)
         raise RuntimeError("this one cannot")
 
-    monkeypatch.setattr(keeping.KeptTensor, "restore", failing)
+    monkeypatch.setattr(saved_state.KeptTensor, "restore", failing)
     with (
         pytest.raises(RuntimeError, match="this one cannot"),
         untouched(Subject.of(model), optimizer=optimizer),

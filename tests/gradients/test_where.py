@@ -12,7 +12,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import clinometer
-from clinometer.gradients.where import Where, is_instrument, is_machinery, user_frame
+from clinometer.gradients.report.places import Where, is_instrument, is_machinery, user_frame
 
 
 class Watching(TorchFunctionMode):
@@ -104,11 +104,11 @@ def test_installed_packages_are_the_users_but_torch_and_the_standard_library_are
 
 
 def test_our_own_model_is_a_users_model_and_the_instrument_is_not():
-    import clinometer.gradients.subject
+    import clinometer.gradients.sandbox.subject
     import clinometer.lm.functional
 
     assert not is_machinery(clinometer.lm.functional.__file__)
-    assert is_machinery(clinometer.gradients.subject.__file__)
+    assert is_machinery(clinometer.gradients.sandbox.subject.__file__)
 
 
 @pytest.mark.parametrize("room", ["gradients", "monitoring", "integrations"])

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from tests.gradients.planted.zero_gradient import Heads
 from torch import nn
 
-from clinometer.gradients.diagnosis import diagnose
-from clinometer.gradients.why_lines import _pattern
+from clinometer.gradients.diagnose.diagnose import diagnose
+from clinometer.gradients.diagnose.why_blocks_zero import _pattern
 
 
 @given(

@@ -1,6 +1,6 @@
 import pytest
 
-from clinometer.gradients.wording import cell_width, format_count, format_number, shorten
+from clinometer.gradients.report.formatting import cell_width, format_count, format_number, shorten
 
 
 @pytest.mark.parametrize(

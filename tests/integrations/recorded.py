@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from clinometer.record.reader import RunFile
+from clinometer.record.read.reader import RunFile
 
 TIMES = {"seconds", "memory"}
 

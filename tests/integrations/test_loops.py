@@ -12,7 +12,7 @@ from torch import nn
 
 import clinometer
 from clinometer.messages import InputError
-from clinometer.record.reader import RunFile, find_runs
+from clinometer.record.read.reader import RunFile, find_runs
 
 PLAIN = """
 import torch

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import clinometer
-from clinometer.gradients.report import Result
+from clinometer.gradients.report.result import Result
 from clinometer.integrations.notebook import LiveRun
 from clinometer.messages import InputError, set_language
 

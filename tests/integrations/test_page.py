@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from clinometer.record.reader import find_runs
+from clinometer.record.read.reader import find_runs
 from tests.integrations.recorded import info
 
 ROOT = Path(__file__).parents[2]

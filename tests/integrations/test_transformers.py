@@ -157,7 +157,7 @@ def test_a_model_of_transformers_with_its_tokens_and_a_run_that_failed(tmp_path:
 
 
 def clinometer_row(folder: Path, step: int) -> dict[str, float]:
-    from clinometer.record.reader import RunFile
+    from clinometer.record.read.reader import RunFile
 
     with contextlib.closing(RunFile.open(folder)) as file:
         row = file.row(step)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import clinometer
-from clinometer.gradients.document import Span, sentence
+from clinometer.gradients.report.document import Span, sentence
 from clinometer.messages import InputError, current_language, say, sentences, set_language
 
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from clinometer.lm.config import TransformerConfig
 from clinometer.lm.model import TransformerLM
-from clinometer.monitoring.watcher import watch
+from clinometer.monitoring.watch import watch
 from clinometer.optim.adamw import AdamW
 from clinometer.optim.clipping import clip_grad_norm_
 from clinometer.optim.schedule import cosine_schedule

@@ -6,7 +6,7 @@
 import torch
 from torch import nn
 
-from clinometer.monitoring.watcher import watch
+from clinometer.monitoring.watch import watch
 from clinometer.optim.clipping import clip_grad_norm_
 from tests.monitoring.sink import Kept
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from clinometer.monitoring.statistics import STATISTICS
+from clinometer.monitoring.measure.statistics import STATISTICS
 
 
 class Kept:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from clinometer.monitoring.alerts import render
+from clinometer.monitoring.alerts.alerts import render
 from tests.monitoring.healthy import HEALTHY
 from tests.monitoring.sink import Kept
 

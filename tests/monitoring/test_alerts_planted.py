@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from clinometer.messages import LANGUAGES
-from clinometer.monitoring.alerts import render
-from clinometer.monitoring.watcher import watch
+from clinometer.monitoring.alerts.alerts import render
+from clinometer.monitoring.watch import watch
 from tests.monitoring.sink import Kept
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from clinometer.monitoring.run_rules import RUN_RULES
-from clinometer.monitoring.tensor_rules import TENSOR_RULES
+from clinometer.monitoring.alerts.rules_run import RUN_RULES
+from clinometer.monitoring.alerts.rules_tensors import TENSOR_RULES
 
 DOCS = Path(__file__).parents[2] / "docs"
 ENTRY = re.compile(r"^### (\S+)\n\n```python\n(.*?)```\n\n(\S+)", re.M | re.S)

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from clinometer.monitoring import joined
-from clinometer.monitoring.histograms import count_into
-from clinometer.monitoring.joined import Gradients, Places, Room, is_small
-from clinometer.monitoring.reading import _count
-from clinometer.monitoring.statistics import PIECE, Scratch, measure_gradient
-from clinometer.monitoring.watcher import watch
+from clinometer.monitoring.measure import small_tensors
+from clinometer.monitoring.measure.histograms import count_into
+from clinometer.monitoring.measure.small_tensors import Gradients, Places, Room, is_small
+from clinometer.monitoring.measure.statistics import PIECE, Scratch, measure_gradient
+from clinometer.monitoring.measure.step_row import _count
+from clinometer.monitoring.watch import watch
 from tests.monitoring.sink import Kept
 
 SHAPES = [(1,), (7, 5), (1024,), (1025,), (128, 128), (), (344, 128), (2, 3, 4, 5), (256, 256), (512, 100)]
@@ -191,9 +191,9 @@ def test_two_optimizers_in_any_order_measure_what_each_moved():
 
 
 def test_groups_of_neighbours_fit_their_place():
-    layout = joined.Layout([(n,) for n in (1, 1 << 16, 70, 1 << 16, 1 << 16, 1 << 15, 3)])
-    assert sum(group.entries for group in layout.groups) == layout.rows * joined.ROW
-    assert max(group.entries for group in layout.groups) <= joined._TOGETHER
+    layout = small_tensors.Layout([(n,) for n in (1, 1 << 16, 70, 1 << 16, 1 << 16, 1 << 15, 3)])
+    assert sum(group.entries for group in layout.groups) == layout.rows * small_tensors.ROW
+    assert max(group.entries for group in layout.groups) <= small_tensors._TOGETHER
     assert [n for group in layout.groups for n in group.sizes] == layout.sizes.tolist()
 
 

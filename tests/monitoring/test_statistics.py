@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from clinometer.monitoring import statistics
-from clinometer.monitoring.device import gradients_on_device, weights_on_device
-from clinometer.monitoring.histograms import count_into
-from clinometer.monitoring.statistics import PIECE, Scratch, flat, measure_gradient, measure_weight
+from clinometer.monitoring.measure import statistics
+from clinometer.monitoring.measure.device import gradients_on_device, weights_on_device
+from clinometer.monitoring.measure.histograms import count_into
+from clinometer.monitoring.measure.statistics import PIECE, Scratch, flat, measure_gradient, measure_weight
 
 SHAPES = [(), (0,), (1,), (3, 0, 2), (7, 5), (2, 3, 4, 5), (PIECE,), (PIECE + 3,), (3, PIECE // 2 + 1)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64]

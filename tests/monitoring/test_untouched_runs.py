@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from clinometer.monitoring.watcher import watch
+from clinometer.monitoring.watch import watch
 from tests.monitoring.sink import Kept
 
 
@@ -292,13 +292,13 @@ def test_model_and_optimizer_can_be_copied_pickled_and_freed():
 
 
 def test_an_exception_of_the_watch_is_one_warning_and_the_training_goes_on(monkeypatch):
-    from clinometer.monitoring import session
+    from clinometer.monitoring import step
 
     model = model_of()
     optimizer = ADAMW(model.parameters())
     sink = Kept()
     watching = watch(model, optimizer, to=sink)
-    monkeypatch.setattr(session.Session, "before_step", lambda *_: 1 / 0)
+    monkeypatch.setattr(step.Session, "before_step", lambda *_: 1 / 0)
     with pytest.warns(RuntimeWarning, match="ZeroDivisionError") as seen:
         losses = list(plain(model, optimizer))
     assert len(seen) == 1

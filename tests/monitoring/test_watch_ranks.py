@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
+from clinometer.distributed import rendezvous
 from clinometer.messages import InputError
-from clinometer.monitoring import meeting
-from clinometer.monitoring.noise import NoiseScale
-from clinometer.monitoring.statistics import STATISTICS
-from clinometer.monitoring.watcher import watch
+from clinometer.monitoring.measure.noise_scale import NoiseScale
+from clinometer.monitoring.measure.statistics import STATISTICS
+from clinometer.monitoring.watch import watch
 from tests.monitoring.sharded import PINS, Net, facts_of, parts_of, train
 from tests.monitoring.sink import Kept
 
@@ -144,7 +144,7 @@ def _rank(rank, folder):
     facts["every"] = facts_of(*train(sharded(), **here, steps=5, every=2, clip=None))
 
     # What goes wrong makes nobody wait for ever.
-    meeting.PATIENCE = 3.0
+    rendezvous.PATIENCE = 3.0
     facts["skipped by one"] = heard(
         lambda: train(sharded(), **here, steps=4, clip=None, before_step=lambda s: s != 2 or rank == 0)
     )

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from clinometer.gradients.diagnosis import diagnose
+from clinometer.gradients.diagnose.diagnose import diagnose
 from clinometer.messages import InputError
-from clinometer.monitoring.statistics import STATISTICS
-from clinometer.monitoring.watcher import Sink, watch
+from clinometer.monitoring.measure.statistics import STATISTICS
+from clinometer.monitoring.watch import Sink, watch
 from clinometer.optim.clipping import clip_grad_norm_
 from tests.monitoring.sink import Kept
 
@@ -181,7 +181,7 @@ def test_micro_batches_add_up_to_one_loss_and_give_a_noise_scale():
 
 
 def test_the_noise_scale_is_that_of_a_known_gradient_distribution():
-    from clinometer.monitoring.noise import NoiseScale
+    from clinometer.monitoring.measure.noise_scale import NoiseScale
 
     generator = torch.Generator().manual_seed(0)
     true, size, parts = 0.3, 1000, 8

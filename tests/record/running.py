@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from clinometer.record.recorder import Recorder
+from clinometer.record.write.recorder import Recorder
 
 RUN = {
     "name": "small",

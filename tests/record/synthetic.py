@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from clinometer.record import histograms, windows
-from clinometer.record.recorder import Recorder
-from clinometer.record.schema import STATISTICS
+from clinometer.record.format import histogram_codec, windows
+from clinometer.record.format.schema import STATISTICS
+from clinometer.record.write.recorder import Recorder
 
 KINDS = (
     ("attn.q_proj", (256, 256)),
@@ -170,12 +170,12 @@ OPEN: list[Recorder] = []
 def _histograms(recorder: Recorder, steps: int, tensors: int, rng: np.random.Generator) -> None:
     """Those that a recorder would have kept of one every 16 steps."""
     count = steps // 16
-    stride = histograms.stride_of_older(count)
+    stride = histogram_codec.stride_of_older(count)
     exponents = np.arange(64) - 48
     connection = recorder._file.connection
     connection.execute("BEGIN")
     for ordinal in range(count):
-        if ordinal % stride and ordinal < count - histograms.NEWEST:
+        if ordinal % stride and ordinal < count - histogram_codec.NEWEST:
             continue
         step = (ordinal + 1) * 16
         center = np.array([-10.0, -6.0, -16.0])[None, :, None] - 2 * step / steps
@@ -183,7 +183,7 @@ def _histograms(recorder: Recorder, steps: int, tensors: int, rng: np.random.Gen
         counts = shape.astype(np.int64)
         counts[..., 0] = 12
         connection.execute(
-            "INSERT INTO histograms VALUES (?, ?, ?)", (step, ordinal, histograms.encode(counts))
+            "INSERT INTO histograms VALUES (?, ?, ?)", (step, ordinal, histogram_codec.encode(counts))
         )
     connection.execute("COMMIT")
 
@@ -248,7 +248,7 @@ def weight_row(tensor: int, index: tuple[int, ...], theta: float, grad: float) -
 
 
 def _machine(recorder: Recorder) -> str:
-    from clinometer.record.process import this_process
+    from clinometer.record.format.process import this_process
 
     return this_process()["machine"]
 

@@ -7,9 +7,9 @@ import time
 import pytest
 
 from clinometer.messages import InputError
-from clinometer.record import schema
-from clinometer.record.reader import RunFile
-from clinometer.record.recorder import Recorder
+from clinometer.record.format import schema
+from clinometer.record.read.reader import RunFile
+from clinometer.record.write.recorder import Recorder
 from tests.record.synthetic import synthetic
 
 ASKED = (

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from clinometer.record import schema
+from clinometer.record.format import schema
 from tests.record.running import recorded
 
 DOCS = Path(__file__).parent.parent.parent / "docs"

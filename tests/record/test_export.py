@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from clinometer.commands.runs import export_command, one_line, runs_command
 from clinometer.messages import InputError, set_language
-from clinometer.record.command import export_command, one_line, runs_command
-from clinometer.record.export import TABLES, export
-from clinometer.record.reader import RunFile
-from clinometer.record.schema import STATISTICS
+from clinometer.record.format.schema import STATISTICS
+from clinometer.record.out.export import TABLES, export
+from clinometer.record.read.reader import RunFile
 from tests.record.running import begun, recorded, statistics
 from tests.record.synthetic import synthetic
 

@@ -12,13 +12,13 @@ import time
 import pytest
 
 from clinometer.messages import InputError
-from clinometer.record.reader import RunFile
+from clinometer.record.read.reader import RunFile
 
 WRITER = """
 import sys
 from pathlib import Path
 import numpy as np
-from clinometer.record.recorder import Recorder
+from clinometer.record.write.recorder import Recorder
 from tests.record.running import RUN, named, statistics
 folder, done = Path(sys.argv[1]), int(sys.argv[2])
 recorder = Recorder(folder, continue_from=done)

@@ -10,9 +10,10 @@ from itertools import pairwise
 
 import pytest
 
-from clinometer.record import outage, schema
-from clinometer.record.filesystem import is_network
-from clinometer.record.reader import RunFile
+from clinometer.record.format import schema
+from clinometer.record.format.filesystem import is_network
+from clinometer.record.read.reader import RunFile
+from clinometer.record.write import outage
 from tests.record.running import begun, rows_of, statistics
 
 
@@ -78,7 +79,7 @@ def test_a_write_that_really_fails_leaves_a_readable_file(tmp_path):
     script = """
 import resource, sys, warnings
 from pathlib import Path
-from clinometer.record.reader import RunFile
+from clinometer.record.read.reader import RunFile
 from tests.record.running import begun, statistics
 warnings.simplefilter("always")
 recorder = begun(Path(sys.argv[1]), tensors=64)
@@ -174,7 +175,7 @@ def test_network_file_systems_are_told_by_their_mount(tmp_path, mounts, expected
 
 
 def test_on_a_network_file_system_there_is_no_shared_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("clinometer.record.file.is_network", lambda folder: True)
+    monkeypatch.setattr("clinometer.record.write.writer_file.is_network", lambda folder: True)
     recorder = begun(tmp_path)
     run = RunFile.open(tmp_path)
     for step in range(1, 41):

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clinometer.messages import InputError
-from clinometer.record import cells, file
-from clinometer.record.reader import RunFile, find_runs
-from clinometer.record.recorder import Recorder
-from clinometer.record.schema import STATISTICS
+from clinometer.record.format import cells
+from clinometer.record.format.schema import STATISTICS
+from clinometer.record.read.reader import RunFile, find_runs
+from clinometer.record.write import writer_file
+from clinometer.record.write.recorder import Recorder
 from tests.record.running import begun, named, recorded, statistics
 from tests.record.synthetic import synthetic
 
@@ -293,8 +294,8 @@ def test_a_reader_follows_a_run_that_is_started_over(tmp_path):
 
 def test_reading_never_stops_the_writer_and_the_log_stays_short(tmp_path, monkeypatch):
     """Two readers at work all the time: their reads overlap, and the WAL begins again nevertheless."""
-    monkeypatch.setattr(file, "LONGEST_LOG", 1 << 20)
-    monkeypatch.setattr(file, "LOOK_EVERY", 16)
+    monkeypatch.setattr(writer_file, "LONGEST_LOG", 1 << 20)
+    monkeypatch.setattr(writer_file, "LOOK_EVERY", 16)
     recorder = begun(tmp_path, tensors=64)
     recorder._file.execute("PRAGMA wal_autocheckpoint = 50")
     recorder.step(0, 0, {"loss": 0.0}, statistics(0, 64))

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from clinometer.messages import InputError
-from clinometer.record import histograms
-from clinometer.record.reader import RunFile
-from clinometer.record.recorder import MOST_SCALARS, Recorder
+from clinometer.record.format import histogram_codec
+from clinometer.record.read.reader import RunFile
+from clinometer.record.write.recorder import MOST_SCALARS, Recorder
 from tests.record.running import RUN, begun, named, recorded, rows_of, statistics
 
 
@@ -163,7 +163,7 @@ def test_histograms_come_back_whatever_their_size(tmp_path):
             assert found["step"].tolist() == [16, 32]
             assert (found["counts"][0] == counts[tensor, place]).all()
             assert (found["counts"][1] == counts[tensor, place] << 40).all()
-    assert (histograms.decode(histograms.encode(counts)) == counts).all()
+    assert (histogram_codec.decode(histogram_codec.encode(counts)) == counts).all()
 
 
 def test_of_many_histograms_the_newest_are_all_kept_and_the_older_at_one_stride(tmp_path):
@@ -172,9 +172,9 @@ def test_of_many_histograms_the_newest_are_all_kept_and_the_older_at_one_stride(
     connection = recorder._file.connection
     for count in range(1, 400):
         connection.execute("INSERT INTO histograms VALUES (?, ?, x'')", (16 * count, count - 1))
-        histograms.thin(connection, count, most=40, newest=10)
+        histogram_codec.thin(connection, count, most=40, newest=10)
         kept = {ordinal for (ordinal,) in connection.execute("SELECT ordinal FROM histograms")}
-        stride = histograms.stride_of_older(count, 40, 10)
+        stride = histogram_codec.stride_of_older(count, 40, 10)
         assert kept == {i for i in range(count) if i >= count - 10 or i % stride == 0}
         assert len(kept) <= 40
     assert stride == 16
@@ -239,7 +239,7 @@ def test_a_second_writer_is_refused_and_the_first_goes_on(tmp_path):
     with pytest.raises(InputError, match="being recorded by another process"):
         Recorder(tmp_path, continue_from=0)
     script = (
-        "import sys; from clinometer.record.recorder import Recorder\n"
+        "import sys; from clinometer.record.write.recorder import Recorder\n"
         "from clinometer.messages import InputError\n"
         "try: Recorder(sys.argv[1], continue_from=0)\n"
         "except InputError as error: sys.exit(7 if error.key == 'record.in_use' else 8)"

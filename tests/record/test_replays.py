@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from clinometer.record.replays import KINDS, Replay, replayed_steps, weight_key
+from clinometer.record.replays.replays import KINDS, Replay, replayed_steps, weight_key
 
 SHAPES = {
     "matrix": (37, 23),
@@ -246,7 +246,7 @@ def test_an_earlier_replay_does_not_say_what_a_token_moved_and_half_a_file_is_no
 
 
 def test_the_reader_needs_no_torch():
-    code = "import sys, clinometer.record.replays; sys.exit('torch' in sys.modules)"
+    code = "import sys, clinometer.record.replays.replays; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clinometer.record.reader import RunFile
-from clinometer.record.recorder import Recorder
+from clinometer.record.read.reader import RunFile
+from clinometer.record.write.recorder import Recorder
 from tests.record.running import RUN, begun, named, recorded, rows_of, statistics
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from clinometer.messages import InputError
-from clinometer.record.sinks import TensorBoard, Tracker
+from clinometer.record.out.trackers import TensorBoard, Tracker
 from tests.record.running import RUN, named
 
 ALERT = {"id": 0, "cause": "dead", "severity": "warning", "step": 2, "until": None}
@@ -101,8 +101,8 @@ def test_what_cannot_be_a_sink_is_refused_in_words(tmp_path, monkeypatch):
 
 def test_the_sinks_need_no_torch(tmp_path):
     script = (
-        "import sys; from clinometer.record.sinks import TensorBoard; TensorBoard(sys.argv[1]).close()\n"
-        "import clinometer.record.recorder, clinometer.record.reader, clinometer.record.command\n"
+        "import sys; from clinometer.record import TensorBoard; TensorBoard(sys.argv[1]).close()\n"
+        "import clinometer.record.write.recorder, clinometer.record.read.reader, clinometer.commands.runs\n"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)

@@ -3,7 +3,7 @@
 import pytest
 from benchmarks.recording import questions, reading
 
-from clinometer.record.reader import RunFile
+from clinometer.record.read.reader import RunFile
 from tests.record.synthetic import synthetic
 
 

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from clinometer.record.process import is_alive, this_process
-from clinometer.record.reader import RunFile
-from clinometer.record.state import QUIET, state_of
+from clinometer.record.format.process import is_alive, this_process
+from clinometer.record.read.reader import RunFile
+from clinometer.record.read.run_state import QUIET, state_of
 from tests.record.running import begun, recorded
 
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import json
 import wandb, trackio, swanlab
-from clinometer.record.sinks import Tracker
+from clinometer.record.out.trackers import Tracker
 from tests.record.test_sinks import feed
 
 class Kept:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from clinometer.messages import InputError
-from clinometer.record import schema
-from clinometer.record.reader import RunFile
-from clinometer.record.recorder import Recorder
+from clinometer.record.format import schema
+from clinometer.record.read.reader import RunFile
+from clinometer.record.write.recorder import Recorder
 from tests.record.running import begun, recorded, rows_of, statistics
 from tests.record.test_damage import ASKED
 

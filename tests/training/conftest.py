@@ -11,7 +11,13 @@ import pytest
 
 from clinometer import cli
 from clinometer.messages import set_language
-from clinometer.training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainingConfig
+from clinometer.training.settings.config import (
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TrainingConfig,
+)
 
 SENTENCES = [
     "the quick brown fox jumps over the lazy dog",

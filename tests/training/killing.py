@@ -18,12 +18,13 @@ from pathlib import Path
 
 import torch
 
-from clinometer.record.reader import RunFile
+from clinometer.record.read.reader import RunFile
 from clinometer.text.shards import TokenData
-from clinometer.training import checkpoint, prepare
-from clinometer.training.loop import Outcome, train
-from clinometer.training.recording import open_record
-from clinometer.training.run_folder import RunFolder
+from clinometer.training.checkpoints import checkpoint
+from clinometer.training.run import prepare
+from clinometer.training.run.loop import Outcome, train
+from clinometer.training.run.recording import open_record
+from clinometer.training.run.run_folder import RunFolder
 from tests.training.conftest import SENTENCES, Silent, small_config
 from tests.training.ranks import OPTIMIZERS
 from tests.training.test_checkpoint import trained

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from clinometer.messages import InputError
-from clinometer.record.reader import RunFile
-from clinometer.training import checkpoint, prepare
-from clinometer.training.loop import Outcome, train
-from clinometer.training.recording import open_record
-from clinometer.training.run_folder import RunFolder
+from clinometer.record.read.reader import RunFile
+from clinometer.training.checkpoints import checkpoint
+from clinometer.training.run import prepare
+from clinometer.training.run.loop import Outcome, train
+from clinometer.training.run.recording import open_record
+from clinometer.training.run.run_folder import RunFolder
 from tests.training.conftest import SENTENCES, Silent, small_config
 from tests.training.test_loop import assert_same_run, run_whole
 
@@ -144,7 +145,7 @@ def a_read_only_folder(folder: Path) -> None:
             call()
         assert error.value.key == key
     # What only reads works.
-    from clinometer.training.trained import load_run
+    from clinometer.training.run.load_run import load_run
 
     assert load_run(place / "run").step > 0
     assert sorted(p.name for p in (place / "run").rglob("*")) == before

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
+from clinometer.distributed.launch import launched
 from clinometer.optim.choice import make_optimizers
-from clinometer.training import prepare
-from clinometer.training.config import OptimConfig, RunConfig
-from clinometer.training.launch import launched
-from clinometer.training.loop import Outcome, train
-from clinometer.training.parallel import World
-from clinometer.training.prepare import Session
+from clinometer.training.ranks.world import World
+from clinometer.training.run import prepare
+from clinometer.training.run.loop import Outcome, train
+from clinometer.training.run.prepare import Session
+from clinometer.training.settings.config import OptimConfig, RunConfig
 from tests.training.conftest import Silent, small_config
 
 OPTIMIZERS = {

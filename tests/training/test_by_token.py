@@ -8,12 +8,14 @@ from safetensors.torch import load_file
 
 from clinometer.lm import functional
 from clinometer.lm.model import TransformerLM
-from clinometer.record.replays import Replay
-from clinometer.training import by_token, checkpoint, prepare
-from clinometer.training.precision import choose
-from clinometer.training.replay import replay_step
-from clinometer.training.replay_folder import find_replay
-from clinometer.training.run_folder import RunFolder
+from clinometer.record.replays.replays import Replay
+from clinometer.training.checkpoints import checkpoint
+from clinometer.training.replay import by_token
+from clinometer.training.replay.replay import replay_step
+from clinometer.training.replay.replay_folder import find_replay
+from clinometer.training.run import prepare
+from clinometer.training.run.run_folder import RunFolder
+from clinometer.training.settings.precision import choose
 from tests.training.conftest import Silent, small_config
 from tests.training.test_replay import trained, unheard
 

@@ -13,8 +13,8 @@ from clinometer.lm.config import TransformerConfig
 from clinometer.lm.model import TransformerLM
 from clinometer.messages import InputError
 from clinometer.optim.choice import make_optimizers
-from clinometer.training import checkpoint
-from clinometer.training.random_state import random_state, restore_random_state
+from clinometer.training.checkpoints import checkpoint
+from clinometer.training.checkpoints.generator_state import random_state, restore_random_state
 
 CONFIG = TransformerConfig(vocab_size=11, context_length=8, d_model=8, num_layers=1, num_heads=2, d_ff=12)
 

@@ -12,9 +12,9 @@ import urllib.request
 import pytest
 import torch
 
-from clinometer.training import checkpoint
-from clinometer.training.precision import choose_device
-from clinometer.training.run_folder import RunFolder
+from clinometer.training.checkpoints import checkpoint
+from clinometer.training.run.run_folder import RunFolder
+from clinometer.training.settings.precision import choose_device
 from tests.training.conftest import SMALL, assert_refused, small
 
 # Wrong use

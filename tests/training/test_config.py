@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clinometer.messages import InputError, sentences
-from clinometer.training.config import (
+from clinometer.training.settings.config import (
     SECTIONS,
     DataConfig,
     ModelConfig,
@@ -18,7 +18,7 @@ from clinometer.training.config import (
     config_from,
     differences,
 )
-from clinometer.training.settings_file import read_toml
+from clinometer.training.settings.settings_file import read_toml
 
 
 def written(tmp_path, text):

@@ -8,7 +8,7 @@ from functools import cache
 
 import pytest
 
-from clinometer.training.run_folder import Lines, RunFolder
+from clinometer.training.run.run_folder import Lines, RunFolder
 from tests.training.conftest import SMALL, assert_refused
 
 

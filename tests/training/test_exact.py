@@ -14,10 +14,10 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from clinometer.training import prepare
-from clinometer.training.config import OptimConfig, ScheduleConfig
-from clinometer.training.loop import Outcome, train
-from clinometer.training.recording import open_record
+from clinometer.training.run import prepare
+from clinometer.training.run.loop import Outcome, train
+from clinometer.training.run.recording import open_record
+from clinometer.training.settings.config import OptimConfig, ScheduleConfig
 from tests.training.conftest import SENTENCES, Silent, small_config
 from tests.training.test_loop import assert_same_run, stopped_after
 from tests.training.test_recording import contents

@@ -10,11 +10,12 @@ import time
 
 import pytest
 
-from clinometer.record.replays import Replay, replayed_steps
-from clinometer.training import explain, prepare
-from clinometer.training.explain import explain_command
-from clinometer.training.loop import Outcome, train
-from clinometer.training.run_folder import RunFolder
+from clinometer.commands import explain
+from clinometer.commands.explain import explain_command
+from clinometer.record.replays.replays import Replay, replayed_steps
+from clinometer.training.run import prepare
+from clinometer.training.run.loop import Outcome, train
+from clinometer.training.run.run_folder import RunFolder
 from tests.training.conftest import Silent, assert_refused, small_config
 
 NAME = "layers.0.attn.q_proj.weight"
@@ -185,7 +186,8 @@ def test_a_signal_stops_it_and_leaves_nothing(run, tmp_path, number, code):
     slow = tmp_path / "slow.py"
     slow.write_text(
         "import sys, time\n"
-        "from clinometer.training import loop, replay\n"
+        "from clinometer.training.run import loop\n"
+        "from clinometer.training.replay import replay\n"
         "take = loop.take_step\n"
         "replay.take_step = lambda *a, **k: (time.sleep(0.3), take(*a, **k))[1]\n"
         "from clinometer import cli\n"
@@ -214,7 +216,7 @@ def test_a_kill_while_writing_leaves_no_half_step(call, run, tmp_path):
     killed = tmp_path / "killed.py"
     killed.write_text(
         "import os, signal, sys\n"
-        "from clinometer.training import replay_folder\n"
+        "from clinometer.training.replay import replay_folder\n"
         "replay_folder.sync_folder = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
         "from clinometer import cli\n"
         f"sys.argv = ['clinometer', 'explain', {str(run)!r}, '--step', '20']\n"

@@ -10,11 +10,11 @@ import threading
 import pytest
 
 from clinometer.messages import InputError
-from clinometer.training import prepare
-from clinometer.training.config import DataConfig, OptimConfig, TrainingConfig
-from clinometer.training.display import printable
-from clinometer.training.loop import Outcome, train
-from clinometer.training.run_folder import Lines, RunFolder
+from clinometer.training.run import prepare
+from clinometer.training.run.display import printable
+from clinometer.training.run.loop import Outcome, train
+from clinometer.training.run.run_folder import Lines, RunFolder
+from clinometer.training.settings.config import DataConfig, OptimConfig, TrainingConfig
 from tests.training.conftest import SMALL, Silent, assert_refused, small, small_config
 
 
@@ -208,7 +208,7 @@ def test_a_folder_with_gpt2s_two_files_is_a_tokenizer(call, corpus, tmp_path):
 def test_a_clock_that_jumps_changes_no_step_no_row_and_no_name(config, tmp_path, monkeypatch, jump):
     import time
 
-    from clinometer.record.reader import RunFile
+    from clinometer.record.read.reader import RunFile
     from tests.training.test_exact import assert_equal, go, recorded
     from tests.training.test_loop import assert_same_run, stopped_after
 
@@ -243,7 +243,7 @@ def test_a_clock_that_jumps_changes_no_step_no_row_and_no_name(config, tmp_path,
 def test_sigterm_during_a_checkpoint_leaves_whole_ones(corpus, tmp_path, monkeypatch, signals, beside):
     import signal
 
-    from clinometer.training import checkpoint
+    from clinometer.training.checkpoints import checkpoint
     from tests.training.test_loop import assert_same_run, run_whole
 
     config = small_config(corpus, async_checkpoints=beside)
@@ -303,7 +303,7 @@ def test_a_checkpoint_being_written_is_not_swept_away_by_the_removal_of_older_on
     """The thread writes step 4 slowly while step 3 is told, and older ones are removed."""
     import time
 
-    from clinometer.training import checkpoint
+    from clinometer.training.checkpoints import checkpoint
 
     config = small_config(corpus, steps=6, checkpoint_every=1, keep=1, async_checkpoints=True, eval_every=6)
     session = prepare.start(config, tmp_path / "run", Silent())

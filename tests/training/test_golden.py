@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from clinometer.training import prepare
-from clinometer.training.config import OptimConfig
-from clinometer.training.loop import Outcome, train
+from clinometer.training.run import prepare
+from clinometer.training.run.loop import Outcome, train
+from clinometer.training.settings.config import OptimConfig
 from tests.training.conftest import Silent, small_config
 
 GOLDEN = {

@@ -1,6 +1,6 @@
 """Who is silent, behind or stuck is named, and nobody else."""
 
-from clinometer.training.heartbeat import GIVE_UP, Beat, Judge
+from clinometer.distributed.heartbeat import GIVE_UP, Beat, Judge
 
 PATIENCE = 10.0
 

@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 
 from clinometer.lm.functional import cross_entropy, transformer_lm
 from clinometer.messages import InputError
-from clinometer.training import checkpoint, loop, prepare
-from clinometer.training.config import OptimConfig, RunConfig, ScheduleConfig
-from clinometer.training.loop import Outcome, train
-from clinometer.training.run_folder import RunFolder
+from clinometer.training.checkpoints import checkpoint
+from clinometer.training.run import loop, prepare
+from clinometer.training.run.loop import Outcome, train
+from clinometer.training.run.run_folder import RunFolder
+from clinometer.training.settings.config import OptimConfig, RunConfig, ScheduleConfig
 from tests.training.conftest import Silent, small_config
 
 

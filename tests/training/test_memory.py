@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clinometer.training import memory
-from clinometer.training.memory import is_out_of_memory, too_little_memory
+from clinometer.training.run import out_of_memory
+from clinometer.training.run.out_of_memory import is_out_of_memory, too_little_memory
 from tests.training.conftest import SMALL
 
 GIB = 1 << 30
@@ -16,7 +16,7 @@ FAILED = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to 
 
 
 def told(monkeypatch, config, *, limit, taken, parameters, error=FAILED):
-    monkeypatch.setattr(memory, "_limit_and_taken", lambda device: (limit, taken))
+    monkeypatch.setattr(out_of_memory, "_limit_and_taken", lambda device: (limit, taken))
     return too_little_memory(error, config, parameters, "cpu")
 
 
@@ -48,7 +48,7 @@ def test_a_model_larger_than_the_memory_is_told_apart(config, monkeypatch):
     ("error", "expected"),
     [
         (MemoryError("Unable to allocate 7.45 GiB for an array"), True),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), True),
+        (torch.OutOfMemoryError("CUDA out of out_of_memory. Tried to allocate 20.00 MiB."), True),
         (FAILED, True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (ValueError("out of memory"), False),
@@ -62,20 +62,20 @@ def test_what_is_want_of_memory_and_what_is_not(error, expected):
     ("text", "size"),
     [
         (str(FAILED), 8 * GIB),
-        ("CUDA out of memory. Tried to allocate 20.50 MiB. GPU 0 has", int(20.5 * (1 << 20))),
+        ("CUDA out of out_of_memory. Tried to allocate 20.50 MiB. GPU 0 has", int(20.5 * (1 << 20))),
         ("Unable to allocate 2.00 GiB for an array with shape (1,)", 2 * GIB),
         ("no memory", 0),
     ],
 )
 def test_how_much_was_asked_for_is_read_from_the_error(text, size):
-    assert memory._asked(RuntimeError(text)) == size
+    assert out_of_memory._asked(RuntimeError(text)) == size
 
 
 def test_a_step_that_really_does_not_fit_says_what_does(corpus):
     """Under a limit on the address space, as `ulimit -v` sets it."""
     code = (
         "import resource, sys, torch\n"
-        "import clinometer.training.command, clinometer.cli\n"
+        "import clinometer.commands.train, clinometer.cli\n"
         "taken = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
         "resource.setrlimit(resource.RLIMIT_AS, (taken + (1 << 30),) * 2)\n"
         "sys.argv = ['clinometer', *sys.argv[1:]]\n"

@@ -9,11 +9,12 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from clinometer.messages import InputError
-from clinometer.training import checkpoint, prepare
-from clinometer.training.finite import first_spoilt, not_finite
-from clinometer.training.loop import Outcome, train
-from clinometer.training.parallel import World
-from clinometer.training.recording import open_record
+from clinometer.training.checkpoints import checkpoint
+from clinometer.training.ranks.world import World
+from clinometer.training.run import prepare
+from clinometer.training.run.finite_checks import first_spoilt, not_finite
+from clinometer.training.run.loop import Outcome, train
+from clinometer.training.run.recording import open_record
 from tests.training.conftest import Silent, small_config
 from tests.training.ranks import OPTIMIZERS
 from tests.training.test_loop import assert_same_run, final_bits, run_whole

@@ -14,12 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clinometer.text import sampler
-from clinometer.training import checkpoint, prepare
-from clinometer.training.checkpoint import checkpoints
-from clinometer.training.loop import Outcome, train
-from clinometer.training.parts import rows_of
-from clinometer.training.run_folder import RunFolder
-from clinometer.training.trained import load_run
+from clinometer.training.checkpoints import checkpoint
+from clinometer.training.checkpoints.checkpoint import checkpoints
+from clinometer.training.checkpoints.checkpoint_parts import rows_of
+from clinometer.training.run import prepare
+from clinometer.training.run.load_run import load_run
+from clinometer.training.run.loop import Outcome, train
+from clinometer.training.run.run_folder import RunFolder
 from tests.training.conftest import SENTENCES, Silent
 from tests.training.ranks import OPTIMIZERS, configured, ranks_of, resumed, whole_run
 

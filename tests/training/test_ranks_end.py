@@ -10,10 +10,10 @@ import time
 
 import pytest
 
+from clinometer.distributed.launch import Board, Launch, launched
 from clinometer.messages import InputError
-from clinometer.training.checkpoint import checkpoints, load_checkpoint
-from clinometer.training.launch import Board, Launch, launched
-from clinometer.training.run_folder import RunFolder
+from clinometer.training.checkpoints.checkpoint import checkpoints, load_checkpoint
+from clinometer.training.run.run_folder import RunFolder
 from tests.training.conftest import SENTENCES, assert_refused, small
 from tests.training.ranks import ranks_of
 
@@ -132,10 +132,12 @@ def test_a_first_machine_that_does_not_answer_is_named_in_a_sentence_when_its_ti
 SHORT = """
 import pathlib, sys
 from rich.console import Console
-from clinometer.training import command, config, parallel
-parallel.OPENING_SECONDS = 1
+from clinometer.commands import train
+from clinometer.training.settings import config
+from clinometer.training.ranks import world
+world.OPENING_SECONDS = 1
 given = config.config_from({"data": {"corpus": "corpus.txt"}})
-sys.exit(command.train_command(Console(), given, pathlib.Path("run"), False))
+sys.exit(train.train_command(Console(), given, pathlib.Path("run"), False))
 """
 
 

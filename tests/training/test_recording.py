@@ -10,14 +10,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from clinometer.record.reader import RunFile
-from clinometer.training import prepare
-from clinometer.training.config import OptimConfig
-from clinometer.training.loop import Outcome, train
-from clinometer.training.recording import open_record
-from clinometer.training.replay import replay_step
-from clinometer.training.replayed import replayed_weight
-from clinometer.training.run_folder import RunFolder
+from clinometer.record.read.reader import RunFile
+from clinometer.training.replay.replay import replay_step
+from clinometer.training.replay.replayed_weight import replayed_weight
+from clinometer.training.run import prepare
+from clinometer.training.run.loop import Outcome, train
+from clinometer.training.run.recording import open_record
+from clinometer.training.run.run_folder import RunFolder
+from clinometer.training.settings.config import OptimConfig
 from tests.training.conftest import Silent, small_config
 from tests.training.test_loop import final_bits, spoil_at, stopped_after
 

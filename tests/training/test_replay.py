@@ -10,13 +10,15 @@ import torch
 from safetensors.torch import load_file
 
 from clinometer.messages import InputError
-from clinometer.record.replays import Replay, replay_places, replayed_steps
-from clinometer.training import by_token, checkpoint, loop, prepare, replay
-from clinometer.training.config import OptimConfig
-from clinometer.training.loop import Outcome, train
-from clinometer.training.replay import replay_step
-from clinometer.training.replayed import explain_weight, replayed_weight
-from clinometer.training.run_folder import RunFolder
+from clinometer.record.replays.replays import Replay, replay_places, replayed_steps
+from clinometer.training.checkpoints import checkpoint
+from clinometer.training.replay import by_token, replay
+from clinometer.training.replay.replay import replay_step
+from clinometer.training.replay.replayed_weight import explain_weight, replayed_weight
+from clinometer.training.run import loop, prepare
+from clinometer.training.run.loop import Outcome, train
+from clinometer.training.run.run_folder import RunFolder
+from clinometer.training.settings.config import OptimConfig
 from tests.training.conftest import Silent, small_config
 
 WATCHED = {
@@ -249,7 +251,7 @@ def rows_of(path):
 
 def test_an_imported_run_replays_from_its_first_checkpoint(corpus, tmp_path):
     from clinometer.lm.export import export_llama
-    from clinometer.training.trained import import_run, load_run
+    from clinometer.training.run.load_run import import_run, load_run
 
     first = load_run(trained(small_config(corpus, steps=2), tmp_path / "first"), "last")
     export_llama(
@@ -445,7 +447,7 @@ def test_a_read_only_run_folder_is_replayed(config, tmp_path):
 
 @pytest.mark.parametrize("at", ["replay", "write"])
 def test_an_interrupted_replay_leaves_nothing(config, tmp_path, monkeypatch, at):
-    from clinometer.training import replay_folder
+    from clinometer.training.replay import replay_folder
 
     run = trained(config, tmp_path / "run")
 
@@ -462,7 +464,7 @@ def test_an_interrupted_replay_leaves_nothing(config, tmp_path, monkeypatch, at)
 
 
 def test_a_full_disk_is_said_and_leaves_nothing(config, tmp_path, monkeypatch):
-    from clinometer.training import replay_folder
+    from clinometer.training.replay import replay_folder
 
     run = trained(config, tmp_path / "run")
 

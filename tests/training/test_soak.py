@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from clinometer.training import checkpoint
-from clinometer.training.launch import OPENING_SECONDS
-from clinometer.training.run_folder import RunFolder
+from clinometer.distributed.launch import OPENING_SECONDS
+from clinometer.training.checkpoints import checkpoint
+from clinometer.training.run.run_folder import RunFolder
 from tests.training.conftest import small
 
 STEPS = 40

@@ -1,7 +1,7 @@
 from clinometer.text.corpus import END_OF_TEXT, open_corpus
 from clinometer.text.tokenizer import train_bpe
-from clinometer.training import tokens
-from clinometer.training.config import DataConfig, RunConfig
+from clinometer.training.run import run_tokens
+from clinometer.training.settings.config import DataConfig, RunConfig
 
 
 class Seen:
@@ -22,7 +22,7 @@ def test_one_long_document_is_never_whole_in_memory(tmp_path):
     file.write_text(text)
     config = RunConfig(data=DataConfig(corpus=str(file)))
     seen = Seen()
-    pieces = list(tokens._training_text(config, open_corpus(file), seen))
+    pieces = list(run_tokens._training_text(config, open_corpus(file), seen))
     assert seen.told[-1] == (len(text), len(text)), "the bar fills"
     assert seen.told == sorted(seen.told)
     cut = int(len(text) * (1 - config.data.validation_fraction))
@@ -31,11 +31,11 @@ def test_one_long_document_is_never_whole_in_memory(tmp_path):
 
 
 def test_the_tokenizer_is_trained_on_a_limited_beginning(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokens, "TOKENIZER_CHARACTERS", 1000)
+    monkeypatch.setattr(run_tokens, "TOKENIZER_CHARACTERS", 1000)
     file = tmp_path / "long.txt"
     file.write_text(f"one{END_OF_TEXT}" * 50 + "two " * 1000)
     config = RunConfig(data=DataConfig(corpus=str(file)))
-    assert sum(map(len, tokens._training_text(config, open_corpus(file), Seen()))) <= 1000
+    assert sum(map(len, run_tokens._training_text(config, open_corpus(file), Seen()))) <= 1000
 
 
 def test_pieces_give_the_tokenizer_of_the_whole_document(tmp_path):
@@ -44,5 +44,5 @@ def test_pieces_give_the_tokenizer_of_the_whole_document(tmp_path):
     file.write_text(text, encoding="utf-8")
     config = RunConfig(data=DataConfig(corpus=str(file)))
     cut = int(len(text) * (1 - config.data.validation_fraction))
-    pieces = tokens._training_text(config, open_corpus(file), Seen())
+    pieces = run_tokens._training_text(config, open_corpus(file), Seen())
     assert train_bpe(pieces, 600, progress=False).hash == train_bpe([text[:cut]], 600, progress=False).hash

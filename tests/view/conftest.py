@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
-from clinometer.record.reader import RunFile
-from clinometer.record.recorder import Recorder
-from clinometer.record.schema import STATISTICS
-from clinometer.view.server import make_app
+from clinometer.record.format.schema import STATISTICS
+from clinometer.record.read.reader import RunFile
+from clinometer.record.write.recorder import Recorder
+from clinometer.view.http.server import make_app
 from tests.record.synthetic import synthetic
 
 BASE = "http://127.0.0.1:8713"
@@ -80,8 +80,8 @@ def record(folder: Path, tensors: list[str], steps: int = 20, **info) -> Path:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Path:
     """A run of twenty steps that our trainer made, with a run file beside it: it can be replayed."""
-    from clinometer.training import prepare
-    from clinometer.training.loop import train
+    from clinometer.training.run import prepare
+    from clinometer.training.run.loop import train
     from tests.training.conftest import SENTENCES, Silent, small_config
 
     root = tmp_path_factory.mktemp("trained")

@@ -8,8 +8,8 @@ import pytest
 from starlette.routing import Route
 
 from clinometer.messages import sentences
-from clinometer.view.openapi import description
-from clinometer.view.server import make_app
+from clinometer.view.http.openapi import description
+from clinometer.view.http.server import make_app
 from tests.view.conftest import NAME, OWN, open_client, record
 
 
@@ -95,7 +95,7 @@ def test_events_come_newest_first_and_bounded(client, identity):
 
 
 def test_reports_speak_the_language_that_was_asked_for(tmp_path):
-    from clinometer.record.recorder import Recorder
+    from clinometer.record.write.recorder import Recorder
 
     folder = record(tmp_path / "r", ["w"])
     recorder = Recorder(folder, continue_from=20)
@@ -152,7 +152,7 @@ def test_bad_values_get_a_sentence_in_both_languages(client, identity, path, key
 
 
 def test_answers_are_revalidated_and_change_with_the_run(tmp_path):
-    from clinometer.record.recorder import Recorder
+    from clinometer.record.write.recorder import Recorder
 
     folder = record(tmp_path / "r", ["w"])
     with open_client(tmp_path) as client:

@@ -10,9 +10,9 @@ import pytest
 
 import clinometer.view
 from clinometer.messages import sentences
-from clinometer.record.reader import RunFile
-from clinometer.record.recorder import Recorder
-from clinometer.record.schema import STATISTICS
+from clinometer.record.format.schema import STATISTICS
+from clinometer.record.read.reader import RunFile
+from clinometer.record.write.recorder import Recorder
 from clinometer.view import figures
 from clinometer.view.figures import colours
 from clinometer.view.figures.gradient_map import read_map

@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 
-from clinometer.record.recorder import Recorder
-from clinometer.record.schema import STATISTICS
+from clinometer.record.format.schema import STATISTICS
+from clinometer.record.write.recorder import Recorder
 from clinometer.view.errors import ApiError
 from clinometer.view.library import Library
 from tests.view.conftest import open_client, record

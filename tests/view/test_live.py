@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from clinometer.messages import InputError
-from clinometer.record.reader import RunFile
-from clinometer.record.recorder import Recorder
+from clinometer.record.read.reader import RunFile
+from clinometer.record.write.recorder import Recorder
 from clinometer.view.errors import ApiError
+from clinometer.view.http.safety import hosts_for
+from clinometer.view.http.server import _listen, serve
 from clinometer.view.live import LISTENERS, Live
-from clinometer.view.safety import hosts_for
-from clinometer.view.server import _listen, serve
 from tests.view.conftest import record
 
 PATIENCE = 60.0
@@ -108,7 +108,7 @@ def server(tmp_path):
     identity = found.id
     found.close()
     code = (
-        "import sys; from pathlib import Path; from clinometer.view.server import serve;"
+        "import sys; from pathlib import Path; from clinometer.view.http.server import serve;"
         "serve(Path(sys.argv[1]), port=0, open_browser=False, announce=lambda a: print(a, flush=True))"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -193,7 +193,7 @@ def test_an_address_that_cannot_be_served_is_refused(tmp_path, host, port, token
 
 
 def test_a_server_for_other_machines_tells_both_its_addresses_with_the_token(tmp_path, monkeypatch):
-    monkeypatch.setattr("clinometer.view.server._Server.run", lambda self, sockets: None)
+    monkeypatch.setattr("clinometer.view.http.server._Server.run", lambda self, sockets: None)
     told = []
     serve(tmp_path, "0.0.0.0", 0, token="a b&c", open_browser=False, announce=told.append, path="/?run=1")
     assert len(told) == 2

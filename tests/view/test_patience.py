@@ -10,16 +10,16 @@ import time
 import pytest
 import uvicorn
 
-from clinometer.view import patience
-from clinometer.view.server import make_app, settings
+from clinometer.view.http import timeouts
+from clinometer.view.http.server import make_app, settings
 from tests.view.conftest import record
 
 
 @pytest.fixture
 def port(tmp_path, monkeypatch):
     """The server as `clinometer view` runs it, with timeouts of a test's length; gives its port."""
-    monkeypatch.setattr(patience, "REQUEST_SECONDS", 1.0)
-    monkeypatch.setattr(patience, "READER_SECONDS", 1.0)
+    monkeypatch.setattr(timeouts, "REQUEST_SECONDS", 1.0)
+    monkeypatch.setattr(timeouts, "READER_SECONDS", 1.0)
     record(tmp_path / "r", [f"layers.{i}.w" for i in range(2000)])
     listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
     server = uvicorn.Server(settings(make_app(tmp_path, language="en")))
@@ -109,7 +109,7 @@ def test_a_connection_kept_open_between_requests_stays(port):
 
 
 def test_a_thousand_silent_connections_keep_nobody_from_being_answered(port, monkeypatch):
-    monkeypatch.setattr(patience, "REQUEST_SECONDS", 600.0)  # it is the number that sends them away
+    monkeypatch.setattr(timeouts, "REQUEST_SECONDS", 600.0)  # it is the number that sends them away
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = 2600
     if hard != resource.RLIM_INFINITY and hard < needed:
@@ -124,7 +124,7 @@ def test_a_thousand_silent_connections_keep_nobody_from_being_answered(port, mon
             if i % 100 == 99:
                 assert ask(port) == 200, i
         assert ask(port) == 200
-        still = sum(not closed(client, 0.001) for client in clients[-patience.MOST_WAITING // 2 :])
+        still = sum(not closed(client, 0.001) for client in clients[-timeouts.MOST_WAITING // 2 :])
         assert still > 0  # those who came last have their time
     finally:
         for client in clients:

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from clinometer.record.replays import Replay
+from clinometer.record.replays.replays import Replay
 from clinometer.view.errors import ApiError
-from clinometer.view.replaying import Replays
+from clinometer.view.jobs import Replays
 from tests.view.conftest import OWN, open_client
 
 TENSOR = "layers.0.attn.q_proj.weight"
@@ -118,7 +118,7 @@ def test_a_cancelled_worker_is_asked_to_stop(worker, tmp_path):
 
 
 def test_a_deaf_worker_is_ended(worker, tmp_path, monkeypatch):
-    monkeypatch.setattr("clinometer.view.replaying.GRACE_SECONDS", 0.2)
+    monkeypatch.setattr("clinometer.view.jobs.GRACE_SECONDS", 0.2)
     replays = worker(sleeps=60, deaf="1")
     job, _ = replays.start("r", tmp_path, 7, None, None, "en")
     wait(lambda: (tmp_path / "called").exists(), (True,))
@@ -324,8 +324,8 @@ def test_the_page_never_imports_torch(runs):
     import subprocess
 
     code = (
-        "import sys; from pathlib import Path; from clinometer.view.server import make_app;"
-        "import clinometer.view.command, clinometer.view.report;"
+        "import sys; from pathlib import Path; from clinometer.view.http.server import make_app;"
+        "import clinometer.commands.view, clinometer.view.report;"
         f"make_app(Path({str(runs)!r})); sys.exit('torch' in sys.modules)"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -8,10 +8,10 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
+from clinometer.commands.view import report_command, view_command
 from clinometer.messages import InputError, set_language
-from clinometer.record.reader import RunFile
-from clinometer.record.recorder import Recorder
-from clinometer.view.command import report_command, view_command
+from clinometer.record.read.reader import RunFile
+from clinometer.record.write.recorder import Recorder
 from clinometer.view.report import _in_script, _safe_script, report, write_report
 from tests.view.conftest import EVIL, record
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from clinometer.view.safety import HEADERS, POLICY, hosts_for, is_loopback
-from clinometer.view.server import make_app
+from clinometer.view.http.safety import HEADERS, POLICY, hosts_for, is_loopback
+from clinometer.view.http.server import make_app
 from tests.view.conftest import BASE, EVIL, OWN, open_client, record
 
 TOKEN = "a-secret-token"
@@ -111,7 +111,7 @@ def test_the_token_moves_from_the_url_to_a_cookie_no_script_reads(runs):
     ],
 )
 def test_another_sites_page_can_start_and_cancel_nothing(client, identity, headers, monkeypatch):
-    monkeypatch.setattr("clinometer.view.replaying.Replays.start", forbidden)
+    monkeypatch.setattr("clinometer.view.jobs.Replays.start", forbidden)
     path = f"/api/runs/{identity}/replay"
     assert client.post(path, json={"step": 1}, headers=headers).status_code == 403
     assert client.delete("/api/jobs/0", headers=headers).status_code == 403
@@ -251,7 +251,7 @@ def test_bodies_and_urls_have_their_limits(client, identity):
     ],
 )
 def test_a_replay_of_nonsense_is_refused_before_it_starts(client, identity, body, monkeypatch):
-    monkeypatch.setattr("clinometer.view.replaying.Replays.start", forbidden)
+    monkeypatch.setattr("clinometer.view.jobs.Replays.start", forbidden)
     answer = client.post(f"/api/runs/{identity}/replay", json=body, headers=OWN)
     assert 400 <= answer.status_code < 500, answer.text
     assert answer.json()["error"]["text"]
@@ -276,7 +276,7 @@ def contents(root: Path) -> dict[str, bytes]:
 
 
 def test_without_a_page_of_ours_a_failure_still_has_the_headers(runs, monkeypatch):
-    monkeypatch.setattr("clinometer.view.api_runs.strip", forbidden)
+    monkeypatch.setattr("clinometer.view.http.api_runs.strip", forbidden)
     with TestClient(make_app(runs), base_url=BASE, raise_server_exceptions=False) as client:
         identity = client.get("/api/runs").json()["runs"][0]["id"]
         answer = client.get(f"/api/runs/{identity}/strip")

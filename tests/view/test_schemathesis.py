@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 
 from clinometer.messages import sentences
-from clinometer.view import api_figures
-from clinometer.view.openapi import description
-from clinometer.view.safety import HEADERS
+from clinometer.view.http import api_figures
+from clinometer.view.http.openapi import description
+from clinometer.view.http.safety import HEADERS
 from tests.view.conftest import BASE, NAME, open_client
 
 SENT = ("method", "url", "params", "json", "data", "headers", "cookies")

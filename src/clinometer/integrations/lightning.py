@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from clinometer.integrations.optional import MissingPackage, need
+from clinometer.integrations.optional_packages import MissingPackage, need
 from clinometer.integrations.trainers import Watching
 
 

@@ -14,12 +14,12 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from clinometer.distributed.shards import rank
 from clinometer.messages import InputError, say
-from clinometer.monitoring import watcher
-from clinometer.monitoring.alerts import render
-from clinometer.monitoring.watcher import Sink, Watch
-from clinometer.record.recorder import Recorder
-from clinometer.sharding import rank
+from clinometer.monitoring.alerts.alerts import render
+from clinometer.monitoring.watch import Sink, Watch
+from clinometer.monitoring.watch import watch as watch_into
+from clinometer.record.write.recorder import Recorder
 
 Target = str | PathLike[str] | Sink
 
@@ -36,7 +36,7 @@ def watch(
     """Record every tensor of `model` at every step of `optimizer`, and say so when something goes wrong.
 
     `model`: a module, or a mapping of names to tensors. `optimizer`: one, or several that share the model.
-    `to`: a folder for a new run, a sink (`clinometer.record.sinks` has TensorBoard and W&B-shaped ones), or
+    `to`: a folder for a new run, a sink (`clinometer.record` has TensorBoard and W&B-shaped ones), or
     several; None makes `runs/SCRIPT-N`. To go on with a run, give `Recorder(folder, continue_from=step)`.
     `every`: measure each that many steps. `name` and `config`: what should stand in the
     run's description.
@@ -57,7 +57,7 @@ def watch(
     folders = [sink.folder for sink in sinks if isinstance(sink, Recorder)]
     name = name or (folders[0].name if folders else None)
     try:
-        one = watcher.watch(model, optimizer, sinks, every, name=name, config=config)
+        one = watch_into(model, optimizer, sinks, every, name=name, config=config)
     except BaseException:
         for sink in sinks:
             if isinstance(sink, Recorder):

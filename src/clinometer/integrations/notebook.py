@@ -14,13 +14,13 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clinometer.integrations.optional import need
+from clinometer.integrations.optional_packages import need
 from clinometer.messages import InputError, say
-from clinometer.monitoring.alerts import render
-from clinometer.monitoring.watcher import Watch
-from clinometer.record.reader import RunFile
-from clinometer.record.recorder import Recorder
-from clinometer.record.schema import STATISTICS
+from clinometer.monitoring.alerts.alerts import render
+from clinometer.monitoring.watch import Watch
+from clinometer.record.format.schema import STATISTICS
+from clinometer.record.read.reader import RunFile
+from clinometer.record.write.recorder import Recorder
 
 if TYPE_CHECKING:
     import traitlets

@@ -7,10 +7,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from clinometer.distributed.shards import rank
 from clinometer.integrations.loops import Target, watch
-from clinometer.monitoring.watcher import Sink, Watch
-from clinometer.record.recorder import Recorder
-from clinometer.sharding import rank
+from clinometer.monitoring.watch import Sink, Watch
+from clinometer.record.write.recorder import Recorder
 
 
 class Watching:

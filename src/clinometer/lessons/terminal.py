@@ -11,8 +11,8 @@ from rich.rule import Rule
 from rich.syntax import Syntax
 from rich.text import Text
 
+from clinometer.lessons.page_session import Session
 from clinometer.lessons.pages import Code, Lesson, pieces
-from clinometer.lessons.running import Session
 from clinometer.messages import say
 
 COMMENT = re.compile(r"<!--.*?-->", re.S)

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from clinometer.foreign import parse_json
+from clinometer.foreign_files import parse_json
 from clinometer.lm import llama
 from clinometer.lm.config import RMS_NORM_EPS, TransformerConfig
 from clinometer.lm.functional import check_weights

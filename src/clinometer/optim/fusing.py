@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from clinometer.distributed.shards import is_sharded, local
 from clinometer.messages import InputError
-from clinometer.sharding import is_sharded, local
 
 _DEVICES = ("cpu", "cuda")
 _SMALL = 16384

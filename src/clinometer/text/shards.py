@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from clinometer.foreign import parse_json
+from clinometer.foreign_files import parse_json
 from clinometer.messages import InputError
 
 FORMAT = 2

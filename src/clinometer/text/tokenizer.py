@@ -18,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clinometer.foreign import parse_json
+from clinometer.foreign_files import parse_json
 from clinometer.messages import InputError
 from clinometer.text.corpus import END_OF_TEXT
 from clinometer.text.cutting import last_safe_cut, safe_pieces

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from clinometer.messages import InputError
-from clinometer.record.reader import RunFile, find_runs
+from clinometer.record.read.reader import RunFile, find_runs
 from clinometer.view.errors import ApiError
 
 MAX_RUNS = 200

@@ -15,16 +15,16 @@ import numpy as np
 
 from clinometer import __version__
 from clinometer.messages import InputError, current_language, say
-from clinometer.record.reader import RunFile
+from clinometer.record.read.reader import RunFile
 from clinometer.view import figures
-from clinometer.view.answers import plain
-from clinometer.view.api_runs import in_language
 from clinometer.view.figures.colours import THEMES, stylesheet
 from clinometer.view.figures.order import in_order
 from clinometer.view.figures.strip import strip
 from clinometer.view.figures.style import Figure, four
 from clinometer.view.figures.words import alert_sentences
-from clinometer.view.pages import plotly_script
+from clinometer.view.http.answers import plain
+from clinometer.view.http.api_runs import in_language
+from clinometer.view.http.pages import plotly_script
 
 MARK = "<!-- Clinometer's report -->"
 MAX_ALERTS = 100

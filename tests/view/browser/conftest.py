@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import pytest
 import uvicorn
 
-from clinometer.view.server import make_app
+from clinometer.view.http.server import make_app
 from tests.record.synthetic import synthetic
 from tests.view.browser import stage
 
@@ -120,7 +120,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def server(runs):
-    from clinometer.record.reader import RunFile
+    from clinometer.record.read.reader import RunFile
 
     for one in serve(runs):
         for folder in runs.iterdir():

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from clinometer.record.recorder import Recorder
-from clinometer.record.schema import STATISTICS
+from clinometer.record.format.schema import STATISTICS
+from clinometer.record.write.recorder import Recorder
 
 HOSTILE = '<img src=x onerror="window.hacked=1">.weight'
 """A tensor's name that is markup; on the page it is text."""
@@ -20,9 +20,15 @@ STEPS = 20
 
 def trained(folder: Path) -> Path:
     """Train about 20,000 weights for twenty steps, and record the run with numbers made up around its own."""
-    from clinometer.training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainingConfig
-    from clinometer.training.loop import train
-    from clinometer.training.prepare import start
+    from clinometer.training.run.loop import train
+    from clinometer.training.run.prepare import start
+    from clinometer.training.settings.config import (
+        DataConfig,
+        ModelConfig,
+        OptimConfig,
+        RunConfig,
+        TrainingConfig,
+    )
 
     corpus = folder.parent / "corpus.txt"
     corpus.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +60,7 @@ class _Silent:
 
 def shapes_of(folder: Path) -> list[tuple[str, tuple[int, ...]]]:
     """Names and shapes of a trained run's weights, in the forward's order."""
-    from clinometer.training.trained import load_run
+    from clinometer.training.run.load_run import load_run
 
     return [(name, tuple(p.shape)) for name, p in load_run(folder).model.named_parameters()]
 
@@ -187,7 +193,7 @@ class Written:
 
 
 def _machine() -> str:
-    from clinometer.record.process import this_process
+    from clinometer.record.format.process import this_process
 
     return this_process()["machine"]
 
@@ -207,8 +213,8 @@ def written(folder: Path, steps: int = 120, *, state: str = "done", **given) -> 
 
 def replayable(folder: Path) -> Path:
     """`trained`, recorded, with step 9 replayed and one weight of it explained."""
-    from clinometer.training.replay import replay_step
-    from clinometer.training.replayed import explain_weight
+    from clinometer.training.replay.replay import replay_step
+    from clinometer.training.replay.replayed_weight import explain_weight
 
     trained(folder)
     shapes = shapes_of(folder)

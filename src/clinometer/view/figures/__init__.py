@@ -1,6 +1,6 @@
 """Figures of a run: plain Plotly dicts with one line that says what a healthy one looks like.
 
-    from clinometer.record.reader import RunFile
+    from clinometer.record.read.reader import RunFile
     from clinometer.view import figures
     run = RunFile.open(Path("runs/demo"))
     figure = figures.loss(run, language="zh", theme="dark")

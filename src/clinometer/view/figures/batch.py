@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from clinometer.record.reader import RunFile
-from clinometer.record.replays import Replay
+from clinometer.record.read.reader import RunFile
+from clinometer.record.replays.replays import Replay
 from clinometer.view.figures.scalars import escaped
 from clinometer.view.figures.style import Figure, band, four, line, percent, style
 from clinometer.view.figures.weight import number, place

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from clinometer.record.reader import RunFile
+from clinometer.record.read.reader import RunFile
 from clinometer.view.figures.loss import default_smoothing, smooth_out
 from clinometer.view.figures.scalars import escaped, positive, read_scalars, shortened
 from clinometer.view.figures.speed import rates

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from clinometer.record.reader import RunFile
+from clinometer.record.read.reader import RunFile
 from clinometer.view.figures.scalars import alert_ticks, over_steps, positive, read_scalars, ticks_axis
 from clinometer.view.figures.speed import rates
 from clinometer.view.figures.style import Figure, Style, band, four, line, listed, percent, style, times

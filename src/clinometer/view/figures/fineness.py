@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from clinometer.record.reader import RunFile
-from clinometer.record.schema import LEVELS
+from clinometer.record.format.schema import LEVELS
+from clinometer.record.read.reader import RunFile
 
 SLACK = 4
 """A curve may have this many times fewer points than asked for, if one roll-up then holds each of them."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clinometer.record.reader import RunFile
+from clinometer.record.read.reader import RunFile
 from clinometer.view.figures import colours
 from clinometer.view.figures.fineness import points_for
 from clinometer.view.figures.order import in_order, short_name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from clinometer.record.reader import RunFile
+from clinometer.record.read.reader import RunFile
 from clinometer.view.figures.scalars import alert_ticks, over_steps, read_scalars, ticks_axis
 from clinometer.view.figures.style import Figure, Style, band, four, line, percent, style
 

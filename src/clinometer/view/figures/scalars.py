@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from clinometer.record.reader import RunFile
+from clinometer.record.read.reader import RunFile
 from clinometer.view.figures.style import Style
 from clinometer.view.figures.words import alert_sentences
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from clinometer.record.reader import RunFile
+from clinometer.record.read.reader import RunFile
 
 RECENT = 100
 """Steps over which a present value is averaged, and that a sparkline shows."""

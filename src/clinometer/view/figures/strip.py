@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from clinometer.messages import say
-from clinometer.record.reader import RunFile
+from clinometer.record.read.reader import RunFile
 from clinometer.view.figures.speed import newest, rates, recent, summary
 from clinometer.view.figures.style import four, listed
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from clinometer.record.reader import RunFile
+from clinometer.record.read.reader import RunFile
 from clinometer.view.figures import colours
 from clinometer.view.figures.colours import see_through
 from clinometer.view.figures.fineness import points_for

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from clinometer.record.reader import RunFile
-from clinometer.record.replays import Replay
+from clinometer.record.read.reader import RunFile
+from clinometer.record.replays.replays import Replay
 from clinometer.view.figures.scalars import over_steps, positive
 from clinometer.view.figures.style import Figure, Style, four, line, style
 

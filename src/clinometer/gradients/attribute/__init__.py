@@ -1,0 +1,1 @@
+"""attribute(): one weight's gradient as a sum over the tokens that pushed it."""

@@ -1,0 +1,1 @@
+"""Whether a gradient is right: from the whole model down to the entry."""

@@ -1,0 +1,236 @@
+"""Listening to a run: every call of a module and of a custom autograd Function, with what it was given."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload, OpOverloadPacket
+from torch.overrides import TorchFunctionMode
+
+from clinometer.gradients.report.places import Where, user_frame
+from clinometer.gradients.sandbox.checkpointing import opened_checkpoints
+from clinometer.gradients.sandbox.random_state import RandomState
+from clinometer.gradients.trace.graph import Node, live_below
+
+MOST_CALLS = 8
+"""Of one module; of a Function four times as many, for its branch may depend on the call."""
+
+
+@dataclass
+class Call:
+    """One call, as it was made: its arguments, copied, and the random numbers that came next."""
+
+    path: str
+    target: Any
+    arguments: Any
+    inputs: list[Tensor]
+    """The tensors among the arguments that required a gradient."""
+    random: RandomState = field(default_factory=RandomState)
+    training: dict[nn.Module, bool] = field(default_factory=dict)
+    upstream: int = 0
+    """The tensors (bits of `Capture`) that what it was given was computed from."""
+    own: int = 0
+    """Those that it was given themselves."""
+    where: Where | None = None
+    """Of a custom operator: the line that calls it."""
+    backward: Any = None
+    """Of a custom operator: the function registered as its backward."""
+
+
+class _Copying(TorchFunctionMode):
+    """Inside, `deepcopy` detaches tensors that have a history, and notes those that require a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") == "__deepcopy__":
+            tensor, memo = args
+            return self.take(tensor, memo)
+        return func(*args, **(kwargs or {}))
+
+    def take(self, tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+        if id(tensor) not in memo:
+            memo[id(tensor)] = tensor.detach().clone()
+            if tensor.requires_grad:
+                self.inputs.append(memo[id(tensor)])
+        return memo[id(tensor)]
+
+
+class Capture:
+    """Notes the calls of modules and Functions while the closure runs."""
+
+    def __init__(
+        self,
+        modules: Mapping[nn.Module, str],
+        functions: Iterable[type],
+        operators: Mapping[str, Any],
+        bits: Mapping[int, int],
+    ) -> None:
+        self._modules = modules
+        self._operators = operators
+        self._bits = bits
+        self._below: dict[Node, int] = {}
+        self._functions = list(functions)
+        self._running: list[str] = []
+        self._counts: dict[Any, int] = {}
+        self.calls: list[Call] = []
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Enter after everything was rewound, for rewinding takes hooks away."""
+        handles = []
+        patched: list[tuple[type, Any]] = []
+        try:
+            for module in self._modules:
+                if isinstance(module, torch.jit.ScriptModule):
+                    continue
+                handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True))
+                handles.append(module.register_forward_hook(self._leave, always_call=True))
+            for kind in self._functions:
+                patched.append((kind, vars(kind).get("forward")))
+                kind.forward = staticmethod(self._listening_forward(kind))  # pyright: ignore[reportAttributeAccessIssue]
+            with opened_checkpoints(), _Operators(self) if self._operators else nullcontext():
+                yield
+        finally:
+            for kind, own in patched:
+                if own is None:
+                    del kind.forward  # pyright: ignore[reportAttributeAccessIssue]
+                else:
+                    kind.forward = own  # pyright: ignore[reportAttributeAccessIssue]
+            for handle in handles:
+                handle.remove()
+            self._below.clear()
+
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        path = self._modules[module]
+        self._running.append(path)
+        if torch.is_grad_enabled():
+            self._note(path, module, (args, kwargs), MOST_CALLS)
+
+    def _leave(self, module: nn.Module, args: Any, out: Any) -> None:
+        self._running.pop()
+
+    def _listening_forward(self, kind: Any) -> Callable[..., Any]:
+        forward = kind.forward
+        takes_context = not torch.autograd.function._is_setup_context_defined(kind.setup_context)
+
+        def listening(*args: Any, **kwargs: Any) -> Any:
+            given = args[1:] if takes_context else args
+            path = self._running[-1] if self._running else ""
+            self._note(path, kind, (given, kwargs), 4 * MOST_CALLS)
+            return forward(*args, **kwargs)
+
+        # torch reads the signature of a forward to fill in defaults.
+        listening.__signature__ = inspect.signature(forward)  # pyright: ignore[reportFunctionMemberAccess]
+        return listening
+
+    def note_operator(self, operator: Any, args: Any, kwargs: Any) -> None:
+        """A call of an operator, if it has a custom backward and a gradient to hand on."""
+        backward = self._operators.get(operator_name(operator))
+        if backward is None or not torch.is_grad_enabled():
+            return
+        if any(tensor.requires_grad for tensor in tensors_in((args, kwargs))):
+            path = self._running[-1] if self._running else ""
+            call = self._note(path, operator, (args, kwargs), 4 * MOST_CALLS)
+            if call is not None:
+                call.where = user_frame(sys._getframe(1), op=operator_name(operator), module=path)
+                call.backward = backward
+
+    def _note(self, path: str, target: Any, arguments: Any, most: int) -> Call | None:
+        if self._counts.get(target, 0) >= most:
+            return None
+        self._counts[target] = self._counts.get(target, 0) + 1
+        try:
+            memo: dict[int, Any] = {}
+            with _Copying() as copying:
+                for tensor in tensors_in(arguments):  # a Parameter copies itself without asking the mode
+                    copying.take(tensor, memo)
+                kept = copy.deepcopy(arguments, memo)
+        except Exception:  # something that cannot be copied cannot be called again either
+            return None
+        call = Call(path, target, kept, copying.inputs)
+        for tensor in tensors_in(arguments):
+            if tensor.grad_fn is not None:
+                call.upstream |= live_below(tensor.grad_fn, self._bits, self._below)
+            else:
+                call.own |= self._bits.get(id(tensor), 0)
+        if isinstance(target, nn.Module):
+            call.training = {module: module.training for module in target.modules()}
+        self.calls.append(call)
+        return call
+
+
+class _Operators(TorchFunctionMode):
+    """Tells the capture of calls through torch.ops, which have no hook of their own."""
+
+    def __init__(self, capture: Capture) -> None:
+        super().__init__()
+        self._capture = capture
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if isinstance(func, OpOverload | OpOverloadPacket):
+            self._capture.note_operator(func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+
+def custom_functions(loss: Tensor) -> list[type]:
+    """The custom autograd Functions in the graph of a loss, torch's own left out."""
+    found: dict[type, None] = {}
+    for node in _nodes(loss):
+        kind = getattr(node, "_forward_cls", None)
+        if isinstance(kind, type) and not kind.__module__.startswith("torch."):
+            found[kind] = None
+    return list(found)
+
+
+def custom_operators(loss: Tensor) -> dict[str, Any]:
+    """The backward of each operator of torch.library in the graph of a loss, by the operator's name."""
+    found: dict[str, Any] = {}
+    for node in _nodes(loss):
+        kind = getattr(node, "_forward_cls", None)
+        if isinstance(kind, type) and kind.__module__ == "torch._library.autograd":
+            held = [cell.cell_contents for cell in kind.backward.__closure__ or ()]  # pyright: ignore[reportAttributeAccessIssue]
+            operator = next((value for value in held if isinstance(value, OpOverload)), None)
+            backward = next((b for value in held if (b := getattr(value, "_backward_fn", None))), None)
+            if operator and backward and not backward.__module__.startswith("torch."):
+                found[operator_name(operator)] = backward
+    return found
+
+
+def operator_name(operator: Any) -> str:
+    """ "namespace::name" of an operator or of one of its overloads."""
+    return operator._schema.name if isinstance(operator, OpOverload) else operator._qualified_op_name
+
+
+def _nodes(loss: Tensor) -> Iterator[Node]:
+    seen = set()
+    queue = [loss.grad_fn]
+    while queue:
+        node = queue.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        queue.extend(next_node for next_node, _ in node.next_functions)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists and mappings."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from tensors_in(item)

@@ -1,0 +1,257 @@
+"""From verdicts to findings: which layer explains which tensors, and what was most likely meant."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from clinometer.gradients.check.determinism import first_difference
+from clinometer.gradients.check.layer_checks import LayerCheck
+from clinometer.gradients.check.numerics.stop_gradients import Held
+from clinometer.gradients.check.result import TensorCheck
+from clinometer.gradients.report.finding import EXPLAINED, FAULT, Finding
+from clinometer.gradients.report.formatting import format_count, format_number, shorten
+from clinometer.gradients.report.places import Where
+
+_COARSE = {"float32": 1e-3, "bfloat16": 0.2, "float16": 0.05}
+"""How far a gradient at its own precision may be from float64's before it is mentioned."""
+
+
+def conclude(
+    tensors: Mapping[str, TensorCheck],
+    layers: Sequence[LayerCheck],
+    held: Held | None,
+    given: Mapping[str, Tensor],
+    broken: Exception | None,
+) -> tuple[list[Finding], dict[str, Any]]:
+    """The findings, and the status of tensors whose error a layer shows to be meant."""
+    findings: list[Finding] = []
+    statuses: dict[str, Any] = {}
+    wrong = [name for name, tensor in tensors.items() if tensor.status == "wrong"]
+    left = dict.fromkeys(wrong)
+    total = format_count(len(tensors))
+    groups = culprits(layers)
+    meant = bool(groups) and all(group[0].surrogate for group in groups)
+    for group in sorted(groups, key=lambda group: bool(group[0].surrogate)):
+        names = _concerned(group, groups, wrong)
+        if group[0].surrogate and not meant:
+            names = []
+        for name in names:
+            left.pop(name, None)
+            if meant:
+                statuses[name] = "surrogate"
+        findings.append(_of_layer(group, names, held, _parts(group, tensors)))
+    hooked = [name for name in left if name in given and given[name]._backward_hooks]
+    if hooked:
+        findings.append(_finding("hooked", EXPLAINED, hooked, values={"total": total}))
+        for name in hooked:
+            left.pop(name)
+            statuses[name] = "surrogate"
+    if left:
+        where = held.written[0] if held is not None and held.written else None
+        key = "written" if where else "tensor"
+        findings.append(
+            Finding(
+                "wrong-gradient",
+                "wrong",
+                FAULT,
+                f"check.{key}",
+                tuple(left),
+                where,
+                {"total": total, **_asked(where)},
+            )
+        )
+    findings += _corners(tensors, held)
+    findings += _precision(tensors)
+    if broken is not None:
+        findings.append(_finding("own_precision", EXPLAINED, [], values={"error": _short(broken)}))
+    return findings, statuses
+
+
+def culprits(layers: Sequence[LayerCheck]) -> list[list[LayerCheck]]:
+    """Failing layers with nothing failing inside, those of one class and line together."""
+    wrong = [layer for layer in layers if not layer.passed]
+    grouped: dict[Any, list[LayerCheck]] = {}
+    for layer in wrong:
+        if any(_inside(other, layer) for other in wrong):
+            continue
+        place = (layer.where.file, layer.where.line) if layer.where else layer.path
+        grouped.setdefault((layer.kind, place, layer.surrogate), []).append(layer)
+    return list(grouped.values())
+
+
+def _inside(inner: LayerCheck, outer: LayerCheck) -> bool:
+    if outer.function or inner is outer:
+        return False
+    below = not outer.path or inner.path.startswith(outer.path + ".")
+    return (below and inner.path != outer.path) or (inner.function and (below or inner.path == outer.path))
+
+
+def _concerned(group: list[LayerCheck], groups: list[list[LayerCheck]], wrong: list[str]) -> list[str]:
+    own = {_own(layer, part) for layer in group for part in layer.wrong_parts}
+    others = {
+        _own(layer, part) for g in groups if g is not group for layer in g for part in layer.wrong_parts
+    }
+    upstream = any("input" in layer.wrong_parts for layer in group)
+    return [name for name in wrong if name in own or (upstream and name not in others)]
+
+
+def _own(layer: LayerCheck, part: str) -> str:
+    return f"{layer.path}.{part}" if layer.path else part
+
+
+def _parts(group: list[LayerCheck], tensors: Mapping[str, TensorCheck]) -> bool:
+    """Whether the failing calls part the tensors: all upstream of them wrong, all others right.
+
+    A layer's own tensors are on neither side.
+    """
+    own = {name for layer in group for name in layer.own}
+    own |= {n for layer in group if not layer.function for n in tensors if n.startswith(f"{layer.path}.")}
+    upstream = {name for layer in group for name in layer.upstream} - own
+    judged = [t for t in tensors.values() if t.status not in ("unchecked", "no-gradient")]
+    before = [t for t in judged if t.name in upstream]
+    after = [t for t in judged if t.name not in upstream and t.name not in own]
+    return (
+        bool(before and after)
+        and all(tensor.status == "wrong" for tensor in before)
+        and all(tensor.passed for tensor in after)
+    )
+
+
+def _of_layer(group: list[LayerCheck], names: list[str], held: Held | None, parts: bool) -> Finding:
+    first = group[0]
+    paths = list(dict.fromkeys(layer.path for layer in group if layer.path))
+    where = first.where
+    kind = "operator" if first.called else "function" if first.function else "layer"
+    if first.surrogate:
+        kind = f"surrogate_{first.surrogate}"
+    elif not first.function and held is not None and held.written:
+        kind, where = "layer_written", held.written[0]
+    if not first.function and not first.path:
+        kind = {"layer": "root", "layer_written": "root_written"}[kind]
+    judged = max((layer.judgement for layer in group), key=lambda one: abs(one.error))
+    values = {
+        "kind": first.kind,
+        "layer": shorten(paths) if paths else first.kind,
+        "calls": format_count(len(group)),
+        "analytic": format_number(judged.analytic, sign=True, place=""),
+        "numeric": format_number(judged.numeric, sign=True, place=""),
+        "called": first.called.label if first.called else "",
+        "parts": parts,
+        "hint": next((layer.hint for layer in group if layer.hint is not None), None),
+        **_asked(where),
+    }
+    severity = EXPLAINED if first.surrogate else FAULT
+    cause = "surrogate-gradient" if first.surrogate else "wrong-backward"
+    status = "explained" if first.surrogate else "wrong"
+    alone = "root" if kind in ("function", "operator") and not paths else ""
+    return Finding(cause, status, severity, f"check.{kind}", tuple(names), where, values, alone)
+
+
+def _corners(tensors: Mapping[str, TensorCheck], held: Held | None) -> list[Finding]:
+    found = []
+    for op, (count, where) in (held.corners if held is not None and held.active else {}).items():
+        values = {"op": op, "values": format_count(count)}
+        found.append(_finding("corner", EXPLAINED, [], where=where, values=values))
+    for status in ("kink", "unclear"):
+        names = [name for name, tensor in tensors.items() if tensor.status == status]
+        if names:
+            found.append(_finding(status, EXPLAINED, names, values={"total": format_count(len(tensors))}))
+    return found
+
+
+def _precision(tensors: Mapping[str, TensorCheck]) -> list[Finding]:
+    far = [
+        t
+        for t in tensors.values()
+        if t.own_precision is not None and t.own_precision > _COARSE.get(t.dtype, 1.0)
+    ]
+    if not far:
+        return []
+    worst = max(far, key=lambda t: t.own_precision or 0.0)
+    values = {
+        "dtype": worst.dtype,
+        "total": format_count(len(tensors)),
+        "worst": worst.name,
+        "distance": format_number(100 * (worst.own_precision or 0.0), place=""),
+    }
+    return [_finding("coarse", EXPLAINED, [t.name for t in far], values=values)]
+
+
+def not_repeatable(run: Callable[[], Tensor], mode: AbstractContextManager[Any]) -> Finding:
+    """Two runs, two losses; where they part is the best explanation."""
+    where = first_difference(run, mode)
+    key = "not_repeatable" if where is None else "not_repeatable_at"
+    return Finding("not-repeatable", "loop", FAULT, f"check.{key}", (), where, _asked(where))
+
+
+def no_graph(names: Sequence[str], total: int) -> Finding:
+    """The loss does not know what it came from: nothing can be compared."""
+    return _finding("loss_without_graph", FAULT, names, values={"total": format_count(total)})
+
+
+def no_gradient(names: Sequence[str], cut: Sequence[str], total: int) -> list[Finding]:
+    """Tensors without a gradient to compare: those the loss changes with all the same, and the rest.
+
+    An expert that no token chose and a target network are among them, so this is no accusation, unless
+    nothing at all was left to check.
+    """
+    severity = FAULT if len(names) == total else EXPLAINED
+    rest = [name for name in names if name not in set(cut)]
+    return [
+        _finding(cause, severity, group, values={"total": format_count(total)})
+        for cause, group in (("no_gradient_cut", list(cut)), ("no_gradient", rest))
+        if group
+    ]
+
+
+def divided(
+    tensors: dict[str, TensorCheck], given: Mapping[str, Tensor], places: Mapping[int, Where | None]
+) -> list[Finding]:
+    """Gradients that `scale_grad_by_freq` divides on purpose; those that pass without do not pass with it."""
+    found: dict[Any, list[str]] = {}
+    for name, tensor in tensors.items():
+        if id(given[name]) in places:
+            found.setdefault(places[id(given[name])], []).append(name)
+            if tensor.passed:
+                tensors[name] = replace(tensor, status="surrogate")
+    return [_finding("divided", EXPLAINED, names, where=where) for where, names in found.items()]
+
+
+def not_finite(loss: float) -> Finding:
+    key = "check.not_finite_gradient" if math.isfinite(loss) else "check.not_finite"
+    values = {"loss": format_number(loss, place="")}
+    return Finding("not-finite", "explained", FAULT, key, values=values)
+
+
+def _finding(
+    cause: str,
+    severity: Any,
+    names: Sequence[str],
+    *,
+    where: Any = None,
+    values: Mapping[str, Any] | None = None,
+) -> Finding:
+    return Finding(
+        cause.replace("_", "-"),
+        "explained",
+        severity,
+        f"check.{cause}",
+        tuple(names),
+        where,
+        dict(values or {}),
+    )
+
+
+def _asked(where: Any) -> dict[str, Any]:
+    return {} if where is None else {"op": where.op, "line": where.label}
+
+
+def _short(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__

@@ -1,0 +1,250 @@
+"""Each module and each custom autograd Function alone, on the inputs it really gets.
+
+    ⟨u, J v⟩ by differences of f        against        ⟨Jᵀu, v⟩ by its backward
+
+One that fails while everything inside it passes is where the backward is wrong.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverloadPacket
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from clinometer.gradients.check.call_capture import Call, operator_name, tensors_in
+from clinometer.gradients.check.likely_mistakes import Hint, hint_of, names_of_inputs
+from clinometer.gradients.check.numerics.finite_differences import DIRECTIONS, Judgement, reals
+from clinometer.gradients.check.numerics.float64 import Doubled, InDouble
+from clinometer.gradients.check.numerics.perturbation import NotRepeatable, Probe
+from clinometer.gradients.report.places import Where
+
+Surrogate = Literal["", "identity", "steps"]
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """The backward of one module, or of one custom Function, against its own forward."""
+
+    path: str
+    """Dotted path of the module; for a Function, of the module that called it."""
+    kind: str
+    """Name of the class."""
+    function: bool
+    """Whether it is a custom autograd Function."""
+    judgement: Judgement
+    wrong_parts: tuple[str, ...] = ()
+    """"input" and names of its own parameters; empty when it passes."""
+    surrogate: Surrogate = ""
+    """Most likely meant: "identity" passes its input on and changes the gradient, "steps" has slope 0."""
+    where: Where | None = None
+    precision: str = "float64"
+    upstream: tuple[str, ...] = ()
+    """Tensors that its input was computed from; known for one that fails."""
+    own: tuple[str, ...] = ()
+    """Tensors that it was given themselves."""
+    called: Where | None = None
+    """Of a custom operator: the line that calls it."""
+    hint: Hint | None = None
+    """What a wrong backward of a Function was measured to be."""
+
+    @property
+    def passed(self) -> bool:
+        return self.judgement.verdict != "wrong"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "path": self.path,
+            "kind": self.kind,
+            "function": self.function,
+            "passed": self.passed,
+            "analytic": self.judgement.analytic,
+            "numeric": self.judgement.numeric,
+            "tolerance": self.judgement.tolerance,
+            "wrong_parts": list(self.wrong_parts),
+            "surrogate": self.surrogate,
+            "where": None if self.where is None else self.where.to_dict(),
+            "precision": self.precision,
+            "called": None if self.called is None else self.called.to_dict(),
+            "hint": self.hint,
+        }
+
+
+def check_call(
+    call: Call,
+    doubling: InDouble | None,
+    doubled: Doubled,
+    rewind: Callable[[], None],
+    seed: int,
+    verdict: Callable[[Probe, Iterable[str], torch.Generator], Judgement] | None = None,
+) -> LayerCheck | None:
+    """The verdict on one call; None when it cannot be repeated alone, or nothing in it has a gradient."""
+    judge = verdict or _judge
+    rewind()  # a forward may have put another parameter in the place of one: each run begins without it
+    module = call.target if isinstance(call.target, nn.Module) else None
+    if module is not None and any(m.training != t for m, t in call.training.items()):
+        return None
+    tensors = {f"input {i}": x for i, x in enumerate(call.inputs) if x.is_floating_point() or x.is_complex()}
+    own = {} if module is None else dict(module.named_parameters(recurse=False))
+    # A hook on a parameter changes what arrives at it; that is not this layer's backward.
+    tensors |= {
+        name: p
+        for name, p in own.items()
+        if p.requires_grad and p.layout is torch.strided and not p._backward_hooks
+        if not is_traceable_wrapper_subclass(p)  # its numbers cannot be moved one by one
+    }
+    if not tensors or any(t.numel() == 0 for t in tensors.values()):
+        return None
+    weighed = _Weighed(call, rewind, seed)
+    probe = Probe(weighed, tensors, doubling, doubled)
+    for x in call.inputs:
+        x.requires_grad_()
+    try:
+        probe.begin(magnitude=0.0)
+        probe.repeat()
+        if weighed.size is None:
+            return None
+        probe.magnitude = max(probe.magnitude, 2 * weighed.size)
+    except NotRepeatable:
+        return None
+    except Exception:  # alone, outside its surroundings, a module may not run at all
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    judged = judge(probe, tensors, generator)
+    for _ in range(DIRECTIONS - 1):
+        if judged.verdict == "wrong":
+            judged = judge(probe, tensors, generator)
+    if judged.verdict != "wrong":
+        return LayerCheck(call.path, _kind(call), module is None, judged)
+    wrong = [n for n in tensors if judge(probe, [n], generator).verdict == "wrong"]
+    parts = tuple(dict.fromkeys("input" if n.startswith("input ") else n for n in wrong))
+    surrogate = _surrogate(probe, weighed, tensors, judged) if module is None else ""
+    hint = None
+    if module is None and not surrogate and verdict is None:
+        hint = hint_of(
+            probe, wrong, _arguments(call), weighed.compute, weighed.weights, judged.step, generator
+        )
+    return LayerCheck(
+        call.path,
+        _kind(call),
+        module is None,
+        judged,
+        parts,
+        surrogate,
+        _where(call),
+        called=call.where,
+        hint=hint,
+    )
+
+
+def _judge(probe: Probe, names: Iterable[str], generator: torch.Generator) -> Judgement:
+    return probe.judge({name: probe.direction(name, generator) for name in names})
+
+
+class _Weighed:
+    """⟨u, f(x)⟩ with one fixed random u."""
+
+    def __init__(self, call: Call, rewind: Callable[[], None], seed: int) -> None:
+        self._call = call
+        self._rewind = rewind
+        self._seed = seed
+        self.weights: list[Tensor] = []
+        self.size: float | None = None
+        """‖u⊙f(x)‖₂ at the first run: what the sum's rounding is measured by. None: no output."""
+        self.outputs: list[Tensor] = []
+
+    def compute(self) -> list[Tensor]:
+        """The outputs that carry a gradient, for the inputs as they are now."""
+        call = self._call
+        self._rewind()
+        call.random.restore()
+        memo: dict[int, Any] = {id(x): x.clone() for x in call.inputs}
+        args, kwargs = copy.deepcopy(call.arguments, memo)
+        with torch.enable_grad():
+            target = call.target
+            came = target.apply(*args, **kwargs) if isinstance(target, type) else target(*args, **kwargs)
+            return [out for out in tensors_in(came) if out.requires_grad and out.is_floating_point()]
+
+    def __call__(self) -> Tensor:
+        outputs = self.compute()
+        with torch.enable_grad():
+            if not self.weights:
+                generator = torch.Generator().manual_seed(self._seed + 1)
+                self.weights = [
+                    torch.empty(out.shape, dtype=torch.float64).normal_(generator=generator).to(out.device)
+                    for out in outputs
+                ]
+                self.outputs = [out.detach().to(torch.float64, copy=True) for out in outputs]
+                if outputs:
+                    pairs = zip(self.weights, self.outputs, strict=True)
+                    self.size = sum(float((u * y).square().sum()) for u, y in pairs) ** 0.5
+            total = torch.zeros((), dtype=torch.float64)
+            for u, out in zip(self.weights, outputs, strict=False):
+                total = total + (u * out.to(torch.float64)).sum().to(total.device)  # of several devices
+            return total
+
+
+def _surrogate(
+    probe: Probe, weighed: _Weighed, tensors: Mapping[str, Tensor], judged: Judgement
+) -> Surrogate:
+    """Whether a wrong backward looks meant: an unchanged forward, or one that goes in steps."""
+    inputs = list(tensors.values())
+    same = [
+        any(x.shape == out.shape and torch.equal(reals(x), reals(out)) for x in inputs)
+        for out in weighed.outputs
+    ]
+    if same and all(same):
+        return "identity"
+    return "steps" if judged.numeric == 0 and judged.analytic != 0 else ""
+
+
+def _arguments(call: Call) -> list[str]:
+    """What the forward calls its inputs."""
+    if not isinstance(call.target, type):
+        schema = (
+            call.target.default._schema if isinstance(call.target, OpOverloadPacket) else call.target._schema
+        )
+        named = [argument.name for argument in schema.arguments]
+        return names_of_inputs(named, call.arguments[0], call.inputs)
+    takes_context = not torch.autograd.function._is_setup_context_defined(call.target.setup_context)
+    try:
+        parameters = list(inspect.signature(call.target.forward).parameters.values())
+    except (TypeError, ValueError):
+        parameters = []
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return names_of_inputs(named[1 if takes_context else 0 :], call.arguments[0], call.inputs)
+
+
+def _kind(call: Call) -> str:
+    if isinstance(call.target, nn.Module):
+        return type(call.target).__name__
+    return call.target.__name__ if isinstance(call.target, type) else operator_name(call.target)
+
+
+def _where(call: Call) -> Where | None:
+    """The definition of the backward, or of the forward of a module that is not torch's."""
+    if call.backward is not None:
+        return definition(call.backward, call.path) or call.where
+    module = isinstance(call.target, nn.Module)
+    kind: Any = type(call.target) if module else call.target
+    if module and kind.__module__.startswith("torch."):
+        return None
+    return definition(kind.forward if module else kind.backward, call.path)
+
+
+def definition(function: Any, module: str = "") -> Where | None:
+    """Where a function is written, at its `def`."""
+    function = inspect.unwrap(getattr(function, "__func__", function))
+    try:
+        file = inspect.getsourcefile(function) or ""
+        lines, first = inspect.getsourcelines(function)
+    except (OSError, TypeError):
+        return None
+    skip = next((i for i, line in enumerate(lines) if line.lstrip().startswith(("def ", "async def "))), 0)
+    return Where(file, first + skip, function.__qualname__.rpartition("<locals>.")[2], "", module)

@@ -1,0 +1,1 @@
+"""diagnose(): why a gradient is None, zero, partly zero or not finite, and on which line."""

@@ -1,0 +1,372 @@
+"""diagnose(): why each gradient is missing, zero or not finite, and on which line."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch.optim import Optimizer
+
+from clinometer.distributed.ranks import Ranks, refuse_flattened
+from clinometer.gradients.diagnose import loop
+from clinometer.gradients.diagnose.existing_gradients import without_closure
+from clinometer.gradients.diagnose.observed_run import (
+    Run,
+    gradients_kept,
+    look_at_values,
+    only_looked_at,
+    run,
+    used_by_chance,
+)
+from clinometer.gradients.diagnose.why_blocks_zero import explain_lines
+from clinometer.gradients.diagnose.why_none import Reason, before_any_run, why_none
+from clinometer.gradients.diagnose.why_nonfinite import Origin, why_nonfinite
+from clinometer.gradients.diagnose.why_partly_zero import why_partly
+from clinometer.gradients.diagnose.why_zero import why_zero
+from clinometer.gradients.report.document import BLANK, Document, Line, dim, ok, sentence
+from clinometer.gradients.report.finding import EXPLAINED, FAULT, Finding, Severity
+from clinometer.gradients.report.formatting import format_count
+from clinometer.gradients.report.module_names import owners
+from clinometer.gradients.report.places import Where
+from clinometer.gradients.report.result import Result
+from clinometer.gradients.sandbox.closure import Closure, eagerly
+from clinometer.gradients.sandbox.sandbox import Before, modules_named_by, untouched
+from clinometer.gradients.sandbox.subject import Subject
+from clinometer.messages import InputError, say
+
+_TRIED = 4
+"""Lines at which numbers leave torch that are tried one by one: a forward each."""
+_SHOWN = 6
+"""Findings written out in full: one screen."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What was found about one tensor."""
+
+    name: str
+    status: str
+    """"ok", "none", "zero", "partly-zero" or "non-finite"."""
+    finding: Finding | None = None
+    """The finding it belongs to; None when all is well, or when nothing certain can be said."""
+
+    @property
+    def cause(self) -> str | None:
+        return self.finding.cause if self.finding else None
+
+    @property
+    def severity(self) -> Severity | None:
+        return self.finding.severity if self.finding else None
+
+    @property
+    def where(self) -> Where | None:
+        return self.finding.where if self.finding else None
+
+    @property
+    def message(self) -> str:
+        """What happened and why, in the current language; "" when all is well."""
+        if self.finding is None:
+            return ""
+        what, why = self.finding.say("what"), self.finding.say("why")
+        return say("messages.two_sentences", first=what, second=why) if what and why else what or why
+
+    @property
+    def remedy(self) -> str:
+        return self.finding.say("remedy") if self.finding else ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "status": self.status,
+            "cause": self.cause,
+            "severity": self.severity,
+            "where": None if self.where is None else self.where.to_dict(),
+            "message": self.message,
+            "remedy": self.remedy,
+        }
+
+
+class Diagnosis(Result):
+    """Every tensor's status, and the findings: one for each cause and place, faults first."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        entries: dict[str, Entry],
+        findings: list[Finding],
+        nodes: int | None,
+        seconds: float,
+        rank: tuple[int, int] = (0, 1),
+    ) -> None:
+        self._entries = entries
+        self._others = dict(subject.canonical)
+        self.findings = sorted(findings, key=lambda f: (f.severity != FAULT, -len(f.names)))
+        self.compiled = subject.compiled
+        self.numbers = subject.size
+        self.nodes = nodes
+        self.seconds = seconds
+        self.rank = rank
+        """The process that looked, and how many train together."""
+
+    @property
+    def healthy(self) -> bool:
+        """Whether nothing is very likely wrong; what is explained does not count."""
+        return not any(finding.severity == FAULT for finding in self.findings)
+
+    def entries(self) -> Mapping[str, Entry]:
+        return self._entries
+
+    def other_names(self) -> Mapping[str, str]:
+        return self._others
+
+    def document(self, language: str | None = None) -> Document:
+        lines: Document = []
+        for finding in self.findings[:_SHOWN]:
+            lines += [*finding.document(language), BLANK]
+        if (rest := len(self.findings) - _SHOWN) > 0:
+            lines += [Line(sentence("diagnosis.more", language, count=rest)), BLANK]
+        if self.compiled:
+            lines.append(Line(tuple(map(dim_span, sentence("diagnosis.compiled", language)))))
+        if self.rank[1] > 1:
+            values = {"rank": self.rank[0], "count": self.rank[1]}
+            lines.append(Line(tuple(map(dim_span, sentence("diagnosis.ranks", language, **values)))))
+        mark = (ok("✓ "),) if not self.findings else ()
+        lines.append(Line((*mark, *self._looked(language)), hang=2 if mark else 0))
+        return lines
+
+    def facts(self) -> Mapping[str, Any]:
+        return {
+            "healthy": self.healthy,
+            "findings": [finding.to_dict() for finding in self.findings],
+            "tensors": {name: entry.to_dict() for name, entry in self._entries.items()},
+            "looked_at": {
+                "tensors": len(self._entries),
+                "numbers": self.numbers,
+                "nodes": self.nodes,
+                "seconds": self.seconds,
+                "rank": self.rank[0],
+                "ranks": self.rank[1],
+            },
+        }
+
+    def _looked(self, language: str | None) -> Any:
+        values = {
+            "count": format_count(len(self._entries)),
+            "numbers": format_count(self.numbers),
+            "seconds": f"{self.seconds:.1f}",
+        }
+        if self.nodes is None:
+            return sentence("diagnosis.looked_at_grads", language, **values)
+        return sentence("diagnosis.looked", language, nodes=format_count(self.nodes), **values)
+
+
+def dim_span(span: Any) -> Any:
+    return dim(span.text)
+
+
+def diagnose(
+    params: Any, closure: Closure | None = None, *, optimizer: Optimizer | Iterable[Optimizer] | None = None
+) -> Diagnosis:
+    """Why the gradient of each tensor is None, zero, partly zero or not finite, with the line at fault.
+
+    `closure` computes the loss; it is run once, with a backward (its forward again when the loss is not
+    finite or a layer was not used), and nothing is changed by it. Without one, what can be known from
+    the gradients that are there is said, and no more. With `optimizer` (one or several), what a step would
+    do is too. Of sharded tensors, and under DDP, every rank must call: they agree on what is missing or
+    zero. Raises InputError for arguments that cannot be used, and whatever the closure raises.
+    """
+    begun = time.perf_counter()
+    subject = Subject.of(params)
+    optimizers = _optimizers(optimizer)
+    if closure is None:
+        refuse_flattened(() if subject.module is None else subject.module.modules())
+        ranks = Ranks(subject.tensors)
+        reasons = without_closure(subject, ranks)
+        findings = loop.standing(subject, optimizers)
+        entries, found = collect(subject, reasons)
+        return Diagnosis(
+            subject, entries, [*found, *findings], None, time.perf_counter() - begun, ranks.place
+        )
+    modules = [m for m in (subject.module, *modules_named_by(closure)) if m is not None]
+    ranks = Ranks(subject.tensors, modules)
+    with ranks.apart(), eagerly(), untouched(subject, closure=closure, optimizer=optimizers) as before:
+        result = run(subject, closure, before, ranks)
+        with gradients_kept(subject):
+            reasons, origin = explain(subject, closure, result, before, ranks)
+        unknown = {name: result.lines[name] for name, reason in reasons.items() if reason == "partly-zero"}
+        reasons |= explain_lines(subject, closure, before, unknown, ranks)
+        reasons = _without_chance(subject, closure, reasons, ranks)
+        reasons, apart = _kept_apart(reasons, loop.outside(subject, optimizers))
+        findings = loop.of_run(subject, result, optimizers, before, ranks, apart)
+        nodes = len(result.flow.graph.nodes) if result.flow else 0
+    entries, found = collect(subject, reasons)
+    if origin is not None and not any(f.status == "non-finite" for f in found):
+        found.append(_finding(origin.reason(), ()))
+    nothing = result.loss.grad_fn is None and not result.own
+    if nothing and not any(f.cause == "loss-without-graph" for f in found):
+        found.append(_finding(Reason("none", "loss-without-graph", FAULT, "frozen"), ()))
+    return Diagnosis(subject, entries, [*found, *findings], nodes, time.perf_counter() - begun, ranks.place)
+
+
+def _optimizers(given: Any) -> tuple[Optimizer, ...]:
+    several = isinstance(given, Iterable) and not isinstance(given, str | Mapping)
+    optimizers: tuple[Any, ...] = () if given is None else tuple(given) if several else (given,)
+    for optimizer in optimizers:
+        if not isinstance(getattr(optimizer, "param_groups", None), list):  # wrappers need not inherit
+            raise InputError("diagnosis.optimizer", type=type(optimizer).__name__)
+    return optimizers
+
+
+def explain(
+    subject: Subject, closure: Closure, result: Run, before: Before, ranks: Ranks
+) -> tuple[dict[str, Reason | str], Origin | None]:
+    """For each tensor why its gradient is as it is: a reason, or its status when there is none to give."""
+    loss = float(result.loss.detach())
+    reasons: dict[str, Reason | str] = {}
+    flow = result.flow
+    _forget_logs(subject, closure, result, before, ranks)
+    nonfinite = [n for n, size in result.sizes.items() if size is not None and not math.isfinite(size)]
+    for name, tensor in subject.tensors.items():
+        size = result.sizes[name]
+        if not size and (own := result.own.get(name)) and math.isfinite(own):
+            reasons[name] = "ok"  # a backward of the closure's own brought it one
+        elif size is None:
+            reasons[name] = before_any_run(tensor) or why_none(name, subject, result.trace, flow, result.loss)
+        elif tensor.numel() == 0:
+            reasons[name] = "ok"
+        elif not math.isfinite(size):
+            continue  # below, when the forward has perhaps been run once more
+        elif flow is None:
+            reasons[name] = "ok" if size else "zero"
+        elif size == 0 and not math.isfinite(loss):
+            reasons[name] = "zero"  # after a NaN in the forward nothing further follows from it
+        elif size == 0:
+            reasons[name] = why_zero(name, subject, flow, loss, result.sizes)
+        elif flow.graph.leaves.get(id(tensor)) in flow.cancelled:
+            reasons[name] = Reason("zero", "structural", group=0, severity=EXPLAINED, values={"size": size})
+        elif name in result.lines:
+            reasons[name] = why_partly(name, subject, flow, *result.lines[name]) or "partly-zero"
+        else:
+            reasons[name] = "ok"
+    origin = values = None
+    if ranks.any(not math.isfinite(loss)):
+        values, returned = look_at_values(subject, closure, before, ranks)
+        origin = values.of(returned)
+    for name in nonfinite:
+        if flow is None:
+            reasons[name] = Reason("non-finite", "unknown", FAULT, "own", group=0)
+            continue
+        reason = why_nonfinite(name, subject, flow, origin, ranks.alone)
+        if reason.cause == "backward" and ranks.alone:  # others would wait for a forward of this rank's own
+            with suppress(Exception):  # a closure that cannot be run twice keeps its first answer
+                values = values or look_at_values(subject, closure, before, ranks)[0]
+                reason = values.behind(reason)
+        reasons[name] = reason
+    return {name: reasons[name] for name in subject.tensors}, origin
+
+
+def _forget_logs(subject: Subject, closure: Closure, result: Run, before: Before, ranks: Ranks) -> None:
+    """Of the numbers that left torch, keep those the loss depends on, as far as can be tried.
+
+    Where one rank tries, all run their forward.
+    """
+    missing = sum(
+        result.trace.bits[id(tensor)]
+        for name, tensor in subject.tensors.items()
+        if result.sizes[name] is None and tensor.requires_grad and tensor.is_leaf
+    )
+    trace = result.trace
+    suspects = {e.place: e for e in trace.escapes if e.concerns(missing, trace.cuts)}
+    logs = set()
+    if ranks.sharded:
+        # With another number a rank may go another way, or fail, while the others wait for its shards.
+        # What cannot be tried is not accused, unless it is all there is to say.
+        logs = set() if result.loss.grad_fn is None else set(suspects)
+        suspects = {}
+    if len(suspects) > _TRIED or not math.isfinite(result.returned):
+        suspects = {}
+    waiting = list(suspects.values())
+    with gradients_kept(subject):
+        while ranks.any(bool(waiting)):
+            escape = waiting.pop() if waiting else None
+            if only_looked_at(escape, subject, closure, before, result.returned) and escape:
+                logs.add(escape.place)
+    trace.escapes[:] = [escape for escape in trace.escapes if escape.place not in logs]
+
+
+def _without_chance(
+    subject: Subject, closure: Closure, reasons: dict[str, Reason | str], ranks: Ranks
+) -> dict[str, Reason | str]:
+    """Before a layer is accused of never being used: do other random numbers use it, as in LayerDrop?"""
+    unused = {
+        name
+        for name, reason in reasons.items()
+        if isinstance(reason, Reason) and reason.cause == "unused" and reason.severity == FAULT
+    }
+    unused = ranks.named_by_any(unused)
+    if not unused or subject.module is None or not subject.module.training:
+        return reasons
+    chance = Reason("none", "unused", EXPLAINED, "chance", group=0)
+    return {**reasons, **dict.fromkeys(used_by_chance(subject, closure, unused, ranks), chance)}
+
+
+def _kept_apart(
+    reasons: dict[str, Reason | str], outside: set[str]
+) -> tuple[dict[str, Reason | str], set[str]]:
+    """Cut by detach() or no_grad(), and not in the optimizer either: two signs of one intention.
+
+    So it is with a target network, a teacher, or the generator while the discriminator learns.
+    """
+    apart = {
+        name: replace(reason, severity=EXPLAINED, variant="apart")
+        for name, reason in reasons.items()
+        if name in outside and isinstance(reason, Reason) and reason.cause == "cut"
+        if reason.variant in ("detach", "no_grad", "inference_mode")
+    }
+    return {**reasons, **apart}, set(apart)
+
+
+def collect(subject: Subject, reasons: Mapping[str, Reason | str]) -> tuple[dict[str, Entry], list[Finding]]:
+    """One finding for each cause and place, and each tensor's entry."""
+    groups: dict[Any, list[str]] = {}
+    alike: dict[Any, Any] = {}
+    keys = {name: _key(reason, alike) for name, reason in reasons.items() if isinstance(reason, Reason)}
+    for name, key in keys.items():
+        groups.setdefault(key, []).append(name)
+    findings = {}
+    for key, names in groups.items():
+        reason = next(r for r in (reasons[names[0]],) if isinstance(r, Reason))
+        findings[key] = _finding(reason, tuple(names), owners(names, subject))
+    entries = {
+        name: Entry(name, reason.status, findings[keys[name]])
+        if isinstance(reason, Reason)
+        else Entry(name, reason)
+        for name, reason in reasons.items()
+    }
+    return entries, list(findings.values())
+
+
+def _key(reason: Reason, alike: dict[Any, Any]) -> Any:
+    """What tells findings apart; layers that run at one line are `alike` where nothing else does."""
+    place = None if reason.where is None else (reason.where.file, reason.where.line)
+    group = place if reason.group is None else reason.group
+    if reason.where is not None and not isinstance(group, int | str | tuple):  # a node of the graph
+        group = alike.setdefault(group, (place, repr(sorted(reason.values.items()))))
+    return reason.status, reason.cause, reason.variant, group
+
+
+def _finding(reason: Reason, names: tuple[str, ...], owned: tuple[str, ...] = ()) -> Finding:
+    return Finding(
+        reason.cause,
+        reason.status,
+        reason.severity,
+        f"diagnosis.{reason.status}.{reason.cause}",
+        names,
+        reason.where,
+        reason.values,
+        reason.variant,
+        owners=owned,
+    )

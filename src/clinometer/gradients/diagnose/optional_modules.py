@@ -1,0 +1,102 @@
+"""Is a module or parameter that was not used perhaps not meant to be used every time?
+
+An accusation needs more than "this run did not use it": an expert that no token chose, a branch behind
+an `if`, a layer dropped at random are all as they should be.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from types import CodeType
+from typing import Any
+
+from torch import nn
+
+from clinometer.gradients.report.places import is_machinery
+from clinometer.gradients.sandbox.subject import Subject
+from clinometer.gradients.trace.cuts import each_bit
+from clinometer.gradients.trace.forward_trace import Trace
+
+_NO_FORWARD = {
+    "__init__",
+    "__setstate__",
+    "reset_parameters",
+    "_reset_parameters",
+    "_init_weights",
+    "init_weights",
+}
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+def may_be_skipped(name: str, subject: Subject, trace: Trace) -> str:
+    """Why leaving `name` out may be meant: "choice" (one of several), "branch", or "" for no reason."""
+    module = subject.eager_module
+    if module is None:
+        return ""
+    path = name.split(".")
+    holders: list[tuple[nn.Module, str]] = []
+    for part in path:
+        holders.append((module, part))
+        child = module._modules.get(part) if part in module._modules else None
+        if child is None:
+            break
+        module = child
+    for depth, (holder, part) in enumerate(holders):
+        prefix = ".".join(path[: depth + 1])
+        if _any_used(prefix, subject, trace):
+            continue
+        if isinstance(holder, _CONTAINERS):
+            return "choice" if _parallel(".".join(path[:depth]), subject, trace) else ""
+        # The outermost part of the path of which nothing was used: does any method speak of it?
+        return "branch" if _mentioned(holder, part) else ""
+    # Others of its own module were used, but not this one.
+    holder, part = holders[-1]
+    return "branch" if _mentioned(holder, part) else ""
+
+
+def _any_used(prefix: str, subject: Subject, trace: Trace) -> bool:
+    return any(
+        trace.bits[id(tensor)] in trace.first_use
+        for name, tensor in subject.tensors.items()
+        if name == prefix or name.startswith(prefix + ".")
+    )
+
+
+def _parallel(container: str, subject: Subject, trace: Trace) -> bool:
+    """Whether the container's members are alternatives: none that was used feeds another."""
+    members: dict[str, int] = {}
+    used: dict[str, int] = {}
+    for name, tensor in subject.tensors.items():
+        if name.startswith(container + "."):
+            member = name[len(container) + 1 :].partition(".")[0]
+            bit = trace.bits[id(tensor)]
+            members[member] = members.get(member, 0) | bit
+            if bit in trace.first_use:
+                used[member] = used.get(member, 0) | bit
+    if not used:
+        return False
+    return not any(
+        trace.fed_by(bit) & others
+        for member, bits in used.items()
+        for bit in each_bit(bits)
+        for others in [sum(b for m, b in used.items() if m != member)]
+    )
+
+
+def _mentioned(holder: nn.Module, attribute: str) -> bool:
+    for cls in type(holder).__mro__:
+        if is_machinery(getattr(sys.modules.get(cls.__module__), "__file__", None) or ""):
+            continue  # torch's own layers leave nothing out
+        for key, value in vars(cls).items():
+            function = getattr(value, "__func__", value)
+            if key in _NO_FORWARD or not inspect.isfunction(inspect.unwrap(function)):
+                continue
+            if attribute in _names(inspect.unwrap(function).__code__):
+                return True
+    return False
+
+
+def _names(code: CodeType) -> set[Any]:
+    inner = (const for const in code.co_consts if isinstance(const, CodeType))
+    return {*code.co_names, *(c for c in code.co_consts if isinstance(c, str))}.union(*map(_names, inner))

@@ -1,0 +1,124 @@
+"""Why is it None: asked in the order in which one answer makes the next question meaningless."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from clinometer.gradients.diagnose.optional_modules import may_be_skipped
+from clinometer.gradients.report.definitions import definition_of
+from clinometer.gradients.report.finding import EXPLAINED, FAULT, Severity
+from clinometer.gradients.report.places import Where, is_installed
+from clinometer.gradients.sandbox.subject import Subject
+from clinometer.gradients.trace.backward_trace import Flow
+from clinometer.gradients.trace.cuts import Cut, Escape
+from clinometer.gradients.trace.forward_trace import Trace
+from clinometer.gradients.trace.graph import is_custom
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why one tensor's gradient is what it is; equal keys and groups become one finding."""
+
+    status: str
+    cause: str
+    severity: Severity = FAULT
+    variant: str = ""
+    where: Where | None = None
+    values: dict[str, Any] = field(default_factory=dict)
+    group: Any = None
+    """What makes two reasons the same finding, besides cause and variant; default: the place."""
+
+
+def before_any_run(tensor: Tensor) -> Reason | None:
+    """What the tensor itself says."""
+    if tensor.is_meta and tensor.requires_grad and tensor.is_leaf:
+        return Reason("none", "unused", EXPLAINED, "meta", group="meta")
+    if not tensor.requires_grad:
+        if tensor.is_floating_point() or tensor.is_complex():
+            return Reason("none", "frozen", EXPLAINED)
+        return Reason("none", "frozen", EXPLAINED, "integer", values={"dtype": _short(tensor.dtype)})
+    if not tensor.is_leaf and not tensor.retains_grad:
+        made = tensor.grad_fn.name() if tensor.grad_fn else "?"
+        return Reason("none", "not-leaf", values={"made": made})
+    return None
+
+
+def why_none(name: str, subject: Subject, trace: Trace, flow: Flow | None, loss: Tensor) -> Reason:
+    """Why the backward from `loss` left no gradient on a leaf that asks for one."""
+    tensor = subject.tensors[name]
+    bit = trace.bits[id(tensor)]
+    node = flow.graph.leaves.get(id(tensor)) if flow else None
+    if flow is not None and node is not None:
+        return _undefined(node, flow) or Reason("none", "cleared", EXPLAINED)
+    cuts = [cut for i, cut in enumerate(trace.cuts) if cut.live & bit]
+    reaching = trace.cuts_in(loss)
+    to_loss = [cut for i, cut in enumerate(trace.cuts) if cut.live & bit and reaching >> i & 1]
+    if loss.grad_fn is None:
+        # A loss made anew from a number has no cut in it: then the number's way out is the place.
+        found = _first(to_loss) or (trace.escapes[-1] if trace.escapes else _first(trace.cuts))
+        where = found.where if found else None
+        return Reason("none", "loss-without-graph", FAULT, found.kind if found else "", where, group=0)
+    if to_loss:
+        return _cut(_first(to_loss))
+    if escapes := [escape for escape in trace.escapes if escape.concerns(bit, trace.cuts)]:
+        return _escaped(escapes[-1])
+    if stray := [cut for cut in cuts if cut.kind in ("parameter", "overwritten", "deepcopy", "function")]:
+        return _cut(stray[0])
+    if trace.vanished & bit:
+        return Reason("none", "not-reaching-loss", EXPLAINED, "differentiated", trace.end_of(bit))
+    if bit in trace.first_use:
+        where = trace.end_of(bit) or trace.first_use[bit]
+        if where is not None and is_installed(where.file):  # BertModel's pooler under a loss of one's own
+            return Reason("none", "not-reaching-loss", EXPLAINED, "extra_output", where)
+        return Reason("none", "not-reaching-loss", FAULT, "", where)
+    if skip := may_be_skipped(name, subject, trace):
+        return Reason("none", "unused", EXPLAINED, skip, group=skip)
+    return Reason("none", "unused", FAULT, group=0)
+
+
+def _undefined(node: Any, flow: Flow) -> Reason | None:
+    if _defined(node, flow):
+        return None
+    origins = flow.origins(node, lambda size: size is None)
+    for event, _ in origins:
+        where = flow.trace.places.get(event.node)
+        if is_custom(event.node):
+            where = definition_of(type(event.node)._forward_cls.backward) or where
+            return Reason(
+                "none", "undefined-in-backward", FAULT, "", where,
+                {"function": type(event.node)._forward_cls.__name__}, group=event.node,
+            )  # fmt: skip
+        return Reason(
+            "none", "undefined-in-backward", FAULT, "built_in", where, {"function": event.node.name()},
+            group=event.node,
+        )  # fmt: skip
+    return None
+
+
+def _defined(node: Any, flow: Flow) -> bool:
+    for consumer, position in flow.above(node):
+        event = flow.events.get(consumer)
+        if event is None or (position < len(event.into) and event.into[position] is not None):
+            return True
+    return False
+
+
+def _cut(cut: Cut) -> Reason:
+    group = cut.group or (cut.where and (cut.where.file, cut.where.line))
+    return Reason("none", "cut", FAULT, cut.kind, cut.where, {"op": cut.where.op if cut.where else ""}, group)
+
+
+def _escaped(escape: Escape) -> Reason:
+    return Reason("none", "cut", FAULT, "escape", escape.where, {"op": escape.kind}, escape.place)
+
+
+def _first(cuts: list[Cut]) -> Any:
+    """The first cut that is not a mere comparison or index, else the first."""
+    return next((cut for cut in cuts if cut.kind != "integer"), cuts[0] if cuts else None)
+
+
+def _short(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,1 @@
+"""A finding, its place in the code, and its forms: text, terminal, HTML, JSON."""

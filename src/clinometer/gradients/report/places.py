@@ -1,0 +1,128 @@
+"""Places in the user's code: found by walking frames, read only when somebody asks."""
+
+from __future__ import annotations
+
+import linecache
+import os
+import sys
+import sysconfig
+from dataclasses import dataclass
+from functools import cache
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+
+_PACKAGE = os.path.dirname(os.path.abspath(str(sys.modules["clinometer"].__file__)))
+_INSTRUMENT = tuple(
+    os.path.join(_PACKAGE, room)
+    for room in ("gradients", "monitoring", "attach", "distributed", "integrations")
+)
+"""Rooms whose frames are never the user's. A model of ours (`lm`) is a model like any other."""
+_TORCH = os.path.dirname(os.path.abspath(torch.__file__))
+_STANDARD = {os.path.realpath(sysconfig.get_path(key)) for key in ("stdlib", "platstdlib")}
+_INSTALLED = ("site-packages", "dist-packages")
+
+
+class Frame(NamedTuple):
+    """One call on the stack."""
+
+    file: str
+    line: int
+    function: str
+
+
+@dataclass(frozen=True)
+class Where:
+    """A line of the user's code, what it called, and how it was reached."""
+
+    file: str
+    line: int
+    function: str = ""
+    """Qualified: "Encoder.forward"."""
+    op: str = ""
+    """The operation, as a person would write it: "detach"."""
+    module: str = ""
+    """Dotted path of the module that was running."""
+    stack: tuple[Frame, ...] = ()
+    """The user's calls, outermost first; the last one is this place."""
+
+    @property
+    def source(self) -> str:
+        """The line as written, stripped; "" where nobody knows it (exec'd text, a closed shell)."""
+        return linecache.getline(self.file, self.line).strip()
+
+    @property
+    def label(self) -> str:
+        """File and line, short: "model.py:41"."""
+        parts = self.file.replace("\\", "/").split("/")
+        name = parts[-1]
+        if len(parts) > 1 and parts[-2].startswith("ipykernel_"):
+            name = "<cell>"
+        elif name == "__init__.py" and len(parts) > 1:
+            name = f"{parts[-2]}/{name}"
+        return f"{name}:{self.line}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {
+            "file": self.file,
+            "line": self.line,
+            "function": self.function,
+            "op": self.op,
+            "module": self.module,
+            "source": self.source,
+            "stack": [frame._asdict() for frame in self.stack],
+        }
+
+
+def user_frame(frame: FrameType | None = None, *, op: str = "", module: str = "") -> Where | None:
+    """The innermost line, from `frame` (default: the caller) outwards, that is the user's code.
+
+    Torch, the standard library and the instrument are not; other installed packages are, for a model
+    from a library has its faults there. None when no frame is the user's.
+    """
+    frame = frame or sys._getframe(1)
+    stack: list[Frame] = []
+    while frame is not None:
+        code = frame.f_code
+        if not is_machinery(code.co_filename):
+            stack.append(
+                Frame(code.co_filename, frame.f_lineno or 0, code.co_qualname.rpartition("<locals>.")[2])
+            )
+        frame = frame.f_back
+    if not stack:
+        return None
+    file, line, function = stack[0]
+    return Where(file, line, function, op, module, tuple(reversed(stack)))
+
+
+@cache
+def is_machinery(file: str) -> bool:
+    """Whether a file belongs to torch, the standard library or the instrument."""
+    if file.startswith("<"):  # "<string>", "<stdin>", "<ipython-input-3>" are somebody's code
+        return file.startswith(("<frozen ", "<@beartype"))
+    path = os.path.abspath(file)
+    if _within(path, _TORCH) or is_instrument(file):
+        return True
+    real = os.path.realpath(path)
+    return any(
+        _within(real, root) and not any(part in _INSTALLED for part in real[len(root) :].split(os.sep))
+        for root in _STANDARD
+    )
+
+
+@cache
+def is_instrument(file: str) -> bool:
+    """Whether a file belongs to the instrument itself."""
+    path = os.path.abspath(file)
+    return any(_within(path, room) for room in _INSTRUMENT)
+
+
+def is_installed(file: str) -> bool:
+    """Whether a file belongs to an installed package, not to the user's own project."""
+    return any(part in _INSTALLED for part in file.replace("\\", "/").split("/"))
+
+
+def _within(path: str, folder: str) -> bool:
+    return path.startswith(folder + os.sep)

@@ -1,0 +1,296 @@
+"""Leaving no trace: whatever runs inside, everything is afterwards bit for bit what it was.
+
+Memory: one more copy of the parameters, buffers and gradients that are there (and of the optimizer's
+state, if an optimizer is given). Version counters alone would be cheaper and wrong: a forward that does
+`weight.data.clamp_()` moves no counter.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from operator import is_
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from clinometer.distributed.ranks import shard_again
+from clinometer.gradients.sandbox.random_state import RandomState
+from clinometer.gradients.sandbox.saved_state import CONTAINERS, KeptBits, KeptContainer, KeptTensor, has_grad
+from clinometer.gradients.sandbox.subject import Subject
+
+_ONE_AT_A_TIME = threading.RLock()
+
+
+@contextmanager
+def untouched(subject: Subject, *, closure: Any = None, optimizer: Any = None) -> Iterator[Before]:
+    """Inside, every `.grad` is None and anything may be changed; afterwards all is what it was.
+
+    Put back, also when an exception or KeyboardInterrupt passes: values, memory, `requires_grad`,
+    version counters and `.grad` (the same object with the same bits) of the subject's tensors; those, the
+    mode, the hooks and the attributes of its module and of modules `closure` names; the optimizers'
+    state; random generators; grad mode, autocast, default dtype.
+
+    Not seen: tensors and modules that neither the subject nor the closure names, objects other than
+    tensors, modules and plain containers, hooks on tensors; what other threads draw meanwhile from the
+    global random generators. A second thread that asks waits: two at once would put each other's state back.
+    """
+    with _ONE_AT_A_TIME:
+        before = Before(subject, closure, optimizer)
+        try:
+            before.set_grads_aside()
+            yield before
+        finally:
+            _uninterrupted(before.restore)
+            before.forget()
+
+
+class Before:
+    """How everything was when `untouched` began."""
+
+    def __init__(self, subject: Subject, closure: Any = None, optimizer: Any = None) -> None:
+        self._modes = _Modes()
+        self._random = RandomState()
+        self._tensors: list[KeptTensor] = []
+        self._by_id: dict[int, KeptTensor] = {}
+        self._containers: list[KeptContainer] = []
+        self._empty: list[Any] = []
+        self._scripted: list[tuple[nn.Module, bool]] = []
+        self._modules: list[nn.Module] = []
+        self._bits: dict[tuple[Any, ...], KeptBits] = {}
+        self._values: set[int] = {id(tensor) for tensor in subject.tensors.values()}
+        self._value_bits: set[tuple[Any, ...]] = set()
+        self._seen: dict[int, Any] = {}
+        optimizers = optimizer if isinstance(optimizer, tuple) else (optimizer,)
+        with torch.inference_mode(False), torch.no_grad():
+            self._keep(
+                [*subject.tensors.values(), subject.module, *modules_named_by(closure)],
+                [each.__dict__ for each in optimizers if each is not None],
+            )
+            for bits in self._bits.values():
+                bits.take()
+        self._held: list[Any] = [kept.container for kept in self._containers]
+        self._lengths = list(map(len, self._held))
+        self._keys = list(chain.from_iterable(self._held))
+        self._tables: list[dict[Any, Any]] = [held for held in self._held if isinstance(held, dict)]
+        self._entries = list(chain.from_iterable(map(dict.values, self._tables)))
+
+    def set_grads_aside(self) -> None:
+        """`.grad` of every tensor becomes None; `restore` puts the set-aside ones back."""
+        for kept in self._tensors:
+            if has_grad(kept.tensor) and kept.tensor.grad is not None:
+                kept.tensor.grad = None
+
+    def grad_of(self, tensor: Tensor) -> Tensor | None:
+        """The `.grad` that was set aside."""
+        kept = self._by_id.get(id(tensor))
+        return None if kept is None else kept.grad
+
+    def differs(self, tensor: Tensor) -> bool:
+        """Whether the values of a kept tensor are other than they were."""
+        kept = self._by_id.get(id(tensor))
+        return kept is not None and any(self._bits[bits.key].differs() for bits in kept.bits)
+
+    def rewind(self) -> None:
+        """Random generators, buffers, modes and attributes as at the beginning, every `.grad` None.
+
+        Values of parameters and of the subject's tensors are left alone: call it between two runs of
+        a closure that should see the same masks and the same running statistics.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            self._restore_containers()
+            self.set_grads_aside()
+            for kept in self._tensors:
+                if id(kept.tensor) not in self._values:
+                    kept.restore()
+            for key, bits in self._bits.items():
+                if key not in self._value_bits:
+                    bits.restore()
+            self._random.restore()
+
+    def restore(self) -> None:
+        """Everything, in an order that may be begun again after an interruption.
+
+        What cannot be put back does not keep the rest from it; its error is raised at the end.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            errors = _each(
+                [self._restore_containers]
+                # A .grad of another dtype or shape would forbid giving a tensor its memory back.
+                + [self.set_grads_aside]
+                + [kept.restore for kept in self._tensors]
+                + [bits.restore for bits in self._bits.values()]
+                + [kept.restore_grad for kept in self._tensors]
+                + [kept.restore_version for kept in self._tensors]
+            )
+        errors += _each([self._modes.restore, self._random.restore])
+        if errors:
+            raise errors[0]
+
+    def forget(self) -> None:
+        """Let the copies go; nothing can be put back any more."""
+        for held in (self._tensors, self._containers, self._empty, self._scripted, self._modules):
+            held.clear()
+        for held in (self._held, self._keys, self._tables, self._entries):
+            held.clear()
+        for held in (self._by_id, self._bits, self._seen):
+            held.clear()
+
+    def _restore_containers(self) -> None:
+        shard_again(self._modules)
+        # Most are the empty hook tables of modules; between any two runs they are asked all at once.
+        if any(self._empty):
+            for container in self._empty:
+                container.clear()
+        if not self._same_containers():
+            for kept in self._containers:
+                kept.restore()
+        for module, training in self._scripted:
+            if module.training != training:
+                module.training = training
+
+    def _same_containers(self) -> bool:
+        """Whether all hold what they held: asked between any two runs, so without a loop in Python."""
+        return (
+            list(map(len, self._held)) == self._lengths
+            and all(map(is_, chain.from_iterable(self._held), self._keys))
+            and all(map(is_, chain.from_iterable(map(dict.values, self._tables)), self._entries))
+        )
+
+    def _keep(self, *roots: Any) -> None:
+        queue = [root for group in roots if group is not None for root in group]
+        while queue:
+            value = queue.pop()
+            if id(value) in self._seen:
+                continue
+            if isinstance(value, Tensor):
+                self._seen[id(value)] = value
+                queue.extend(self._keep_tensor(value))
+            elif isinstance(value, nn.Module):
+                self._seen[id(value)] = value
+                self._modules.append(value)
+                if isinstance(value, torch.jit.ScriptModule):  # its attributes live in C++
+                    self._scripted.append((value, value.training))
+                    queue.extend([*value.parameters(False), *value.buffers(False), *value.children()])
+                else:
+                    queue.append(value.__dict__)
+            elif type(value) in CONTAINERS:
+                self._seen[id(value)] = value
+                if not value:
+                    self._empty.append(value)
+                    continue
+                kept = KeptContainer(value)
+                self._containers.append(kept)
+                queue.extend(kept.items)
+
+    def _keep_tensor(self, tensor: Tensor) -> list[Tensor]:
+        if is_lazy(tensor):
+            return []
+        kept = KeptTensor(tensor)
+        self._tensors.append(kept)
+        self._by_id[id(tensor)] = kept
+        if isinstance(tensor, nn.Parameter):
+            self._values.add(id(tensor))
+        for bits in kept.bits:
+            self._bits.setdefault(bits.key, bits)
+            if id(tensor) in self._values:
+                self._value_bits.add(bits.key)
+        return [] if kept.grad is None else [kept.grad]
+
+
+def modules_named_by(closure: Any) -> list[nn.Module]:
+    """Modules a callable reaches by its names: enclosed, global, default, bound, partial.
+
+    Functions of the same file that it names are looked into as well.
+    """
+    found: dict[int, nn.Module] = {}
+    seen: set[int] = set()
+    queue = [closure]
+    while queue:
+        value = queue.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, nn.Module):
+            found[id(value)] = value
+        elif isinstance(value, functools.partial):
+            queue += [value.func, *value.args, *value.keywords.values()]
+        elif inspect.ismethod(value):
+            queue += [value.__self__, value.__func__]
+        elif inspect.isfunction(value):
+            if value is closure or value.__globals__ is getattr(closure, "__globals__", value.__globals__):
+                queue += _named_by(value)
+        elif value is closure or value is getattr(closure, "__self__", None):
+            queue += [v for v in getattr(value, "__dict__", {}).values() if isinstance(v, nn.Module)]
+    return list(found.values())
+
+
+def _named_by(function: Any) -> Iterator[Any]:
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # enclosed, not yet assigned
+            continue
+    for name in _names(function.__code__):
+        if name in function.__globals__:
+            yield function.__globals__[name]
+
+
+def _names(code: CodeType) -> set[str]:
+    inner = (const for const in code.co_consts if isinstance(const, CodeType))
+    return set(code.co_names).union(*map(_names, inner))
+
+
+class _Modes:
+    """Switches of the process that a closure may leave turned."""
+
+    def __init__(self) -> None:
+        self.grad = torch.is_grad_enabled()
+        self.dtype = torch.get_default_dtype()
+        self.anomaly = torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
+        self.autocast = {
+            d: (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")
+        }
+        self.autocast_cache = torch.is_autocast_cache_enabled()
+
+    def restore(self) -> None:
+        torch.set_grad_enabled(self.grad)
+        torch.set_default_dtype(self.dtype)
+        torch.set_anomaly_enabled(*self.anomaly)
+        for device, (enabled, dtype) in self.autocast.items():
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)
+        torch.set_autocast_cache_enabled(self.autocast_cache)
+        torch.clear_autocast_cache()  # a cast of values that were changed inside is not the user's
+
+
+def _each(actions: list[Callable[[], None]]) -> list[Exception]:
+    errors = []
+    for action in actions:
+        try:
+            action()
+        except Exception as error:
+            errors.append(error)
+    return errors
+
+
+def _uninterrupted(action: Callable[[], None]) -> None:
+    """Do all of it even if Ctrl-C comes in the middle, then let the Ctrl-C pass."""
+    interrupted = None
+    while True:
+        try:
+            action()
+            break
+        except KeyboardInterrupt as interrupt:
+            interrupted = interrupt
+    if interrupted is not None:
+        raise interrupted

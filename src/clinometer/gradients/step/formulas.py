@@ -1,0 +1,280 @@
+"""The optimizers' formulas, one function each, in float64 and by their parts.
+
+A function takes what the optimizer held just before the step and gives what it must hold after it:
+
+    g gradient   m, v running means of g and g²   b momentum buffer   t step, from 1   λ decay
+    Δθ = update + decay        update = from earlier batches (momentum) + from this one (fresh)
+
+The parts answer "how much of this step is momentum": the denominator is held as it is, and the numerator,
+which is linear in the old m and in g, is taken apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clinometer.gradients.report.document import NBSP
+from clinometer.gradients.step.optimizer_state import Held, Quantity, Replay, wide
+
+
+def sgd(held: Held) -> Replay:
+    """g ← g + λθ;  b ← μ b + (1−τ) g (at first b ← g);  θ ← θ − lr b, with Nesterov θ ← θ − lr (g + μ b).
+
+    Source: torch.optim.SGD; Sutskever et al. 2013.
+    """
+    lr, mu = held.number("lr", "alpha"), held.number("momentum")
+    tau, decay_rate = held.number("dampening"), held.number("weight_decay")
+    theta, g = wide(held.theta), held.signed_grad
+    old = held.kept("momentum_buffer") if mu else None
+    first = mu == 0 or old is None
+    nesterov = bool(held.option("nesterov")) and mu != 0
+    b_old = torch.zeros_like(theta) if old is None else old
+    taken = 1.0 if first else 1.0 - tau
+    b = mu * b_old + taken * (g + decay_rate * theta)
+    of_g = 1.0 + mu * taken if nesterov else taken
+    of_b = (mu * mu if nesterov else mu) if mu else 0.0
+
+    momentum, fresh = -lr * of_b * b_old, -lr * of_g * g
+    decay = -lr * of_g * decay_rate * theta
+    quantities = [Quantity("gradient", "g", None, g)]
+    if mu:
+        formula = "μ b + (1−τ) (g + λθ)" if tau else "μ b + g + λθ" if decay_rate else "μ b + g"
+        quantities.append(Quantity("momentum", "b", b_old, b, "b = g" if first else formula))
+    quantities.append(Quantity("rate", "lr", None, lr))
+    step = "−lr (g + μ b)" if nesterov else "−lr b" if mu else "−lr g"
+    quantities.append(Quantity("update", "", None, momentum + fresh, step))
+    if decay_rate:
+        quantities.append(Quantity("decay", "", None, decay, f"−lr (λθ in g), λ = {decay_rate:g}"))
+    return Replay(
+        tuple(quantities),
+        update=momentum + fresh,
+        decay=decay,
+        momentum=momentum,
+        fresh=fresh,
+        theta=theta + momentum + fresh + decay,
+        rounded=momentum.abs() + fresh.abs() + decay.abs(),
+        numbers={"lr": lr, "momentum": mu, "dampening": tau, "weight_decay": decay_rate},
+    )
+
+
+def adam(held: Held) -> Replay:
+    """m ← β₁m + (1−β₁)g;  v ← β₂v + (1−β₂)g²;  θ ← θ − lr/(1−β₁ᵗ) · m / (√v/√(1−β₂ᵗ) + ε), g with λθ in it.
+
+    With amsgrad √v is the largest so far. Source: torch.optim.Adam; Kingma & Ba 2015, Reddi et al. 2018.
+    """
+    return _adam(held, decoupled=bool(held.option("decoupled_weight_decay")))
+
+
+def adamw(held: Held) -> Replay:
+    """θ ← θ − lr λ θ, then Adam's update with g alone.
+
+    Source: torch.optim.AdamW; Loshchilov & Hutter 2019.
+    """
+    return _adam(held, decoupled=True)
+
+
+def adamw_after(held: Held) -> Replay:
+    """θ ← θ − lr √(1−β₂ᵗ)/(1−β₁ᵗ) · m / (√v + ε), then θ ← θ − lr λ θ on what came out.
+
+    Source: Kingma & Ba 2015 §2, the efficient order; Loshchilov & Hutter 2019. Clinometer's own AdamW.
+    """
+    return _adam(held, decoupled=True, decay_after=True, efficient=True)
+
+
+def _adam(
+    held: Held,
+    *,
+    decoupled: bool,
+    decay_after: bool = False,
+    efficient: bool = False,
+    eps_inside: bool = False,
+    corrected: bool = True,
+) -> Replay:
+    lr, eps, decay_rate = (
+        held.number("lr", "alpha"),
+        held.number("eps", "epsilon"),
+        held.number("weight_decay"),
+    )
+    (beta1, beta2), t = held.betas, held.t
+    theta, g = wide(held.theta), held.signed_grad
+    m_old = _or_zero(held.kept("exp_avg", "m"), theta)
+    v_old = _or_zero(held.kept("exp_avg_sq", "v"), theta)
+    penalty = torch.zeros_like(theta) if decoupled else decay_rate * theta
+    m = beta1 * m_old + (1 - beta1) * (g + penalty)
+    v = beta2 * v_old + (1 - beta2) * (g + penalty).square()
+    correction1, correction2 = (1 - beta1**t, 1 - beta2**t) if corrected else (1.0, 1.0)
+    quantities = [
+        Quantity("gradient", "g", None, g),
+        Quantity("momentum", "m", m_old, m, "β₁ m + (1−β₁) g" if decoupled else "β₁ m + (1−β₁) (g + λθ)"),
+        Quantity("scale", "√v", v_old.sqrt(), v.sqrt(), "v: β₂ v + (1−β₂) g²"),
+    ]
+    used, sign = v, "v"
+    if held.option("amsgrad"):
+        largest = _or_zero(held.kept("max_exp_avg_sq"), theta)
+        used, sign = torch.maximum(largest, v), "v̂"
+        quantities.append(Quantity("largest", "√v̂", largest.sqrt(), used.sqrt(), "v̂: max(v̂, v)"))
+    if efficient:
+        rate, shrink = lr * math.sqrt(correction2) / correction1, 1.0
+        rate_formula, denominator_formula = f"lr √(1−β₂ᵗ)/(1−β₁ᵗ), lr{NBSP}={NBSP}{lr:.4g}", f"√{sign} + ε"
+    else:
+        rate, shrink = lr / correction1, math.sqrt(correction2)
+        rate_formula, denominator_formula = f"lr/(1−β₁ᵗ), lr{NBSP}={NBSP}{lr:.4g}", f"√{sign}/√(1−β₂ᵗ) + ε"
+    denominator = (used / shrink**2 + eps).sqrt() if eps_inside else used.sqrt() / shrink + eps
+    momentum = -rate * beta1 * m_old / denominator
+    fresh = -rate * (1 - beta1) * g / denominator
+    update = momentum + fresh
+    coupled = -rate * (1 - beta1) * penalty / denominator
+    if not decoupled:
+        decay, decay_formula = coupled, f"−lr_t (1−β₁) λθ / d, λ = {decay_rate:g}"
+    elif decay_after:
+        decay, decay_formula = -lr * decay_rate * (theta + update), f"−lr λ θ, λ = {decay_rate:g}"
+    else:
+        decay, decay_formula = -lr * decay_rate * theta, f"−lr λ θ, λ = {decay_rate:g}"
+    quantities += [
+        Quantity("rate", "lr_t", None, rate, rate_formula),
+        Quantity("denominator", "d", None, denominator, denominator_formula),
+        Quantity("update", "", None, update, "−lr_t m / d"),
+    ]
+    if decay_rate:
+        quantities.append(Quantity("decay", "", None, decay, decay_formula))
+    return Replay(
+        tuple(quantities),
+        update=update,
+        decay=decay,
+        momentum=momentum,
+        fresh=fresh,
+        theta=theta + update + decay,
+        rounded=momentum.abs() + fresh.abs() + coupled.abs(),
+        numbers={
+            "lr": lr,
+            "lr_t": rate,
+            "beta1": beta1,
+            "beta2": beta2,
+            "eps": eps,
+            "weight_decay": decay_rate,
+            "t": t,
+            "bias_correction1": correction1,
+            "bias_correction2": correction2,
+        },
+    )
+
+
+def muon(held: Held) -> Replay:
+    """b ← μ b + (1−μ) g;  O = Newton-Schulz of b (Nesterov: of (1−μ) g + μ b);  θ ← θ − lr λ θ − lr' O.
+
+    O depends on the whole matrix, and torch computes it in bfloat16: it is computed here by the same
+    operations, for a float64 one would be another direction. Source: torch.optim.Muon; Jordan et al. 2024.
+    """
+    lr, mu, decay_rate = held.number("lr"), held.number("momentum"), held.number("weight_decay")
+    theta, g = wide(held.theta), wide(held.grad)
+    buffer = held.state.get("momentum_buffer")
+    buffer = torch.zeros_like(held.grad) if buffer is None else buffer
+    nesterov = bool(held.option("nesterov"))
+    stored = buffer.lerp(held.grad, 1 - mu)
+    direction = held.grad.lerp(stored, mu) if nesterov else stored
+    coefficients, steps = held.options["ns_coefficients"], int(held.options["ns_steps"])
+    orthogonal = wide(_newton_schulz(direction, coefficients, steps, held.number("eps")))
+    rows, columns = held.theta.shape
+    adjust = held.option("adjust_lr_fn")
+    if adjust in (None, "original"):
+        rate, rate_formula = lr * math.sqrt(max(1, rows / columns)), "lr √max(1, n₀/n₁)"
+    elif adjust == "match_rms_adamw":
+        rate, rate_formula = lr * 0.2 * math.sqrt(max(rows, columns)), "0.2 lr √max(n₀, n₁)"
+    else:
+        rate, rate_formula = lr, ""
+    update, decay = -rate * orthogonal, -lr * decay_rate * theta
+    of_b, of_g = (mu * mu, 1 - mu * mu) if nesterov else (mu, 1 - mu)
+    old = wide(buffer)
+    quantities = [
+        Quantity("gradient", "g", None, g),
+        Quantity("momentum", "b", old, mu * old + (1 - mu) * g, "μ b + (1−μ) g"),
+        Quantity(
+            "direction",
+            "O",
+            None,
+            orthogonal,
+            "O Oᵀ ≈ I: NS((1−μ) g + μ b)" if nesterov else "O Oᵀ ≈ I: NS(b)",
+        ),
+        Quantity("rate", "lr'", None, rate, f"{rate_formula}, lr{NBSP}={NBSP}{lr:.4g}".lstrip(", ")),
+        Quantity("update", "", None, update, "−lr' O"),
+    ]
+    if decay_rate:
+        quantities.append(Quantity("decay", "", None, decay, f"−lr λ θ, λ = {decay_rate:g}"))
+    return Replay(
+        tuple(quantities),
+        update=update,
+        decay=decay,
+        momentum=of_b * old,
+        fresh=of_g * g,
+        theta=theta + update + decay,
+        rounded=update.abs(),
+        numbers={"lr": lr, "lr_t": rate, "momentum": mu, "weight_decay": decay_rate},
+    )
+
+
+def _newton_schulz(matrix: Tensor, coefficients: tuple[float, ...], steps: int, eps: float) -> Tensor:
+    """X ← aX + (bA + cA²)X with A = XXᵀ: every singular value moves towards 1. In bfloat16."""
+    a, b, c = coefficients
+    x = matrix.bfloat16()
+    tall = matrix.size(0) > matrix.size(1)
+    x = x.T if tall else x
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
+
+
+def _or_zero(kept: Tensor | None, theta: Tensor) -> Tensor:
+    return torch.zeros_like(theta) if kept is None else kept
+
+
+Formula = Callable[[Held], Replay]
+
+FORMULAS: dict[str, Formula] = {
+    "sgd": sgd,
+    "adam": adam,
+    "adamw": adamw,
+    "adamw-after": adamw_after,
+    "muon": muon,
+}
+WHOLE = {"muon"}
+"""Formulas in which an entry depends on the rest of its tensor."""
+
+SLIPS: dict[str, Formula] = {
+    "eps-inside": lambda held: _adam(held, decoupled=True, eps_inside=True),
+    "eps-inside-after": lambda held: _adam(
+        held, decoupled=True, eps_inside=True, decay_after=True, efficient=True
+    ),
+    "uncorrected": lambda held: _adam(held, decoupled=True, corrected=False),
+    "uncorrected-after": lambda held: _adam(held, decoupled=True, corrected=False, decay_after=True),
+    "coupled": lambda held: _adam(held, decoupled=False),
+    "decay-after": lambda held: _adam(held, decoupled=True, decay_after=True),
+    "eps-uncorrected": lambda held: _adam(held, decoupled=True, efficient=True),
+}
+"""What an Adam that misses its formula may be doing instead; the key is that of its sentence."""
+
+_NAMES = {"SGD": ("sgd",), "Adam": ("adam",), "AdamW": ("adamw", "adamw-after"), "Muon": ("muon",)}
+_NEEDED = {"SGD": {"lr"}, "Adam": {"lr", "betas", "eps"}, "AdamW": {"lr", "betas", "eps"}}
+_NEEDED["Muon"] = {"lr", "momentum", "ns_coefficients", "ns_steps", "eps"}
+
+
+def claims(optimizer: Any) -> tuple[str, ...]:
+    """The formulas an optimizer claims to follow, the likeliest first; empty when it claims none here.
+
+    A class says so by an attribute `formula` (a key of FORMULAS) or by its name or an ancestor's: torch's
+    SGD, Adam, AdamW and Muon do, and so does a hand-written `class AdamW`.
+    """
+    for cls in type(optimizer).__mro__:
+        stated = cls.__dict__.get("formula")
+        if isinstance(stated, str) and stated in FORMULAS:
+            return (stated,)
+        if cls.__name__ in _NAMES and _NEEDED[cls.__name__] <= set(optimizer.param_groups[0]):
+            named = _NAMES[cls.__name__]
+            return named[:1] if cls.__module__.startswith("torch.optim") else named
+    return ()

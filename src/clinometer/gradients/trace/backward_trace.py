@@ -1,0 +1,269 @@
+"""One backward, watched: through which edges of the graph nothing came, zeros came, or NaN came.
+
+Every gradient is reduced to its largest absolute value while it passes; none is kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from clinometer.distributed.shards import is_sharded
+from clinometer.gradients.sandbox.saved_state import dense_parts
+from clinometer.gradients.trace.forward_trace import Trace
+from clinometer.gradients.trace.graph import Graph, Node, operation, same_values
+
+Read = Callable[[str], Any]
+"""What a node saved under a name; None when it saved nothing, or it may not be read."""
+Clue = Callable[[Node, int, Sequence[Tensor | None], Sequence[Tensor | None], Read], Any]
+"""(node, which input, gradients of its inputs, of its outputs, what it saved) → what it looks like."""
+
+
+@dataclass
+class Event:
+    """What passed a node, where something was missing, zero or not finite."""
+
+    node: Node
+    out: list[float | None]
+    """Largest absolute value of the gradient of each output; None where there is none."""
+    into: list[float | None]
+    """The same for each input."""
+    clues: dict[int, Any]
+    """For the inputs where it happened in this very node: what the clue function said."""
+    scalar: bool = False
+    """Whether all that came in is one number: the loss, or a term of it."""
+
+    @property
+    def arrived(self) -> float:
+        """The largest value that came in; 0 when only zeros did."""
+        return max((v if v == v else math.inf for v in self.out if v is not None), default=0.0)
+
+    @property
+    def sound(self) -> bool:
+        """Whether all that came in was finite."""
+        return all(v is None or math.isfinite(v) for v in self.out)
+
+
+class Flow:
+    """The backward of one loss."""
+
+    def __init__(self, graph: Graph, trace: Trace, clue: Clue) -> None:
+        self.graph = graph
+        self.trace = trace
+        self.events: dict[Node, Event] = {}
+        self.dead: dict[Node, list[Tensor]] = {}
+        """For a ReLU, which channels (last dimension, second dimension) gave 0 everywhere."""
+        self.cancelled: dict[Node, float] = {}
+        """Accumulation nodes of vectors whose gradient is nothing but rounding → its largest value."""
+        self._clue = clue
+        self._hooks: list[Any] = []
+        self._hooked: set[Node] = set()
+
+    def run(self, loss: Tensor, keep_graph: bool) -> None:
+        """The backward; afterwards no hook is left."""
+        with ExitStack() as inside:
+            try:
+                for node in self.graph.nodes:
+                    self.hook(node)
+                    if operation(node) == "CheckpointFunction":
+                        self._watch_inside(node, inside)
+                torch.autograd.backward(loss, torch.ones_like(loss) if loss.dim() else None, keep_graph)
+            finally:
+                self.trace.on_node = None
+                for hook in self._hooks:
+                    hook.remove()
+                self._hooks.clear()
+
+    def _watch_inside(self, node: Node, inside: ExitStack) -> None:
+        """A reentrant checkpoint builds a graph during the backward and runs it: watch it being made.
+
+        From hooks, as a mode around the whole backward would be set aside while the backward runs.
+        """
+
+        def begin(gradients: Any) -> None:
+            self.trace.on_node = self._hook_below
+            inside.enter_context(self.trace.watching())
+
+        def end(into: Any, out: Any) -> None:
+            inside.close()
+            self.trace.on_node = None
+
+        self._hooks += [node.register_prehook(begin), node.register_hook(end)]
+
+    def hook(self, node: Node) -> None:
+        """Watch one node, unless it only passes on what it got."""
+        if node in self._hooked or not node.next_functions or same_values(node):
+            return
+        self._hooked.add(node)
+        edges = [i for i, (below, _) in enumerate(node.next_functions) if below is not None]
+        vectors = [i for i in edges if _is_vector(node.next_functions[i][0])]
+        relu = operation(node) in ("Relu", "Threshold")
+
+        def passed(into: Sequence[Tensor | None], out: Sequence[Tensor | None]) -> None:
+            with torch.no_grad():
+                self._passed(node, edges, vectors, relu, into, out)
+
+        self._hooks.append(node.register_hook(passed))
+
+    def _hook_below(self, root: Node) -> None:
+        stack = [root]
+        while stack:
+            node = stack.pop()
+            for position, (below, _) in enumerate(node.next_functions):
+                if below is not None and (node, position) not in self.graph.consumers.get(below, ()):
+                    self.graph.consumers.setdefault(below, []).append((node, position))
+                    if below not in self._hooked:
+                        stack.append(below)
+            variable = getattr(node, "variable", None)
+            if variable is not None and not node.next_functions:
+                self.graph.leaves.setdefault(id(variable), node)
+            self.hook(node)
+
+    def _passed(
+        self,
+        node: Node,
+        edges: list[int],
+        vectors: list[int],
+        relu: bool,
+        into: Sequence[Tensor | None],
+        out: Sequence[Tensor | None],
+    ) -> None:
+        sizes: list[float | None] = [None] * len(into)
+        for i in edges:
+            if i < len(into):
+                sizes[i] = largest(into[i])
+        into, out = [plain(g) for g in into], [plain(g) for g in out]
+        if relu and (result := self._saved(node, "result")) is not None:
+            self.dead[node] = list(_silent_channels(result))
+        watched = [sizes[i] for i in edges if i < len(into)]
+        ordinary = all(v is not None and 0.0 < v < math.inf for v in watched)
+        if ordinary and not vectors:
+            return
+        came = [largest(g) for g in out]
+        for i in vectors:
+            self._cancels(node.next_functions[i][0], sizes[i], into[i], came, out)
+        if ordinary:
+            return
+        event = Event(node, came, sizes, {}, all(g is None or g.numel() == 1 for g in out))
+        for i in edges:
+            if i >= len(into):
+                continue
+            size = sizes[i]
+            happened = (
+                event.arrived > 0 if size is None or size == 0 else event.sound and not math.isfinite(size)
+            )
+            if happened:
+                event.clues[i] = self._clue(node, i, into, out, partial(self._saved, node))
+        self.events[node] = event
+
+    def _saved(self, node: Node, name: str) -> Any:
+        return plain(getattr(node, f"_saved_{name}", None)) if self.trace.may_read(node) else None
+
+    def _cancels(
+        self,
+        leaf: Node,
+        size: float | None,
+        into: Tensor | None,
+        came: list[float | None],
+        out: Sequence[Tensor | None],
+    ) -> None:
+        """A sum over n terms of size d that comes out near ε·d, not near √n·d, cancels by construction."""
+        if into is None or size is None or not out or out[0] is None or not came[0] or size == 0:
+            return
+        terms = out[0].numel() / max(1, into.numel())
+        limit = 4 * torch.finfo(into.dtype).eps * math.sqrt(terms) * came[0]
+        if terms > 1 and size <= limit:
+            self.cancelled[leaf] = size
+        elif leaf in self.cancelled:
+            del self.cancelled[leaf]
+
+    def above(self, node: Node) -> Iterator[tuple[Node, int]]:
+        """The nodes that hand `node` its gradient, seen through nodes that only rearrange."""
+        for consumer, position in self.graph.consumers.get(node, ()):
+            if same_values(consumer):
+                yield from self.above(consumer)
+            else:
+                yield consumer, position
+
+    def origins(self, node: Node, bad: Callable[[float | None], bool]) -> list[tuple[Event, int]]:
+        """Where what arrives at `node` went bad: nodes that got something good and handed on `bad`."""
+        found: list[tuple[Event, int]] = []
+        seen = {node}
+        stack = [node]
+        while stack:
+            for consumer, position in self.above(stack.pop()):
+                event = self.events.get(consumer)
+                if event is None or position >= len(event.into) or not bad(event.into[position]):
+                    continue
+                if position in event.clues:
+                    found.append((event, position))
+                elif consumer not in seen:
+                    seen.add(consumer)
+                    stack.append(consumer)
+        return found
+
+
+def plain(value: Any) -> Any:
+    """The numbers of a jagged nested tensor one under the other, and of a DTensor those that are here.
+
+    What a node did is read from them: no rank may ask the others while a backward runs.
+    """
+    if not isinstance(value, Tensor):
+        return value
+    if is_sharded(value):
+        distributed: Any = value
+        return distributed.to_local()
+    return value.values() if value.is_nested and value.layout is torch.jagged else value
+
+
+def largest(gradient: Tensor | None) -> float | None:
+    """The largest absolute value: inf or NaN if there is one; None for no gradient."""
+    if gradient is None:
+        return None
+    if gradient.layout is not torch.strided or is_traceable_wrapper_subclass(gradient) or gradient.is_nested:
+        if gradient.layout is torch.sparse_coo and not gradient.is_coalesced():
+            gradient = gradient.coalesce()
+        parts = [v for part in dense_parts(gradient) if (v := largest(part)) is not None]
+        return max(parts, key=lambda v: (math.isnan(v), v), default=0.0) if parts else 0.0
+    if gradient.numel() == 0:
+        return 0.0
+    if gradient.is_complex():
+        gradient = torch.view_as_real(gradient.resolve_conj())
+    if gradient.is_meta or not gradient.is_floating_point():
+        return 1.0  # nothing can be read from it: count it as ordinary
+    if gradient.element_size() == 1:
+        gradient = gradient.float()
+    low, high = torch.aminmax(packed(gradient.detach()))
+    low, high = float(low), float(high)
+    return max(abs(low), abs(high)) if not math.isnan(low + high) or math.isinf(low) else math.nan
+
+
+def packed(tensor: Tensor) -> Tensor:
+    """The same numbers in the order they lie in memory: reading them is then up to 60 times as fast."""
+    if tensor.is_contiguous():
+        return tensor
+    if 0 in tensor.stride():  # expanded: read each number once
+        tensor = tensor[tuple(slice(0, 1) if s == 0 else slice(None) for s in tensor.stride())]
+    order = sorted(range(tensor.dim()), key=lambda d: -tensor.stride(d))
+    return tensor.permute(order)
+
+
+def _silent_channels(result: Tensor) -> Iterator[Tensor]:
+    if result.numel() == 0:  # an expert that got no token
+        return
+    for dim in {result.dim() - 1, 1} if result.dim() > 1 else {0}:
+        others = [d for d in range(result.dim()) if d != dim]
+        yield (result.amax(others) if others else result) == 0
+
+
+def _is_vector(node: Node) -> bool:
+    variable = getattr(node, "variable", None)
+    return variable is not None and variable.dim() == 1 and variable.is_floating_point()

@@ -1,0 +1,1 @@
+"""Rules that say when a run has trouble, and their words."""

@@ -1,0 +1,1 @@
+"""What torch's own calls tell: clipping, unscaling, losses, zero_grad."""

@@ -1,0 +1,80 @@
+"""Was zero_grad() called? The gradients of one optimizer, followed from its step to its next.
+
+A few of them are enough. If each is the same tensor in the same version when a backward begins as it was
+after the step (or the backward) before, nobody cleared it, and the backward adds to it. Looked at over the
+whole way from step to step: another model's backward may pass over old gradients that are cleared later, as
+in a GAN.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from clinometer.distributed.shards import local, version
+from clinometer.monitoring.measure.watched_tensors import Roster
+
+_FOLLOWED = 3
+
+
+class _Chain:
+    def __init__(self) -> None:
+        self.unbroken = False
+        self.backwards = 0
+        self.tensors: list[weakref.ref[Tensor]] = []
+        self.states: list[Any] = []
+
+    def now(self) -> list[Any]:
+        tensors = [reference() for reference in self.tensors]
+        return [None if t is None or t.grad is None else (id(t.grad), version(t.grad)) for t in tensors]
+
+
+class Chains:
+    """One for each optimizer, by its id."""
+
+    def __init__(self, roster: Roster) -> None:
+        self._roster = roster
+        self._chains: dict[int, _Chain] = {}
+
+    def stepped(self, optimizer: Optimizer) -> None:
+        chain = self._chains[id(optimizer)] = _Chain()
+        having = [
+            w for w in self._roster.owned_by(optimizer) if (t := w.ref()) is not None and t.grad is not None
+        ]
+        having.sort(key=lambda w: w.numel)  # small ones: a look into them costs nothing
+        chain.tensors = [w.ref for w in having[:_FOLLOWED]]
+        chain.states = chain.now()
+        chain.unbroken = bool(having)
+
+    def backward_begins(self) -> None:
+        for chain in self._chains.values():
+            if chain.unbroken and (chain.now() != chain.states or _is_zero(chain)):
+                chain.unbroken = False
+
+    def backward_ended(self) -> None:
+        for chain in self._chains.values():
+            if chain.unbroken:
+                states = chain.now()
+                chain.backwards += states != chain.states
+                chain.states = states
+
+    def unbroken(self, optimizer: Optimizer) -> bool:
+        """Whether this optimizer's gradients were added to old ones all the way since its last step."""
+        chain = self._chains.get(id(optimizer))
+        return chain is not None and chain.unbroken and chain.backwards > 0
+
+
+def _is_zero(chain: _Chain) -> bool:
+    """Cleared behind the version's back, by `.grad.data.zero_()`: then there is nothing but zeros."""
+    for reference in chain.tensors:
+        tensor = reference()
+        if tensor is None or tensor.grad is None:
+            continue
+        grad = local(tensor.grad)
+        if grad.layout is not torch.strided or bool(grad.any()):
+            return False
+    return True

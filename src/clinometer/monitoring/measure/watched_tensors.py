@@ -1,0 +1,180 @@
+"""Which tensors are watched: the model's, then what else the optimizers hold; and their copies from before.
+
+Nothing here keeps a model, an optimizer or a tensor alive.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from clinometer.distributed.shards import local, version
+from clinometer.gradients.sandbox.subject import Subject
+from clinometer.monitoring.measure.small_tensors import Places, Room, is_small
+from clinometer.monitoring.measure.statistics import flat
+
+
+class Watched:
+    """One tensor under its first name."""
+
+    __slots__ = (
+        "before",
+        "dtype",
+        "first_norm",
+        "index",
+        "look",
+        "moved_elsewhere",
+        "name",
+        "numel",
+        "ref",
+        "room",
+        "shape",
+        "weight_norm",
+    )
+
+    def __init__(self, index: int, name: str, tensor: Tensor) -> None:
+        self.index = index
+        self.name = name
+        self.shape = tuple(tensor.shape)
+        self.dtype = str(tensor.dtype).removeprefix("torch.")
+        self.numel = tensor.numel()
+        self.ref = weakref.ref(tensor)
+        self.before: Tensor | None = None
+        """A flat copy of the tensor as it was at the last look."""
+        self.room: Room | None = None
+        """Where that copy stands beside those of other small tensors."""
+        self.look: tuple[int, int] | None = None
+        """Version and address of the tensor at the last look; other ones mean that somebody wrote to it."""
+        self.moved_elsewhere = False
+        """Somebody wrote to it between two steps."""
+        self.weight_norm = self.first_norm = float("nan")
+        """After the last step; and before the first."""
+
+
+def state_of(tensor: Tensor) -> tuple[int, int]:
+    """What changes when somebody writes to a tensor, `tensor.data.add_()` apart."""
+    return (-1 if tensor.is_inference() else version(tensor)), local(tensor).data_ptr()
+
+
+class Roster:
+    """The watched tensors, in an order that only grows."""
+
+    def __init__(self, model: Any, optimizers: Iterable[Optimizer]) -> None:
+        self._model = _weak(model)
+        self.optimizers = [weakref.ref(optimizer) for optimizer in optimizers]
+        self.watched: list[Watched] = []
+        self._by_id: dict[int, Watched] = {}
+        self._owned: dict[int, list[Watched]] = {}
+        self._sizes: tuple[int, ...] = ()
+        self.unowned: list[Watched] = []
+        self.grow()
+
+    @property
+    def model(self) -> Any:
+        return self._model()
+
+    def grow(self) -> bool:
+        """Look again; true if there are tensors that were not there before."""
+        size = len(self.watched)
+        model = self.model
+        named = Subject.of(model).tensors if model is not None else {}
+        for name, tensor in named.items():
+            self._add(name, tensor)
+        self._owned, owned = {}, set()
+        for place, optimizer in enumerate(self.living()):
+            mine = self._owned.setdefault(id(optimizer), [])
+            for group_index, group in enumerate(optimizer.param_groups):
+                for index, tensor in enumerate(group["params"]):
+                    # A tensor that the model does not name has the place it has in its optimizer.
+                    mine.append(self._add(f"optimizer{place}.group{group_index}.param{index}", tensor))
+                    owned.add(id(tensor))
+        self.unowned = [w for w in self.watched if id(w.ref()) not in owned]
+        self._sizes = self._count()
+        return len(self.watched) > size
+
+    def grew(self) -> bool:
+        """The same, if an optimizer was given other parameters since."""
+        return self._count() != self._sizes and self.grow()
+
+    def owned_by(self, optimizer: Optimizer) -> list[Watched]:
+        return self._owned.get(id(optimizer), [])
+
+    def living(self) -> Iterator[Optimizer]:
+        for reference in self.optimizers:
+            optimizer = reference()
+            if optimizer is not None:
+                yield optimizer
+
+    def find(self, tensor: Tensor) -> Watched | None:
+        found = self._by_id.get(id(tensor))
+        return found if found is not None and found.ref() is tensor else None
+
+    def tensors(self) -> list[Tensor]:
+        """Those that still live."""
+        return [t for w in self.watched if (t := w.ref()) is not None]
+
+    def groups(self) -> dict[int, int]:
+        """Which parameter group holds a tensor, by its id; groups are counted over all optimizers."""
+        found: dict[int, int] = {}
+        number = 0
+        for optimizer in self.living():
+            for group in optimizer.param_groups:
+                found.update({id(tensor): number for tensor in group["params"]})
+                number += 1
+        return found
+
+    def _count(self) -> tuple[int, ...]:
+        return tuple(len(group["params"]) for o in self.living() for group in o.param_groups)
+
+    def _add(self, name: str, tensor: Tensor) -> Watched:
+        known = self.find(tensor)
+        if known is not None:
+            return known
+        taken = {w.name for w in self.watched} if any(w.name == name for w in self.watched) else set()
+        while name in taken:
+            name += "'"  # it took the place of one that is gone
+        new = Watched(len(self.watched), name, tensor)
+        self.watched.append(new)
+        self._by_id[id(tensor)] = new
+        return new
+
+
+def give_memory(watched: Iterable[Watched], places: Places) -> None:
+    """A copy for each tensor that has none, in one buffer a precision; small ones in a room for them."""
+    missing: dict[tuple[torch.dtype, torch.device], list[tuple[Watched, Tensor]]] = {}
+    small: list[tuple[Watched, Tensor]] = []
+    for one in watched:
+        tensor = one.ref()
+        if one.before is None and tensor is not None:
+            values = flat(tensor)
+            one.first_norm = float(torch.linalg.vector_norm(values, dtype=_sum_in(values.dtype)))
+            one.look = state_of(tensor)
+            if is_small(tensor) and tensor.dtype is torch.float32:
+                small.append((one, tensor))
+            else:
+                missing.setdefault((values.dtype, values.device), []).append((one, values))
+    if small:
+        room = Room([tensor for _, tensor in small], places, [one.index for one, _ in small])
+        for (one, _), copy in zip(small, room.copies(), strict=True):
+            one.room, one.before = room, copy
+    for (dtype, device), members in missing.items():
+        buffer = torch.empty(sum(values.numel() for _, values in members), dtype=dtype, device=device)
+        start = 0
+        for one, values in members:
+            one.before = buffer[start : start + values.numel()].copy_(values)
+            start += values.numel()
+
+
+def _sum_in(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _weak(model: Any) -> Callable[[], Any]:
+    if isinstance(model, nn.Module):
+        return weakref.ref(model)
+    return lambda: model  # a mapping of tensors: whoever gives one keeps it alive anyway

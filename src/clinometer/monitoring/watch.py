@@ -1,0 +1,343 @@
+"""watch(): every gradient of every step, in two lines.
+
+    watch = watch(model, optimizer, to=sink)
+    ...                                          # the loop as it was
+
+It hooks the optimizer's step: gradients are read before it, weights after it, and a step is told to the sinks
+when the next one begins (on a GPU its numbers have arrived by then, and nobody waited). Nothing of the run
+changes: no number, no random state, no hook on a module or a parameter. It holds model and optimizer weakly,
+and a fault of its own ends the watching with one warning, never the training.
+"""
+
+from __future__ import annotations
+
+import atexit
+import builtins
+import functools
+import re
+import sys
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clinometer.gradients.report.document import Document, to_html, to_text
+from clinometer.gradients.report.result import Result, jsonable
+from clinometer.gradients.step.explain_step import innermost
+from clinometer.messages import InputError, say
+from clinometer.monitoring.alert_diagnosis import report_data
+from clinometer.monitoring.alerts.text import document
+from clinometer.monitoring.listen import torch_calls
+from clinometer.monitoring.sinks import Outlet, Sink
+from clinometer.monitoring.step import Session
+
+__all__ = ["Sink", "Watch", "watch"]
+
+_NAME = re.compile(r"[a-z0-9_./-]{1,64}")
+_living: set[Watch] = set()
+
+
+def watch(
+    model: Any,
+    optimizer: Any,
+    to: Sink | Sequence[Sink],
+    every: int = 1,
+    *,
+    name: str | None = None,
+    config: dict[str, Any] | None = None,
+) -> Watch:
+    """Watch each tensor of `model` (a module, or a mapping of names to tensors) at each step of `optimizer`.
+
+    `optimizer`: one, or several that share the model; a wrapper (accelerate's) is looked through. A step of
+    several is a round in which none steps twice. `to`: where the numbers go. `every`: measure each that many
+    steps. `name` and `config`: what should stand in the run's description.
+
+    Cost: one pass over gradients, first moments and weights, and a copy of the weights in memory.
+    Of sharded tensors (FSDP2, tensor parallel) the numbers are those of the full ones, the same on every
+    rank, for one reduction of sums and one of maxima a step; every rank makes the watch, and the first
+    writes. Under DDP nothing is exchanged; each rank may watch, and the first writes.
+    Raises InputError for something that is no optimizer, no model or no sink, and if ranks of a sharded model
+    do not come or watch something else.
+    """
+    return Watch(model, optimizer, to, every, {"name": name, **(config or {})})
+
+
+def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
+    """An exception of ours ends the watching, with one warning; it never reaches the training loop."""
+
+    @functools.wraps(method)
+    def guarded(self: Watch, *args: Any, **kwargs: Any) -> Any:
+        if self.closed:
+            return None
+        try:
+            return method(self, *args, **kwargs)
+        except InputError as error:
+            self._give_up(str(error), "stopped" if error.key.startswith("watch.ranks.") else "gave_up")
+        except Exception as error:
+            self._give_up(f"{type(error).__name__}: {error}")
+        return None
+
+    return guarded
+
+
+class Watch:
+    """A running watch; `close()` ends it and takes every hook away."""
+
+    def __init__(
+        self, model: Any, optimizer: Any, to: Sink | Sequence[Sink], every: int, config: dict[str, Any]
+    ) -> None:
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise InputError("watch.every", value=every)
+        given = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
+        if not given:
+            raise InputError("watch.no_optimizer")
+        optimizers = [innermost(one) for one in given]
+        self.closed = False
+        self._lock = threading.RLock()
+        self._outlet = Outlet(to)
+        self._session = Session(model, optimizers, self._outlet, every)
+        self._session.begin(config)
+        self._handles = []
+        for one in optimizers:
+            if not hasattr(one, "register_step_pre_hook"):
+                raise InputError("step.not_an_optimizer", type=type(one).__name__)
+            self._handles += [
+                one.register_step_pre_hook(self._before_step),
+                one.register_step_post_hook(self._after_step),
+            ]
+            weakref.finalize(one, _optimizer_gone, weakref.ref(self)).atexit = False
+        torch_calls.listen(self)
+        _living.add(self)
+
+    # What a loop may say.
+
+    def log(self, **scalars: Any) -> None:
+        """Numbers of this step, `loss`, `tokens` or any other: `[a-z0-9_./-]`, at most 64 letters.
+
+        Whether they belong to the step that was or to the one that comes is seen from the first time: what is
+        first logged before any step belongs, each time, to the step that follows. Raises InputError for a
+        name or a value that cannot be kept.
+        """
+        for name, value in scalars.items():
+            if not _NAME.fullmatch(name):
+                raise InputError("watch.scalar_name", name=name)
+            if not _is_number(value):
+                raise InputError("watch.scalar", name=name, type=type(value).__name__)
+        self._log(scalars)
+
+    def batch(self, identity: dict[str, Any]) -> None:
+        """Which batch the step uses, said before or after it as with `log`; an alert keeps it, so that the
+        batch can be found again."""
+        self._call("log_batch", jsonable(identity))
+
+    def clipped(self, norm: Any, max_norm: float) -> None:
+        """The gradients were clipped: the total norm before, and the largest allowed. Not needed for torch's
+        clipping nor for clinometer's, which are seen."""
+        self._call("clipped", norm, float(max_norm))
+
+    def skip(self) -> None:
+        """This step is not taken: its gradients, still there, are measured and written down as such."""
+        self._call("skip")
+
+    def pin(self, name: str, index: Iterable[int]) -> None:
+        """Write down every step of one weight in full. Raises InputError for an unknown name or index."""
+        self._session.pins.add(self._session.roster, name, tuple(index))
+
+    def event(self, kind: str, /, **data: Any) -> None:
+        """Something that happened: "validation", "checkpoint", "note", …"""
+        self._call("event", kind, jsonable(data))
+
+    def report(self, result: Result) -> None:
+        """Keep a diagnosis or a check beside the run."""
+        self.event("report", **report_data(result))
+
+    @property
+    def names(self) -> list[str]:
+        """The watched tensors, in the order of their rows."""
+        return [one.name for one in self._session.roster.watched]
+
+    @property
+    def step(self) -> int:
+        """The number of the last step; set it when a run is resumed."""
+        return self._session.step
+
+    @step.setter
+    def step(self, value: int) -> None:
+        self._session.step = int(value)
+
+    @property
+    def closure(self) -> Callable[[], Any] | None:
+        """Computes the loss of the batch in hand; with it a gradient that is not finite is diagnosed."""
+        return self._session.closure
+
+    @closure.setter
+    def closure(self, value: Callable[[], Any] | None) -> None:
+        self._session.closure = value
+
+    @property
+    def on_alert(self) -> Callable[[dict[str, Any]], None] | None:
+        """Called with each alert, when it opens, grows and closes."""
+        return self._outlet.on_alert
+
+    @on_alert.setter
+    def on_alert(self, value: Callable[[dict[str, Any]], None] | None) -> None:
+        self._outlet.on_alert = value
+
+    @property
+    def alerts(self) -> list[dict[str, Any]]:
+        """All alerts so far, as the sinks got them."""
+        return self._session.alerts.all()
+
+    @property
+    def sinks(self) -> list[Sink]:
+        """Where the numbers go; a sink that failed is no longer among them."""
+        return list(self._outlet.sinks)
+
+    def __str__(self) -> str:
+        return to_text(self._document(), 100)
+
+    def _repr_html_(self) -> str:
+        return to_html(self._document())
+
+    def _document(self) -> Document:
+        return document(len(self.names), self.step, self.alerts, self.closed)
+
+    def flush(self) -> None:
+        """Tell the sinks the last step now, instead of when the next one begins."""
+        self._call("flush")
+
+    def close(self, state: str = "done") -> None:
+        """Tell the last step, close the sinks ("done", "stopped" or "failed") and take every hook away."""
+        if self.closed:
+            return
+        self._call("flush")
+        self._end(state)
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        stopped = kind is not None and issubclass(kind, KeyboardInterrupt)
+        self.close("done" if kind is None else "stopped" if stopped else "failed")
+
+    # What the optimizer's hooks and torch's functions say.
+
+    def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None or self.closed:
+            self._call("before_step", optimizer)
+            return None
+
+        def watched() -> Any:
+            # The gradients of this step are computed in here; of several rounds (LBFGS) the first counts.
+            value = closure()
+            self._call("closure_ran", optimizer)
+            return value
+
+        self._call("before_closure", optimizer)
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": watched}
+        return (*args[:1], watched, *args[2:]), kwargs
+
+    def _after_step(self, optimizer: Any, *_: Any) -> None:
+        self._call("after_step", optimizer)
+
+    @_guarded
+    def _call(self, method: str, *values: Any) -> None:
+        # Two threads may run backward at once; only what we do with it is taken in turns.
+        with self._lock, torch.no_grad(), _plain_arithmetic():
+            getattr(self._session, method)(*values)
+
+    @_guarded
+    def _log(self, scalars: dict[str, Any]) -> None:
+        self._session.log({k: v.detach() if isinstance(v, Tensor) else float(v) for k, v in scalars.items()})
+
+    def backward_begins(self, losses: Sequence[Tensor], given: Any) -> None:
+        self._call("backward_begins", losses)
+
+    def backward_failed(self) -> None:
+        self._call("backward_failed")
+
+    def backward_ended(self, losses: Sequence[Tensor], given: Any) -> None:
+        self._call("backward_ended", losses, given)
+
+    def clipping(self, grads: Iterable[Tensor], total_norm: Any, max_norm: float) -> None:
+        self._call("clipping", grads, total_norm, max_norm)
+
+    def clipping_values(self, grads: Iterable[Tensor], largest: float) -> None:
+        self._call("clipping_values", grads, largest)
+
+    def loss_scaled(self, scaler: Any) -> None:
+        self._call("loss_scaled", scaler)
+
+    def unscaled(self, optimizer: Any) -> None:
+        self._call("unscaled", optimizer)
+
+    def scaler_steps(self, scaler: Any, optimizer: Any) -> None:
+        self._call("scaler_steps", scaler, optimizer)
+
+    def scaler_stepped(self, scaler: Any, optimizer: Any) -> None:
+        self._call("scaler_stepped", scaler, optimizer)
+
+    def _give_up(self, reason: str, key: str = "gave_up") -> None:
+        warnings.warn(say(f"watch.{key}", error=reason), RuntimeWarning, stacklevel=4)
+        self._session.leave(reason)
+        self._end("failed")
+
+    def _end(self, state: str) -> None:
+        self.closed = True
+        self._session.leave(state)
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        torch_calls.leave(self)
+        _living.discard(self)
+        self._outlet.tell("close", state)
+        self._session.let_go()
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return not isinstance(value, str | bytes)
+
+
+class _plain_arithmetic:
+    """Autocast off: sums are taken in the precision that we choose."""
+
+    def __enter__(self) -> None:
+        self._on = [d for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
+        for device in self._on:
+            torch.set_autocast_enabled(device, False)
+
+    def __exit__(self, *_: Any) -> None:
+        for device in self._on:
+            torch.set_autocast_enabled(device, True)
+
+
+def _optimizer_gone(reference: weakref.ref[Watch]) -> None:
+    one = reference()
+    if one is not None and not one.closed and not any(one._session.roster.living()):
+        one.close()
+
+
+def _how_it_ended() -> str:
+    """The state of a program that ends now: "done", or what the exception that ended it makes of it."""
+    if hasattr(sys, "ps1") or hasattr(builtins, "__IPYTHON__"):
+        return "done"  # at a prompt an exception ends a line or a cell, and the program goes on
+    error = getattr(sys, "last_value", None)
+    return "done" if error is None else "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+
+
+@atexit.register
+def _close_all() -> None:
+    for one in list(_living):
+        one.close(_how_it_ended())

@@ -1,0 +1,1 @@
+"""The same numbers elsewhere: tables, TensorBoard, trackers."""

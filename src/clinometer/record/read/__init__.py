@@ -1,0 +1,1 @@
+"""Reading run files: without writing, within bounds, while they are written."""

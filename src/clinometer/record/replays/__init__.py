@@ -1,0 +1,1 @@
+"""Replayed steps that `clinometer explain` left in a run folder, read."""

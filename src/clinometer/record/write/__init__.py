@@ -1,0 +1,1 @@
+"""Writing run files: each step is committed before the call returns."""

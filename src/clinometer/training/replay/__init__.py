@@ -1,0 +1,1 @@
+"""Any step of a run again, bit for bit."""

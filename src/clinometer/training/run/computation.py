@@ -1,0 +1,81 @@
+"""What computes a run's steps: its text, model and optimizers; the same for training and for replaying."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+
+from clinometer.lm.model import TransformerLM
+from clinometer.optim.choice import make_optimizers
+from clinometer.text.shards import TokenData
+from clinometer.text.tokenizer import Tokenizer
+from clinometer.training.ranks.fsdp import sharded_model
+from clinometer.training.ranks.world import World
+from clinometer.training.settings.config import RunConfig
+from clinometer.training.settings.precision import Choices
+
+EAGER_STEPS = 1
+"""A run's first step is eager even if the run is compiled: seconds after the start it tells that text, sizes
+and loss are what they should be, and the compiler's tens of seconds come after it."""
+
+
+@dataclass(kw_only=True)
+class Computation:
+    """A run's text, model and optimizers. `step` counts the steps that are done."""
+
+    config: RunConfig
+    choices: Choices
+    tokenizer: Tokenizer
+    data: TokenData
+    model: TransformerLM
+    optimizers: list[torch.optim.Optimizer]
+    step: int = 0
+    world: World = field(default_factory=World)
+    compiled: bool = False
+
+    def compile_is_due(self) -> bool:
+        """Whether the next step is the first one of this process that is to be compiled."""
+        return self.choices.compile and not self.compiled and self.step >= EAGER_STEPS
+
+    def take_form(self) -> AbstractContextManager[object]:
+        """The form in which the next step computes: a function of its number alone, so that a resumed or
+        replayed step computes as it did the first time."""
+        if self.compile_is_due():
+            self.model.compile_parts(onednn=self.choices.onednn, without_hooks=self.world.kind == "fsdp")
+            self.compiled = True
+        return self.choices.uncompiled() if self.compiled and self.step < EAGER_STEPS else nullcontext()
+
+
+def first_model(
+    config: RunConfig, choices: Choices, vocab_size: int, world: World | None = None
+) -> TransformerLM:
+    """The model as a run begins with it: a pure function of the configuration; torch's generators are set.
+
+    With FSDP this rank's parts of it, the same numbers.
+    """
+    torch.manual_seed(config.training.seed)
+    generator = torch.Generator().manual_seed(config.training.seed)
+    sizes = config.model.transformer(vocab_size)
+    if world is not None and world.kind == "fsdp":
+        return sharded_model(sizes, generator, world)
+    model = TransformerLM(sizes, generator=generator).to(choices.device)
+    if world is not None:
+        world.wrap(model)
+    return model
+
+
+def first_optimizers(config: RunConfig, model: TransformerLM) -> list[torch.optim.Optimizer]:
+    """The run's optimizers, before their first step."""
+    optim = config.optim
+    return make_optimizers(
+        model.named_parameters(),
+        name=optim.name,
+        lr=optim.lr,
+        betas=optim.betas,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        momentum=optim.momentum,
+        embedding_lr=optim.embedding_lr,
+    )

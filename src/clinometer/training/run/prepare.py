@@ -1,0 +1,365 @@
+"""From a configuration to everything the loop needs: tokens, model, optimizers, and where they stand."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import sys
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clinometer.distributed.launch import host_name
+from clinometer.messages import InputError
+from clinometer.text.corpus import Corpus, open_corpus
+from clinometer.text.sampler import windows_per_epoch
+from clinometer.text.shards import TokenData, find_tokens
+from clinometer.text.tokenizer import Tokenizer
+from clinometer.training.checkpoints import checkpoint
+from clinometer.training.checkpoints.checkpoint_saver import Saver
+from clinometer.training.checkpoints.generator_state import restore_random_state
+from clinometer.training.ranks.world import World
+from clinometer.training.run.computation import Computation, first_model, first_optimizers
+from clinometer.training.run.finite_checks import NotFinite, first_spoilt
+from clinometer.training.run.run_folder import (
+    Lines,
+    NoLines,
+    RunFolder,
+    describe_environment,
+    with_full_paths,
+    write_whole,
+)
+from clinometer.training.run.run_tokens import Notices, cache_folder, encode_saying, tokenizer_of
+from clinometer.training.settings.config import FREE_ON_RESUME, RunConfig, config_from, differences
+from clinometer.training.settings.precision import Choices, choose
+
+
+@dataclass(kw_only=True)
+class Session(Computation):
+    """A run in memory, with the folder it is written to."""
+
+    folder: RunFolder
+    metrics: Lines
+    skipped: Lines
+    skipped_in_a_row: int = 0
+    best_loss: float | None = None
+    best_step: int | None = None
+    spoilt: bool = False
+    """Whether it ended because a weight or a moment is not finite."""
+
+    def checkpoint(self, *, must: bool = False) -> Path | None:
+        """Write everything the run needs to go on bit for bit.
+
+        With `training.async_checkpoints` that is begun here and told by `written`, unless it `must` be done.
+        Raises `NotFinite`, and writes nothing, if a weight or a moment is not a finite number.
+        """
+        self.must_be_there()
+        self.must_be_finite()
+        self._sync_rows()
+        more = {
+            "config": self.config.to_dict(),
+            "model": dataclasses.asdict(self.model.config),
+            "choices": dataclasses.asdict(self.choices),
+            "data": {"content": self.data.header.content_hash, "tokenizer": self.tokenizer.hash},
+            "separated": self.data.header.documents > 1,
+            "metrics_bytes": self.metrics.size,
+            "skipped_bytes": self.skipped.size,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "best_loss": self.best_loss,
+            "best_step": self.best_step,
+        }
+        beside = self.config.training.async_checkpoints and not must
+        if self.world.alone and not beside:
+            path = checkpoint.save_checkpoint(
+                self.folder.checkpoints, self.step, self.model, self.optimizers, more
+            )
+            return self._pruned(path)
+        snapshot = checkpoint.take_snapshot(
+            self.step, self.model, self.optimizers, more, self.world.rank, self.world.size
+        )
+        if beside:
+            # What was there before is pruned first: afterwards a half-written one is no leftover.
+            before = self.written(wait=True)
+            self._saver.begin(snapshot)
+            return before
+        return self._pruned(self._saver.save(snapshot))
+
+    def _sync_rows(self) -> None:
+        """A checkpoint says how many rows there are; of several ranks all must know if they are not."""
+        reason = ""
+        try:
+            self.metrics.sync()
+            self.skipped.sync()
+        except OSError as error:
+            reason = checkpoint.reason_of(error)
+        if self.world.sum([float(bool(reason))])[0]:
+            name = self.folder.checkpoints / f"step-{self.step:08d}"
+            raise InputError("checkpoint.not_written", path=name, reason=reason)
+
+    def written(self, wait: bool = False) -> Path | None:
+        """The checkpoint that was begun, when it is there. Raises `InputError` if it could not be written."""
+        return self._pruned(self._saver.written(wait))
+
+    def _pruned(self, path: Path | None) -> Path | None:
+        if path is not None and self.world.first:
+            checkpoint.prune(self.folder.checkpoints, self.config.training.keep, self.best_step)
+        return path
+
+    def __post_init__(self) -> None:
+        self._saver = Saver(self.folder.checkpoints, self.world)
+
+    def must_be_there(self) -> None:
+        """Raise `InputError` if the run folder was deleted or replaced under us."""
+        if self.metrics.vanished or not self.folder.config_file.exists():
+            raise InputError("run.vanished", path=self.folder.path, step=self.step)
+
+    def must_be_finite(self) -> None:
+        """Raise `NotFinite` if there is nothing left to go on with: what is spoilt, and from where to resume.
+
+        Of several ranks every one calls, and every one raises.
+        """
+        spoilt = first_spoilt(self.model.named_parameters(), self.optimizers, self.world)
+        if spoilt is None:
+            return
+        if not self.world.alone or self.config.training.async_checkpoints:
+            with suppress(InputError):  # one that is being written is good, and the one to go on from
+                self.written(wait=True)
+        saved = checkpoint.checkpoints(self.folder.checkpoints)
+        if spoilt.key:
+            key = "train.spoilt_moment" if saved else "train.spoilt_moment_from_start"
+        else:
+            key = "train.spoilt_weight" if saved else "train.spoilt_weight_from_start"
+        values = {"step": self.step, "tensor": spoilt.described, "run": self.folder.path}
+        if saved:
+            values |= {"path": saved[-1], "good": checkpoint.step_of(saved[-1])}
+        raise NotFinite(key, **values)
+
+    def close(self) -> None:
+        with suppress(BaseException):  # told already, or the run has ended by something worse
+            self._saver.written(wait=True)
+        self.metrics.close()
+        self.skipped.close()
+        self.folder.unlock()
+
+
+def start(config: RunConfig, path: Path, notices: Notices, world: World | None = None) -> Session:
+    """A new run in the new folder `path`; nothing of it is left if the corpus cannot be used.
+
+    Of several ranks the first one calls this, or `resume`, and the others `attend`.
+
+    Raises `InputError` for a folder in use, a bad corpus or tokenizer, a device that is not there.
+    """
+    once = _is_stream(config.data.corpus)
+    corpus = None if once else open_corpus(config.data.corpus)
+    existed = os.path.exists(path)
+    folder = RunFolder.create(path, config)
+    try:
+        if corpus is None:  # standard input, a pipe: it cannot be read again on resume, so the run keeps it
+            config = _keep_stream(config, folder)
+            corpus = open_corpus(config.data.corpus)
+        return _prepare(config, folder, corpus, notices, world or World(), state=None, last=None)
+    except Exception:
+        # Nothing was learned yet: a wrong setting must not cost a "run folder exists" on the next try.
+        _remove_unstarted(folder, existed)
+        raise
+    except BaseException:
+        folder.unlock()
+        raise
+
+
+def resume(path: Path, changed: RunConfig | None, notices: Notices, world: World | None = None) -> Session:
+    """The run in `path` where its last checkpoint left it, or from its beginning if it has none yet.
+
+    `changed` is the configuration asked for now, if any. Raises `InputError` if it differs in a field that
+    would alter the run, if the corpus has changed, or if no checkpoint can be read.
+    """
+    folder = RunFolder.open(path)
+    folder.lock()
+    try:
+        return _resume(folder, changed, notices, world or World())
+    except BaseException:
+        folder.unlock()
+        raise
+
+
+def attend(notices: Notices, world: World) -> Session:
+    """The run that rank 0 starts or resumes, on another rank. Raises `InputError` without its folder."""
+    told = world.share()
+    path = Path(told["path"])
+    if not (path / "config.toml").is_file():
+        raise InputError("parallel.not_shared", path=path, host=host_name())
+    folder = RunFolder.open(path)
+    config = config_from(told["config"])
+    tokenizer = Tokenizer.load(folder.tokenizer)
+    where = cache_folder(folder) / "tokens"
+    data = find_tokens(where, told["content"], tokenizer.hash, config.data.validation_fraction)
+    data = data or encode_saying(config, folder, open_corpus(config.data.corpus), tokenizer, notices)
+    if data.header.content_hash != told["content"]:
+        raise InputError("resume.data", path=path, corpus=config.data.corpus)
+    last = None if told["last"] is None else Path(told["last"])
+    state = None if last is None else checkpoint.read_state(last)
+    return _assemble(
+        config, folder, tokenizer, data, Choices(**told["choices"]), world, state=state, last=last
+    )
+
+
+def _resume(folder: RunFolder, changed: RunConfig | None, notices: Notices, world: World) -> Session:
+    path, config = folder.path, folder.config
+    checkpoint.sweep(folder.checkpoints)
+    if changed is not None and (found := differences(config, with_full_paths(changed))):
+        wrong = {name: values for name, values in found.items() if name not in FREE_ON_RESUME}
+        if wrong:
+            fields = "; ".join(f"{name}: {old!r} → {new!r}" for name, (old, new) in wrong.items())
+            raise InputError("resume.config", path=path, fields=fields)
+        config = with_full_paths(changed)
+    saved = checkpoint.checkpoints(folder.checkpoints)
+    last = saved[-1] if saved else None
+    state = checkpoint.read_state(last) if last else None
+    if last is None:
+        notices.notice("train.from_start", path=path)
+    if state is not None and config.training.steps < state["step"]:
+        raise InputError("resume.steps", path=path, steps=config.training.steps, done=state["step"])
+    corpus = open_corpus(config.data.corpus)
+    session = _prepare(config, folder, corpus, notices, world, state=state, last=last)
+    if config != folder.config:
+        write_whole(folder.config_file, config.to_toml())
+    return session
+
+
+def _prepare(
+    config: RunConfig,
+    folder: RunFolder,
+    corpus: Corpus,
+    notices: Notices,
+    world: World,
+    *,
+    state: dict[str, Any] | None,
+    last: Path | None,
+) -> Session:
+    if config.training.batch_size < world.size:
+        raise InputError("parallel.batch", batch_size=config.training.batch_size, ranks=world.size)
+    tokenizer = tokenizer_of(config, folder, corpus, notices)
+    data = encode_saying(config, folder, corpus, tokenizer, notices)
+    seen = {"content": data.header.content_hash, "tokenizer": tokenizer.hash}
+    if state is not None and state["data"] not in (
+        None,
+        seen,
+    ):  # None: an imported model, not yet trained here
+        raise InputError("resume.data", path=folder.path, corpus=config.data.corpus)
+    windows_per_epoch(len(data.train), config.model.context_length)  # raises if the text is too short
+
+    model_config = config.model.transformer(tokenizer.vocab_size)
+    if state is None or state["choices"] is None:
+        tokens = config.training.steps * config.training.batch_size * model_config.context_length
+        choices = choose(
+            device=config.training.device,
+            precision=config.training.precision,
+            compile=config.training.compile,
+            total_flops=tokens * model_config.flops_per_token(),
+        )
+    else:
+        choices = Choices(**state["choices"])
+        choose(device=choices.device, precision=choices.precision, compile="off", total_flops=0.0)
+        if (
+            choices.ranks != world.size
+        ):  # other ranks, other bits: nothing is to be kept of how they were made
+            choices = dataclasses.replace(choices, threads=torch.get_num_threads())
+    choices = dataclasses.replace(choices, ranks=world.size, parallel=world.choose(config.training.parallel))
+    if state is None or state["choices"] is None:
+        environment = describe_environment() | {"choices": dataclasses.asdict(choices)}
+        write_whole(folder.environment_file, json.dumps(environment, indent=1, ensure_ascii=False))
+    world.share(
+        {
+            "path": str(folder.path.absolute()),
+            "config": config.to_dict(),
+            "content": data.header.content_hash,
+            "choices": dataclasses.asdict(choices),
+            "last": None if last is None else str(last.absolute()),
+        }
+    )
+    return _assemble(config, folder, tokenizer, data, choices, world, state=state, last=last)
+
+
+def _assemble(
+    config: RunConfig,
+    folder: RunFolder,
+    tokenizer: Tokenizer,
+    data: TokenData,
+    choices: Choices,
+    world: World,
+    *,
+    state: dict[str, Any] | None,
+    last: Path | None,
+) -> Session:
+    """What every rank makes for itself, once it is known what the run is and what it computes with."""
+    if not world.alone:
+        choices = dataclasses.replace(choices, device=world.device_of(choices.device))
+    world.begin(torch.device(choices.device), choices.parallel, config.training.rank_patience)
+    if torch.get_num_threads() != choices.threads:
+        torch.set_num_threads(choices.threads)  # sums are split by thread: other threads, other bits
+    model = first_model(config, choices, tokenizer.vocab_size, world)
+    model.recompute_blocks(config.training.activation_checkpointing)
+    optimizers = first_optimizers(config, model)
+    if last is not None and state is not None:  # before anything is cut back to where it stood
+        held = optimizers if state["optimizers"] else ()
+        checkpoint.load_checkpoint(last, model, held, world.rank, world.size)
+        if (spoilt := first_spoilt(model.named_parameters(), optimizers, world)) is not None:
+            raise InputError("checkpoint.not_finite", path=last, tensor=spoilt.described)
+    metrics, skipped = NoLines(), NoLines()
+    if world.first:
+        metrics = Lines(folder.metrics_file, state["metrics_bytes"] if state else 0)
+        skipped = Lines(folder.skipped_file, state["skipped_bytes"] if state else 0)
+    session = Session(
+        config=config,
+        folder=folder,
+        choices=choices,
+        tokenizer=tokenizer,
+        data=data,
+        model=model,
+        optimizers=optimizers,
+        world=world,
+        metrics=metrics,
+        skipped=skipped,
+    )
+    if state is not None:
+        restore_random_state(state["random"])
+        session.step = state["step"]
+        session.skipped_in_a_row = state["skipped_in_a_row"]
+        session.best_loss, session.best_step = state["best_loss"], state["best_step"]
+    return session
+
+
+def _is_stream(corpus: str) -> bool:
+    """Whether the corpus can be read only once: standard input, a named pipe, `<(command)`."""
+    path = corpus  # os.path's questions say no to a name that is too long, where a Path's raise
+    return corpus == "-" or (os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path))
+
+
+def _keep_stream(config: RunConfig, folder: RunFolder) -> RunConfig:
+    """The same configuration with its text in the run's own folder."""
+    kept = folder.path.absolute() / "corpus.txt"
+    given = config.data.corpus
+    with (
+        kept.open("wb") as file,
+        nullcontext(sys.stdin.buffer) if given == "-" else open(given, "rb") as text,
+    ):
+        shutil.copyfileobj(text, file)
+    if not kept.stat().st_size:
+        raise InputError("config.empty_stream", given=given)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, corpus=str(kept)))
+    write_whole(folder.config_file, config.to_toml())
+    return config
+
+
+def _remove_unstarted(folder: RunFolder, existed: bool) -> None:
+    folder.unlock()
+    if existed:  # the user's own empty folder: leave it, empty
+        for entry in folder.path.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    else:
+        shutil.rmtree(folder.path, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""The microscope's server: routes, answers, limits."""
