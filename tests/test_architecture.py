@@ -16,8 +16,3 @@ def test_the_rooms_import_only_what_the_design_allows():
         assert importlinter.lint_imports(config_filename=str(ROOT / ".importlinter"), no_cache=True) == 0
     finally:
         os.chdir(before)
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "src").rglob("*.py")), ids=lambda p: p.name)
-def test_files_stay_short(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400

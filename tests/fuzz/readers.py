@@ -25,8 +25,8 @@ from clinometer.text.corpus import open_corpus
 from clinometer.text.shards import TokenData
 from clinometer.text.tokenizer import Tokenizer, from_gpt2_files, train_bpe
 from clinometer.training.checkpoints import checkpoint
-from clinometer.training.checkpoints.checkpoint_parts import rows_of
 from clinometer.training.checkpoints.generator_state import restore_random_state
+from clinometer.training.ranks.rows import rows_of
 from clinometer.training.replay.replay import replay_step
 from clinometer.training.run import prepare
 from clinometer.training.run.load_run import load_run

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from clinometer.text import sampler
 from clinometer.training.checkpoints import checkpoint
 from clinometer.training.checkpoints.checkpoint import checkpoints
-from clinometer.training.checkpoints.checkpoint_parts import rows_of
+from clinometer.training.ranks.rows import rows_of
 from clinometer.training.run import prepare
 from clinometer.training.run.load_run import load_run
 from clinometer.training.run.loop import Outcome, train

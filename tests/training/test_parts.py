@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from clinometer.messages import InputError
-from clinometer.training.checkpoints.checkpoint_parts import Stored, rows_of
+from clinometer.training.checkpoints.checkpoint_parts import Stored
+from clinometer.training.ranks.rows import rows_of
 
 
 def written(folder: Path, tensors: dict[str, torch.Tensor], count: int) -> dict:

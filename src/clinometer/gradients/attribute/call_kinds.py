@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from clinometer.gradients.sandbox.tensors import tensors_in
 
 VIEWS = frozenset(
     """t transpose swapaxes swapdims permute movedim moveaxis view reshape view_as reshape_as flatten
@@ -57,20 +59,12 @@ def name_of(func: Any) -> str:
     return getattr(func.__self__, "__name__", name) if name in ("__get__", "__set__") else name
 
 
-def tensors_in(values: Any) -> Iterable[Tensor]:
-    for value in values.values() if isinstance(values, dict) else values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, tuple | list | dict):
-            yield from tensors_in(value)
-
-
 def is_number(value: Any) -> bool:
     return not isinstance(value, Tensor) or (value.numel() == 1 and not value.requires_grad)
 
 
 def needs_grad(out: Any) -> bool:
-    return any(t.requires_grad for t in tensors_in((out,)))
+    return any(t.requires_grad for t in tensors_in(out))
 
 
 def as_autocast_hands_it(x: Tensor, out: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch.func import jvp, vjp
 
 from clinometer.gradients.attribute.contraction import Placement
 from clinometer.gradients.report.formatting import words
+from clinometer.gradients.sandbox.tensors import tensors_in
 
 ELEMENTWISE = words(
     """
@@ -80,7 +81,7 @@ def function_of(
     func: Callable[..., Any], args: Any, kwargs: Any, tensor: Tensor, part: int | None = None
 ) -> Callable[[Tensor], Tensor]:
     """The call as a function of one of its arguments, the others held as they were, in float64."""
-    held = {id(t): t.detach().clone() for t in _tensors((args, kwargs)) if t is not tensor}
+    held = {id(t): t.detach().clone() for t in tensors_in(args, kwargs) if t is not tensor}
 
     def apply(value: Tensor) -> Tensor:
         def put(item: Any) -> Any:
@@ -97,10 +98,3 @@ def function_of(
         return out if part is None else out[part]
 
     return apply
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
-    return [tensor for item in items for tensor in _tensors(item)]

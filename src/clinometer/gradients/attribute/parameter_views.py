@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrizations
 
-from clinometer.gradients.attribute.call_kinds import name_of, tensors_in
+from clinometer.gradients.attribute.call_kinds import name_of
 from clinometer.gradients.attribute.contraction import Placement
 from clinometer.gradients.attribute.parameter_functions import ELEMENTWISE, Derived, function_of
 from clinometer.gradients.report.places import is_instrument
+from clinometer.gradients.sandbox.tensors import tensors_in
 
 
 class Followed:
@@ -92,7 +93,7 @@ class Followed:
     ) -> bool:
         """Whether `out` is made of parameters alone, not spread over positions: then it is a weight too."""
         ours = {id(t) for t in known}
-        others = [t for t in tensors_in((args, kwargs)) if id(t) not in ours]
+        others = [t for t in tensors_in(args, kwargs) if id(t) not in ours]
         if any(t.requires_grad and not t.is_leaf for t in others) or out.is_complex():
             return False
         most = sum(t.numel() for t in [*known, *(t for t in others if t.requires_grad)])

@@ -44,7 +44,6 @@ from clinometer.gradients.attribute.call_kinds import (
     needs_grad,
     normalised,
     opened_up,
-    tensors_in,
 )
 from clinometer.gradients.attribute.contraction import Lookup, Product, Use, looked_up
 from clinometer.gradients.attribute.convolution import (
@@ -59,7 +58,7 @@ from clinometer.gradients.attribute.parameter_views import Followed, is_parametr
 from clinometer.gradients.attribute.partial_uses import Grouped, Steps, settled, widened
 from clinometer.gradients.attribute.recurrent import CELLS, LAYERS, opened_cell, opened_layer
 from clinometer.gradients.report.places import Where, user_frame
-from clinometer.gradients.trace.backward_trace import plain
+from clinometer.gradients.sandbox.tensors import plain, tensors_in
 
 
 class Watched(TorchFunctionMode):
@@ -103,7 +102,7 @@ class Watched(TorchFunctionMode):
         if name in OPENED:
             with self:
                 return opened_up(func)(*args, **kwargs)
-        known = [t for t in tensors_in((args, kwargs)) if t in self._known]
+        known = [t for t in tensors_in(args, kwargs) if t in self._known]
         if not known and name in ADDS and self._looked:
             return self._widen(args, func(*args, **kwargs))
         if not known or name in LOOKS:
@@ -152,8 +151,8 @@ class Watched(TorchFunctionMode):
             return known  # the same weight on both sides
         self._hooked = out
         shown, given, named = out, args, kwargs
-        if any(t.is_nested for t in (out, *tensors_in((args, kwargs)))):
-            if any(getattr(t, "_ragged_idx", 1) != 1 for t in tensors_in((args, kwargs, (out,)))):
+        if any(t.is_nested for t in (out, *tensors_in(args, kwargs))):
+            if any(getattr(t, "_ragged_idx", 1) != 1 for t in tensors_in(args, kwargs, out)):
                 return known
             shown, given = plain(out.detach()), tuple(plain(a) for a in args)
             named = {key: plain(value) for key, value in kwargs.items()}

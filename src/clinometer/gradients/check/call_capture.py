@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from clinometer.gradients.report.places import Where, user_frame
 from clinometer.gradients.sandbox.checkpointing import opened_checkpoints
 from clinometer.gradients.sandbox.random_state import RandomState
+from clinometer.gradients.sandbox.tensors import tensors_in
 from clinometer.gradients.trace.graph import Node, live_below
 
 MOST_CALLS = 8
@@ -139,7 +140,7 @@ class Capture:
         backward = self._operators.get(operator_name(operator))
         if backward is None or not torch.is_grad_enabled():
             return
-        if any(tensor.requires_grad for tensor in tensors_in((args, kwargs))):
+        if any(tensor.requires_grad for tensor in tensors_in(args, kwargs)):
             path = self._running[-1] if self._running else ""
             call = self._note(path, operator, (args, kwargs), 4 * MOST_CALLS)
             if call is not None:
@@ -222,15 +223,3 @@ def _nodes(loss: Tensor) -> Iterator[Node]:
         seen.add(node)
         yield node
         queue.extend(next_node for next_node, _ in node.next_functions)
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested tuples, lists and mappings."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from tensors_in(item)

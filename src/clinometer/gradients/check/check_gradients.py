@@ -31,16 +31,15 @@ from clinometer.gradients.check.layer_checks import LayerCheck, check_call
 from clinometer.gradients.check.localise import EntryCheck, check_entry, localise
 from clinometer.gradients.check.numerics.finite_differences import DIRECTIONS, Judgement
 from clinometer.gradients.check.numerics.float64 import LIFT, InDouble, in_double
-from clinometer.gradients.check.numerics.forward_mode import ForwardMode
 from clinometer.gradients.check.numerics.perturbation import NotRepeatable, Probe
 from clinometer.gradients.check.precision import OwnGradients, check_at_own_precision
 from clinometer.gradients.check.result import GradientCheck, TensorCheck
-from clinometer.gradients.diagnose.observed_run import run
 from clinometer.gradients.report.places import Where
 from clinometer.gradients.sandbox.closure import Closure, eagerly, evaluate
 from clinometer.gradients.sandbox.sandbox import Before, modules_named_by, untouched
 from clinometer.gradients.sandbox.subject import Subject
 from clinometer.gradients.trace.inplace_errors import is_overwritten
+from clinometer.gradients.trace.observed_run import observe
 from clinometer.messages import InputError
 
 MOST_NARROWED = 6
@@ -55,7 +54,6 @@ def check_gradients(
     seed: int = 0,
     entries: Indices | None = None,
     progress: Progress | None = None,
-    forward_mode: bool = False,
 ) -> GradientCheck:
     """Whether autograd's gradient of every tensor is the derivative of the loss.
 
@@ -63,8 +61,7 @@ def check_gradients(
 
     In float64, whatever the model's precision. Dropout stays on and draws the same numbers at every run;
     what the closure detaches is held constant. `entries` asks for single numbers: {"w": [(3, 5)]}.
-    `progress(done, total)` is called as it goes. `forward_mode` differentiates one direction through the
-    whole model by dual numbers too, for `.forward_mode`; no verdict hangs on it. Leaves no trace. Under DDP
+    `progress(done, total)` is called as it goes. Leaves no trace. Under DDP
     each rank checks its own loss.
 
     Raises InputError for what is no set of tensors or no loss, and for sharded tensors; UnknownName for a
@@ -81,7 +78,7 @@ def check_gradients(
         eagerly(),
         sdpa_kernel(SDPBackend.MATH),
     ):
-        return _Check(subject, closure, before, seed, asked, quiet, forward_mode).run()
+        return _Check(subject, closure, before, seed, asked, quiet).run()
 
 
 def _index(given: int | tuple[int, ...]) -> tuple[int, ...]:
@@ -96,10 +93,8 @@ class _Check:
     seed: int
     asked: Mapping[str, list[tuple[int, ...]]]
     progress: Progress
-    asks_forward_mode: bool = False
     evaluations: int = 0
     everything: Judgement | None = None
-    forward_mode: ForwardMode | None = None
     layers: list[LayerCheck] = field(default_factory=list)
     functions: list[type] = field(default_factory=list)
     operators: dict[str, Any] = field(default_factory=dict)
@@ -146,7 +141,7 @@ class _Check:
     def _raise_its_own(self) -> None:
         """Run it as it is: what fails then is the closure's own error, raised with the line."""
         self.before.rewind()
-        run(self.subject, self.closure, self.before, Ranks(self.subject.tensors))  # nobody runs along
+        observe(self.subject, self.closure, self.before, Ranks(self.subject.tensors))  # nobody runs along
 
     def _ladder(self, probe: Probe, own: OwnGradients) -> GradientCheck:
         if not _finite(probe):
@@ -157,8 +152,6 @@ class _Check:
         calls = self._capture(self.mode)
         self.total = 1 + len(self.checked) + len(calls)
         self.everything = probe.judge_everything(self.seed)
-        if self.asks_forward_mode:
-            self.forward_mode = probe.forward_mode(self.seed)
         self._step()
         tensors: dict[str, TensorCheck] = {}
         cut: list[str] = []
@@ -302,7 +295,6 @@ class _Check:
             aliases=self.subject.canonical,
             size=self.subject.size,
             everything=self.everything,
-            forward_mode=self.forward_mode,
             loss=loss if probe is None else probe.here,
             evaluations=self.evaluations,
             seconds=time.perf_counter() - self.started,

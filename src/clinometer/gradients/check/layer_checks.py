@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torch._ops import OpOverloadPacket
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from clinometer.gradients.check.call_capture import Call, operator_name, tensors_in
+from clinometer.gradients.check.call_capture import Call, operator_name
 from clinometer.gradients.check.likely_mistakes import Hint, hint_of, names_of_inputs
 from clinometer.gradients.check.numerics.finite_differences import DIRECTIONS, Judgement, reals
 from clinometer.gradients.check.numerics.float64 import Doubled, InDouble
 from clinometer.gradients.check.numerics.perturbation import NotRepeatable, Probe
 from clinometer.gradients.report.places import Where
+from clinometer.gradients.sandbox.tensors import tensors_in
 
 Surrogate = Literal["", "identity", "steps"]
 

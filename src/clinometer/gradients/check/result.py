@@ -10,7 +10,6 @@ from clinometer.gradients.check.layer_checks import LayerCheck
 from clinometer.gradients.check.likely_mistakes import Hint
 from clinometer.gradients.check.localise import EntryCheck, Narrowed, Range
 from clinometer.gradients.check.numerics.finite_differences import Judgement
-from clinometer.gradients.check.numerics.forward_mode import ForwardMode
 from clinometer.gradients.report.document import (
     Document,
     Line,
@@ -113,7 +112,6 @@ class GradientCheck(Result):
         aliases: Mapping[str, str],
         size: int,
         everything: Judgement | None,
-        forward_mode: ForwardMode | None = None,
         loss: float,
         evaluations: int,
         seconds: float,
@@ -129,8 +127,6 @@ class GradientCheck(Result):
         self.size = size
         self.everything = everything
         """One direction through all tensors at once."""
-        self.forward_mode = forward_mode
-        """The same direction by forward-mode differentiation; None if it was not asked for."""
         self.loss = loss
         self.evaluations = evaluations
         self.seconds = seconds
@@ -169,7 +165,6 @@ class GradientCheck(Result):
             "healthy": self.healthy,
             "loss": self.loss,
             "everything": self.everything,
-            "forward_mode": self.forward_mode,
             "parameters": self.size,
             "evaluations": self.evaluations,
             "seconds": self.seconds,

@@ -13,22 +13,16 @@ from torch.optim import Optimizer
 
 from clinometer.distributed.ranks import Ranks, refuse_flattened
 from clinometer.gradients.diagnose import loop
+from clinometer.gradients.diagnose.evidence import read_clue
 from clinometer.gradients.diagnose.existing_gradients import without_closure
-from clinometer.gradients.diagnose.observed_run import (
-    Run,
-    gradients_kept,
-    look_at_values,
-    only_looked_at,
-    run,
-    used_by_chance,
-)
+from clinometer.gradients.diagnose.second_runs import look_at_values, only_looked_at, used_by_chance
 from clinometer.gradients.diagnose.why_blocks_zero import explain_lines
-from clinometer.gradients.diagnose.why_none import Reason, before_any_run, why_none
+from clinometer.gradients.diagnose.why_none import before_any_run, why_none
 from clinometer.gradients.diagnose.why_nonfinite import Origin, why_nonfinite
 from clinometer.gradients.diagnose.why_partly_zero import why_partly
 from clinometer.gradients.diagnose.why_zero import why_zero
 from clinometer.gradients.report.document import BLANK, Document, Line, dim, ok, sentence
-from clinometer.gradients.report.finding import EXPLAINED, FAULT, Finding, Severity
+from clinometer.gradients.report.finding import EXPLAINED, FAULT, Finding, Reason, Severity
 from clinometer.gradients.report.formatting import format_count
 from clinometer.gradients.report.module_names import owners
 from clinometer.gradients.report.places import Where
@@ -36,6 +30,7 @@ from clinometer.gradients.report.result import Result
 from clinometer.gradients.sandbox.closure import Closure, eagerly
 from clinometer.gradients.sandbox.sandbox import Before, modules_named_by, untouched
 from clinometer.gradients.sandbox.subject import Subject
+from clinometer.gradients.trace.observed_run import ObservedRun, gradients_kept, observe
 from clinometer.messages import InputError, say
 
 _TRIED = 4
@@ -193,7 +188,7 @@ def diagnose(
     modules = [m for m in (subject.module, *modules_named_by(closure)) if m is not None]
     ranks = Ranks(subject.tensors, modules)
     with ranks.apart(), eagerly(), untouched(subject, closure=closure, optimizer=optimizers) as before:
-        result = run(subject, closure, before, ranks)
+        result = observe(subject, closure, before, ranks, read_clue)
         with gradients_kept(subject):
             reasons, origin = explain(subject, closure, result, before, ranks)
         unknown = {name: result.lines[name] for name, reason in reasons.items() if reason == "partly-zero"}
@@ -221,7 +216,7 @@ def _optimizers(given: Any) -> tuple[Optimizer, ...]:
 
 
 def explain(
-    subject: Subject, closure: Closure, result: Run, before: Before, ranks: Ranks
+    subject: Subject, closure: Closure, result: ObservedRun, before: Before, ranks: Ranks
 ) -> tuple[dict[str, Reason | str], Origin | None]:
     """For each tensor why its gradient is as it is: a reason, or its status when there is none to give."""
     loss = float(result.loss.detach())
@@ -268,7 +263,9 @@ def explain(
     return {name: reasons[name] for name in subject.tensors}, origin
 
 
-def _forget_logs(subject: Subject, closure: Closure, result: Run, before: Before, ranks: Ranks) -> None:
+def _forget_logs(
+    subject: Subject, closure: Closure, result: ObservedRun, before: Before, ranks: Ranks
+) -> None:
     """Of the numbers that left torch, keep those the loss depends on, as far as can be tried.
 
     Where one rank tries, all run their forward.

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from clinometer.distributed.ranks import Ranks, whole
-from clinometer.gradients.diagnose.why_none import Reason, before_any_run
-from clinometer.gradients.diagnose.why_partly_zero import zero_lines
-from clinometer.gradients.report.finding import EXPLAINED, FAULT
+from clinometer.gradients.diagnose.why_none import before_any_run
+from clinometer.gradients.report.finding import EXPLAINED, FAULT, Reason
 from clinometer.gradients.sandbox.saved_state import has_grad
 from clinometer.gradients.sandbox.subject import Subject
-from clinometer.gradients.trace.backward_trace import largest
+from clinometer.gradients.sandbox.tensors import largest, zero_lines
 from clinometer.messages import InputError
 
 

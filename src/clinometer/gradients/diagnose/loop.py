@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from clinometer.distributed.ranks import Ranks, whole
-from clinometer.gradients.diagnose.observed_run import Run
 from clinometer.gradients.report.finding import EXPLAINED, FAULT, Finding, Severity
 from clinometer.gradients.report.formatting import format_number, shorten
 from clinometer.gradients.report.module_names import owners
 from clinometer.gradients.report.places import Where
 from clinometer.gradients.sandbox.sandbox import Before
 from clinometer.gradients.sandbox.subject import Subject
+from clinometer.gradients.trace.observed_run import ObservedRun
 
 Optimizers = tuple[Optimizer, ...]
 
@@ -36,7 +36,7 @@ def standing(
 
 def of_run(
     subject: Subject,
-    run: Run,
+    run: ObservedRun,
     optimizers: Optimizers,
     before: Before,
     ranks: Ranks,
@@ -128,7 +128,7 @@ def _learning_rates(optimizer: Optimizer) -> Iterator[Finding]:
         yield _loop("zero-lr", severity, (), n=len(groups), groups=shorten([*map(str, groups)], 6))
 
 
-def _hidden(subject: Subject, run: Run, optimizers: Optimizers) -> Iterator[Finding]:
+def _hidden(subject: Subject, run: ObservedRun, optimizers: Optimizers) -> Iterator[Finding]:
     """Parameters the loss depends on and a module holds, but in a list where nn.Module does not look."""
     if subject.module is None or run.flow is None:
         return
@@ -203,7 +203,7 @@ def _statistics(subject: Subject, before: Before) -> Iterator[Finding]:
 
 
 def _one_step(
-    subject: Subject, run: Run, optimizer: Optimizer, before: Before, ranks: Ranks
+    subject: Subject, run: ObservedRun, optimizer: Optimizer, before: Before, ranks: Ranks
 ) -> Iterator[Finding]:
     """Take one step with these gradients and see who moved; `untouched` takes it back."""
     held = _held(optimizer)
@@ -232,7 +232,7 @@ def _one_step(
         yield _loop("never-moves", severity, still, dtype=str(ours[still[0]].dtype).removeprefix("torch."))
 
 
-def _is_rounding(tensor: Tensor, run: Run) -> bool:
+def _is_rounding(tensor: Tensor, run: ObservedRun) -> bool:
     """Whether its gradient cancels by construction: nobody expects such a one to move."""
     return run.flow is not None and run.flow.graph.leaves.get(id(tensor)) in run.flow.cancelled
 

@@ -18,9 +18,7 @@ import torch
 from torch import Tensor
 
 from clinometer.distributed.ranks import Ranks
-from clinometer.gradients.diagnose.observed_run import gradients_kept
-from clinometer.gradients.diagnose.why_none import Reason
-from clinometer.gradients.report.finding import EXPLAINED
+from clinometer.gradients.report.finding import EXPLAINED, Reason
 from clinometer.gradients.report.places import Where
 from clinometer.gradients.sandbox.closure import Closure, evaluate
 from clinometer.gradients.sandbox.sandbox import Before
@@ -28,6 +26,7 @@ from clinometer.gradients.sandbox.subject import Subject
 from clinometer.gradients.trace.forward_trace import Trace
 from clinometer.gradients.trace.graph import Graph, Node, leaf_through, operation
 from clinometer.gradients.trace.node_kinds import MASK, PICK, PRODUCT, RELU, SMOOTH
+from clinometer.gradients.trace.observed_run import gradients_kept
 
 Lines = tuple[Tensor | None, Tensor | None]
 """Zero rows and zero columns of a gradient."""

@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from clinometer.gradients.diagnose.optional_modules import may_be_skipped
-from clinometer.gradients.report.definitions import definition_of
-from clinometer.gradients.report.finding import EXPLAINED, FAULT, Severity
-from clinometer.gradients.report.places import Where, is_installed
+from clinometer.gradients.report.finding import EXPLAINED, FAULT, Reason
+from clinometer.gradients.report.places import definition_of, is_installed
 from clinometer.gradients.sandbox.subject import Subject
 from clinometer.gradients.trace.backward_trace import Flow
 from clinometer.gradients.trace.cuts import Cut, Escape
 from clinometer.gradients.trace.forward_trace import Trace
 from clinometer.gradients.trace.graph import is_custom
-
-
-@dataclass(frozen=True)
-class Reason:
-    """Why one tensor's gradient is what it is; equal keys and groups become one finding."""
-
-    status: str
-    cause: str
-    severity: Severity = FAULT
-    variant: str = ""
-    where: Where | None = None
-    values: dict[str, Any] = field(default_factory=dict)
-    group: Any = None
-    """What makes two reasons the same finding, besides cause and variant; default: the place."""
 
 
 def before_any_run(tensor: Tensor) -> Reason | None:

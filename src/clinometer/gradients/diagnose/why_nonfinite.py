@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from clinometer.gradients.diagnose.why_none import Reason
-from clinometer.gradients.diagnose.why_zero import Clue, place_above
-from clinometer.gradients.report.definitions import definition_of
-from clinometer.gradients.report.finding import FAULT
+from clinometer.gradients.diagnose.evidence import Clue
+from clinometer.gradients.diagnose.why_zero import place_above
+from clinometer.gradients.report.finding import FAULT, Reason
 from clinometer.gradients.report.formatting import words
-from clinometer.gradients.report.places import Where
+from clinometer.gradients.report.places import Where, definition_of
 from clinometer.gradients.sandbox.subject import Subject
-from clinometer.gradients.trace.backward_trace import Event, Flow, largest, plain
-from clinometer.gradients.trace.graph import Node, is_custom, operation
+from clinometer.gradients.sandbox.tensors import largest, plain
+from clinometer.gradients.trace.backward_trace import Event, Flow
+from clinometer.gradients.trace.graph import is_custom, operation
 
-TRAPS = {
-    "Sqrt": "sqrt", "Rsqrt": "sqrt", "Pow": "pow", "LinalgVectorNorm": "norm", "Norm": "norm",
-    "Cdist": "norm", "PairwiseDistance": "norm", "Log": "log", "Log2": "log", "Log10": "log",
-    "Log1P": "log", "Xlogy": "log", "Div": "division", "Reciprocal": "division", "Acos": "acos",
-    "Asin": "acos", "Atanh": "acos", "Acosh": "acos", "Std": "std", "Var": "std", "StdMean": "std",
-    "Logsumexp": "softmax", "Softmax": "softmax", "LogSoftmax": "softmax", "Logit": "log",
-    "BinaryCrossEntropy": "log", "Atan2": "division", "Prod": "division", "Cumprod": "division",
-    "LinalgMatrixNorm": "norm", "Hypot": "norm",
-}  # fmt: skip
 _INFINITE = words(
     """
     log log_ log2 log10 log1p div true_divide __truediv__ __rtruediv__ __rdiv__ reciprocal rsqrt atanh
@@ -51,26 +42,6 @@ _MASKS = words(
     tril_ as_tensor finfo masked_scatter generate_square_subsequent_mask zeros
     """
 )
-
-
-def read_clue(
-    node: Node, position: int, into: Sequence[Tensor | None], out: Sequence[Tensor | None]
-) -> Clue | None:
-    """What a node that turned a finite gradient into NaN or infinity looks like."""
-    gradient, bad = next((g for g in out if g is not None), None), into[position]
-    if bad is None or gradient is None:
-        return None
-    name = operation(node)
-    if is_custom(node):
-        return Clue("backward", "function", FAULT, (("function", type(node)._forward_cls.__name__),))
-    trap = TRAPS.get(name, "")
-    if not trap and bool(torch.isinf(bad).any()):
-        return Clue("overflow", "backward", FAULT, (("dtype", str(bad.dtype).removeprefix("torch.")),))
-    masked = False
-    if bad.shape == gradient.shape:
-        wrong = ~torch.isfinite(bad)
-        masked = bool((gradient[wrong] == 0).all())
-    return Clue("backward", "where" if masked else trap or "other")
 
 
 def why_nonfinite(

@@ -2,49 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from clinometer.gradients.diagnose.why_none import Reason
 from clinometer.gradients.diagnose.why_zero import place_above
-from clinometer.gradients.report.finding import EXPLAINED
+from clinometer.gradients.report.finding import EXPLAINED, Reason
 from clinometer.gradients.sandbox.subject import Subject
 from clinometer.gradients.trace.backward_trace import Flow
 from clinometer.gradients.trace.graph import Node, operation
 from clinometer.gradients.trace.node_kinds import PICK, PRODUCT, RELU
-
-
-def zero_lines(gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Which rows (index of dimension 0) and which columns (of dimension 1) are zero; None for none."""
-    if gradient.layout is torch.sparse_coo:
-        rows = torch.ones(gradient.shape[0], dtype=torch.bool, device=gradient.device)
-        rows[gradient.coalesce().indices()[0]] = False
-        return (rows if bool(rows.any()) else None), None
-    if gradient.layout is not torch.strided or not gradient.is_floating_point() or gradient.dim() == 0:
-        return None, None
-    if gradient.is_meta or gradient.is_nested:
-        return None, None
-    return tuple(_zero(gradient, dim) if dim < gradient.dim() else None for dim in (0, 1))  # pyright: ignore[reportReturnType]
-
-
-def _zero(gradient: Tensor, dim: int) -> Tensor | None:
-    if gradient.dim() == 1:
-        mask = gradient == 0
-        return mask if bool(mask.any()) else None
-    if gradient.shape[dim] == 1:
-        return None
-    others = [d for d in range(gradient.dim()) if d != dim]
-    # A sum of 0 is a quick and nearly certain sign; only those lines are read number by number.
-    suspects = (gradient.sum(others) == 0).nonzero().flatten()
-    if not len(suspects):
-        return None
-    mask = torch.zeros(gradient.shape[dim], dtype=torch.bool, device=gradient.device)
-    if len(suspects) * 2 > gradient.shape[dim]:
-        mask = (gradient.amax(others) == 0) & (gradient.amin(others) == 0)
-    else:
-        lines = gradient.index_select(dim, suspects).movedim(dim, 0).flatten(1)
-        mask[suspects] = (lines.amax(1) == 0) & (lines.amin(1) == 0)
-    return mask if bool(mask.any()) else None
 
 
 def why_partly(

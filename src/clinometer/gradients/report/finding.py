@@ -120,3 +120,17 @@ class Finding:
         """The code that says these tensors are meant to rest; "" when they stand in too many places."""
         many = len(self.owners) > _FROZEN_AT_ONCE
         return "" if many else ", ".join(f"{owner}.requires_grad_(False)" for owner in self.owners)
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why one tensor's gradient is what it is; equal keys and groups become one finding."""
+
+    status: str
+    cause: str
+    severity: Severity = FAULT
+    variant: str = ""
+    where: Where | None = None
+    values: dict[str, Any] = field(default_factory=dict)
+    group: Any = None
+    """What makes two reasons the same finding, besides cause and variant; default: the place."""

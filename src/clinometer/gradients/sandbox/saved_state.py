@@ -8,7 +8,6 @@ nobody wrote to is not written to: a graph the user holds stays valid.
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterator
 from operator import is_
 from typing import Any
 
@@ -17,25 +16,10 @@ from torch import Tensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from clinometer.gradients.sandbox.tensors import dense_parts
+
 CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)
 _WORDS = ((8, torch.int64), (4, torch.int32), (2, torch.int16), (1, torch.uint8))
-
-
-def dense_parts(tensor: Tensor) -> Iterator[Tensor]:
-    """The strided tensors in memory that `tensor` is made of; none for one without memory (meta, fake)."""
-    if is_traceable_wrapper_subclass(tensor):  # DTensor, torchao's, jagged nested tensors
-        for attribute in tensor.__tensor_flatten__()[0]:
-            part = getattr(tensor, attribute)
-            if isinstance(part, Tensor):
-                yield from dense_parts(part)
-    elif tensor.layout is torch.sparse_coo:
-        yield from (tensor._indices(), tensor._values())
-    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
-        yield from (tensor.crow_indices(), tensor.col_indices(), tensor.values())
-    elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
-        yield from (tensor.ccol_indices(), tensor.row_indices(), tensor.values())
-    elif tensor.layout is torch.strided and not tensor.is_nested and _has_memory(tensor):
-        yield tensor
 
 
 class KeptBits:
@@ -140,10 +124,6 @@ class KeptContainer:
 def has_grad(tensor: Tensor) -> bool:
     """Whether `.grad` may be read without a warning."""
     return tensor.is_leaf or tensor.retains_grad
-
-
-def _has_memory(tensor: Tensor) -> bool:
-    return not tensor.is_meta and tensor.untyped_storage().device.type != "meta"  # fake: meta inside
 
 
 def _items(container: Any) -> list[Any]:

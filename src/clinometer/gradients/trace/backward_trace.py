@@ -14,16 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from clinometer.distributed.shards import is_sharded
-from clinometer.gradients.sandbox.saved_state import dense_parts
+from clinometer.gradients.sandbox.tensors import largest, plain
 from clinometer.gradients.trace.forward_trace import Trace
 from clinometer.gradients.trace.graph import Graph, Node, operation, same_values
 
 Read = Callable[[str], Any]
 """What a node saved under a name; None when it saved nothing, or it may not be read."""
-Clue = Callable[[Node, int, Sequence[Tensor | None], Sequence[Tensor | None], Read], Any]
+ReadClue = Callable[[Node, int, Sequence[Tensor | None], Sequence[Tensor | None], Read], Any]
 """(node, which input, gradients of its inputs, of its outputs, what it saved) → what it looks like."""
 
 
@@ -55,7 +53,7 @@ class Event:
 class Flow:
     """The backward of one loss."""
 
-    def __init__(self, graph: Graph, trace: Trace, clue: Clue) -> None:
+    def __init__(self, graph: Graph, trace: Trace, clue: ReadClue) -> None:
         self.graph = graph
         self.trace = trace
         self.events: dict[Node, Event] = {}
@@ -209,51 +207,6 @@ class Flow:
                     seen.add(consumer)
                     stack.append(consumer)
         return found
-
-
-def plain(value: Any) -> Any:
-    """The numbers of a jagged nested tensor one under the other, and of a DTensor those that are here.
-
-    What a node did is read from them: no rank may ask the others while a backward runs.
-    """
-    if not isinstance(value, Tensor):
-        return value
-    if is_sharded(value):
-        distributed: Any = value
-        return distributed.to_local()
-    return value.values() if value.is_nested and value.layout is torch.jagged else value
-
-
-def largest(gradient: Tensor | None) -> float | None:
-    """The largest absolute value: inf or NaN if there is one; None for no gradient."""
-    if gradient is None:
-        return None
-    if gradient.layout is not torch.strided or is_traceable_wrapper_subclass(gradient) or gradient.is_nested:
-        if gradient.layout is torch.sparse_coo and not gradient.is_coalesced():
-            gradient = gradient.coalesce()
-        parts = [v for part in dense_parts(gradient) if (v := largest(part)) is not None]
-        return max(parts, key=lambda v: (math.isnan(v), v), default=0.0) if parts else 0.0
-    if gradient.numel() == 0:
-        return 0.0
-    if gradient.is_complex():
-        gradient = torch.view_as_real(gradient.resolve_conj())
-    if gradient.is_meta or not gradient.is_floating_point():
-        return 1.0  # nothing can be read from it: count it as ordinary
-    if gradient.element_size() == 1:
-        gradient = gradient.float()
-    low, high = torch.aminmax(packed(gradient.detach()))
-    low, high = float(low), float(high)
-    return max(abs(low), abs(high)) if not math.isnan(low + high) or math.isinf(low) else math.nan
-
-
-def packed(tensor: Tensor) -> Tensor:
-    """The same numbers in the order they lie in memory: reading them is then up to 60 times as fast."""
-    if tensor.is_contiguous():
-        return tensor
-    if 0 in tensor.stride():  # expanded: read each number once
-        tensor = tensor[tuple(slice(0, 1) if s == 0 else slice(None) for s in tensor.stride())]
-    order = sorted(range(tensor.dim()), key=lambda d: -tensor.stride(d))
-    return tensor.permute(order)
 
 
 def _silent_channels(result: Tensor) -> Iterator[Tensor]:

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from clinometer.gradients.report.places import Where, user_frame
 from clinometer.gradients.sandbox.subject import Subject
+from clinometer.gradients.sandbox.tensors import tensors_in
 from clinometer.gradients.trace import operations
 from clinometer.gradients.trace.cuts import Cell, Cut, Escape, each_bit, nudge
 from clinometer.gradients.trace.grad_mode import GradOff
@@ -104,7 +105,7 @@ class Trace(TorchFunctionMode):
         return next((self.places[node] for node in self._ends if self.live_node(node) & bit), None)
 
     def _live_in(self, given: Any) -> int:
-        return functools.reduce(operator.or_, map(self.live, operations.tensors_in((given,), {})), 0)
+        return functools.reduce(operator.or_, map(self.live, tensors_in(given)), 0)
 
     def _own_backward(self, loss: Tensor, gradient: Any) -> None:
         # Held, so that they can be looked at; many micro-batches must not stay in memory for that.
@@ -138,7 +139,7 @@ class Trace(TorchFunctionMode):
             return func(*args, **{**kwargs, "retain_graph": True})
         if name in operations.AMP:
             self._note_amp(name)
-        ins = list(operations.tensors_in(args, kwargs))
+        ins = list(tensors_in(args, kwargs))
         came = 0
         if name.endswith("_"):  # what is written over no longer knows, afterwards, what it came from
             for tensor in ins:
@@ -162,7 +163,7 @@ class Trace(TorchFunctionMode):
         self, name: str, kind: str, ins: list[Tensor], out: Any, kwargs: Mapping[str, Any], came: int
     ) -> None:
         written = operations.written_by(name, kind, ins, kwargs)
-        outs = list(operations.tensors_in((out,), {}))
+        outs = list(tensors_in(out))
         where = self._where(name)
         if name in operations.ATTENTION and (hiding := operations.masks_that_hide_all(name, kwargs)):
             self.masks[where and (where.file, where.line)] = hiding
@@ -290,11 +291,11 @@ class Trace(TorchFunctionMode):
             out = call()
         finally:
             self._inside.pop()
-        ins = list(operations.tensors_in(args, {}))
+        ins = list(tensors_in(args))
         if self._inside:
             self._inside[-1].note(self, ins)
             return out
-        outs = list(operations.tensors_in((out,), {}))
+        outs = list(tensors_in(out))
         name = "checkpoint" if cls.__module__ == "torch.utils.checkpoint" else cls.__name__
         where = self._where(name)
         joined = any(tensor.grad_fn is not None for tensor in outs)

@@ -18,9 +18,10 @@ from torch.overrides import TorchFunctionMode
 from clinometer.gradients.report.places import Where, user_frame
 from clinometer.gradients.sandbox.closure import Closure, evaluate
 from clinometer.gradients.sandbox.sandbox import Before
+from clinometer.gradients.sandbox.tensors import tensors_in
 from clinometer.gradients.trace.forward_trace import Trace
 from clinometer.gradients.trace.graph import Graph, Node, is_custom
-from clinometer.gradients.trace.operations import kind_of, tensors_in
+from clinometer.gradients.trace.operations import kind_of
 from clinometer.gradients.trace.torch_patches import seen_calls
 
 _top_saved_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
@@ -105,7 +106,7 @@ class _Writes(TorchFunctionMode):
         for tensor, version in zip(ins, versions, strict=True):
             if tensor._version > version:
                 self._written.setdefault(_memory(tensor), []).append((tensor._version, where))
-        for tensor in tensors_in((out,), {}):
+        for tensor in tensors_in(out):
             self._know(tensor.grad_fn, where)
         return out
 
@@ -113,7 +114,7 @@ class _Writes(TorchFunctionMode):
         """A custom Function's apply, which a mode does not see."""
         out = call()
         where = user_frame(sys._getframe(1), op=cls.__name__)
-        for tensor in tensors_in((out,), {}):
+        for tensor in tensors_in(out):
             self._know(tensor.grad_fn, where)
         return out
 
@@ -149,7 +150,7 @@ def _saved_by(node: Node) -> list[Tensor]:
             found.append(getattr(node, name))
         except RuntimeError:  # written over already, or let go
             continue
-    return list(tensors_in(found, {}))
+    return list(tensors_in(found))
 
 
 def _memory(tensor: Tensor) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -74,17 +74,6 @@ def kind_of(func: Any) -> tuple[str, str]:
     if name in ("detach", "detach_"):
         return name, "alias"
     return name, "quiet" if name in _QUIET else "op"
-
-
-def tensors_in(args: Iterable[Any], kwargs: Mapping[str, Any], depth: int = 3) -> Iterator[Tensor]:
-    """The tensors among arguments or results, also those in lists, tuples and dicts of them."""
-    for value in (*args, *kwargs.values()) if kwargs else args:
-        if isinstance(value, Tensor):
-            yield value
-        elif depth and isinstance(value, tuple | list):
-            yield from tensors_in(value, {}, depth - 1)
-        elif depth and isinstance(value, dict):
-            yield from tensors_in(value.values(), {}, depth - 1)
 
 
 def written_by(name: str, kind: str, ins: list[Tensor], kwargs: Mapping[str, Any]) -> Tensor | None:

@@ -22,12 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from clinometer.messages import InputError
-
-
-def rows_of(rows: int, rank: int, size: int) -> tuple[int, int]:
-    """First and last (exclusive) row of a rank: equal parts, rounded up, to the end (FSDP2's rule)."""
-    each = -(-rows // size)
-    return min(rank * each, rows), min((rank + 1) * each, rows)
+from clinometer.training.ranks.rows import rows_of
 
 
 def split_shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from clinometer.lm.config import TransformerConfig
 from clinometer.lm.model import TransformerLM, draw_weights
-from clinometer.training.checkpoints.checkpoint_parts import rows_of
+from clinometer.training.ranks.rows import rows_of
 from clinometer.training.ranks.world import World
 
 

@@ -21,7 +21,6 @@ from clinometer.gradients.check.numerics.finite_differences import (
     reals,
 )
 from clinometer.gradients.check.numerics.float64 import Doubled, InDouble
-from clinometer.gradients.check.numerics.forward_mode import ForwardMode, by_forward_mode
 from clinometer.gradients.check.numerics.stop_gradients import Held
 from clinometer.gradients.report.places import Where
 from clinometer.gradients.trace.graph import Graph
@@ -177,18 +176,6 @@ class Probe:
                     self._place(name)
 
         return judge(at, analytic, square**0.5, self.magnitude, self.here)
-
-    def forward_mode(self, seed: int) -> ForwardMode:
-        """The direction of `judge_everything` once more, by dual numbers."""
-        drawn = dict(self._drawn(seed))
-        return by_forward_mode(
-            self._run,
-            self.held.replay,
-            self.tensors,
-            drawn,
-            self.slope_by_gradient(drawn),
-            self.magnitude,
-        )
 
     def _drawn(self, seed: int) -> Iterator[tuple[str, Tensor]]:
         generator = torch.Generator().manual_seed(seed)

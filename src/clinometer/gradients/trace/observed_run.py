@@ -1,4 +1,4 @@
-"""The closure, run once and watched: forward, backward, and what every tensor then has as its gradient."""
+"""One run of the closure, observed: forward, backward, and the gradient that every tensor then has."""
 
 from __future__ import annotations
 
@@ -12,21 +12,19 @@ import torch
 from torch import Tensor
 
 from clinometer.distributed.ranks import Ranks, whole
-from clinometer.gradients.diagnose import why_nonfinite, why_zero
-from clinometer.gradients.diagnose.why_partly_zero import zero_lines
 from clinometer.gradients.sandbox.closure import Closure, evaluate
 from clinometer.gradients.sandbox.sandbox import Before
 from clinometer.gradients.sandbox.subject import Subject
-from clinometer.gradients.trace.backward_trace import Flow, Read, largest
-from clinometer.gradients.trace.cuts import Escape
+from clinometer.gradients.sandbox.tensors import largest, zero_lines
+from clinometer.gradients.trace.backward_trace import Flow, ReadClue
 from clinometer.gradients.trace.forward_trace import Trace
-from clinometer.gradients.trace.graph import Graph, Node
+from clinometer.gradients.trace.graph import Graph
 from clinometer.gradients.trace.inplace_errors import find_needed, find_overwritten, is_overwritten
 from clinometer.messages import InputError, say
 
 
 @dataclass
-class Run:
+class ObservedRun:
     """One forward and backward."""
 
     trace: Trace
@@ -43,8 +41,12 @@ class Run:
     """Rows and columns that are zero, of gradients that are not zero as a whole."""
 
 
-def run(subject: Subject, closure: Closure, before: Before, ranks: Ranks) -> Run:
-    """Run the closure and its backward once; the gradients are afterwards in `.grad`, averaged over ranks.
+def observe(
+    subject: Subject, closure: Closure, before: Before, ranks: Ranks, clue: ReadClue | None = None
+) -> ObservedRun:
+    """Runs the closure and its backward once; the gradients are afterwards in `.grad`, averaged over ranks.
+
+    `clue` reads what it needs at each node where a gradient died or stopped being finite, while it is there.
 
     Raises InputError for a loss whose graph was used up before, and what the closure raises.
     """
@@ -59,13 +61,13 @@ def run(subject: Subject, closure: Closure, before: Before, ranks: Ranks) -> Run
         raise
     own = {name: t.grad for name, t in subject.tensors.items() if t.is_leaf and t.grad is not None}
     before.set_grads_aside()  # what a closure's own backwards left
-    result = Run(trace, _what_trains(loss, trace), None)
+    result = ObservedRun(trace, _what_trains(loss, trace), None)
     result.returned = float(loss.detach())
     sizes = ranks.largest({name: largest(own.get(name)) for name in subject.tensors})
     result.own = {name: size for name, size in sizes.items() if size is not None}
     if result.loss.grad_fn is not None:
         graph = Graph(result.loss)
-        result.flow = Flow(graph, trace, _clue)
+        result.flow = Flow(graph, trace, clue or _no_clue)
         # A loss that was computed before the closure was called belongs to the user, graph and all.
         keep = result.loss.grad_fn not in trace.places
         try:
@@ -142,61 +144,5 @@ def gradients_kept(subject: Subject) -> Iterator[None]:
             tensor.grad = gradient
 
 
-def look_at_values(
-    subject: Subject, closure: Closure, before: Before, ranks: Ranks
-) -> tuple[why_nonfinite.Finiteness, Tensor]:
-    """Run the forward once more, every result looked at: where values stopped being finite; and the loss."""
-    before.rewind()
-    stand_ins = ranks.stand_ins()
-    trace = Trace(subject, stand_ins)
-    finiteness = why_nonfinite.Finiteness(subject, stand_ins)
-    trace.after_call = finiteness.after_call
-    with trace.watching():
-        loss = evaluate(closure)
-    return finiteness, loss
-
-
-def only_looked_at(
-    escape: Escape | None, subject: Subject, closure: Closure, before: Before, loss: float
-) -> bool:
-    """Whether the loss stays what it was when the numbers that left torch here are others: a log, a print.
-
-    Without an escape the forward runs all the same, along with that of another rank.
-    """
-    before.rewind()
-    trace = Trace(subject)
-    trace.nudged = escape and escape.place
-    try:
-        with trace.watching():
-            again = float(evaluate(closure).detach())
-    except Exception:  # a closure that cannot be run twice, or minds the number
-        return False
-    return escape is not None and again == loss and any(e.place == escape.place for e in trace.escapes)
-
-
-def used_by_chance(
-    subject: Subject, closure: Closure, unused: set[str], ranks: Ranks, draws: int = 3
-) -> set[str]:
-    """Those that some forward with other random numbers uses."""
-    found: set[str] = set()
-    for _ in range(draws):  # the generators go on from where the last run left them
-        trace = Trace(subject, ranks.stand_ins())
-        with trace.watching():
-            evaluate(closure)
-        found |= {name for name in unused if trace.bits[id(subject.tensors[name])] in trace.first_use}
-        if not ranks.any(found != unused):
-            break
-    return found
-
-
-def _clue(
-    node: Node,
-    position: int,
-    into: Sequence[Tensor | None],
-    out: Sequence[Tensor | None],
-    saved: Read,
-) -> Any:
-    size = largest(into[position])
-    if size is not None and not math.isfinite(size):
-        return why_nonfinite.read_clue(node, position, into, out)
-    return why_zero.read_clue(node, position, into, out, saved)
+def _no_clue(*_: Any) -> None:
+    """Nobody asks why."""
