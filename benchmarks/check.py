@@ -22,9 +22,9 @@ from torch import Tensor
 
 from benchmarks import rows
 from clinometer.gradients.check.check_gradients import check_gradients
-from clinometer.lm.config import TransformerConfig
 from clinometer.lm.functional import cross_entropy, transformer_lm
 from clinometer.lm.model import TransformerLM
+from clinometer.lm.transformer_config import TransformerConfig
 
 
 def peak_gib() -> float:

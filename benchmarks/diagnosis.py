@@ -19,9 +19,9 @@ import time
 import torch
 
 from benchmarks import rows
-from clinometer.lm.config import TransformerConfig
 from clinometer.lm.functional import cross_entropy
 from clinometer.lm.model import TransformerLM
+from clinometer.lm.transformer_config import TransformerConfig
 
 
 def main() -> None:

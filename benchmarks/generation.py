@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from benchmarks import rows
-from clinometer.lm.config import TransformerConfig
-from clinometer.lm.export import export_llama
 from clinometer.lm.generate import generate
+from clinometer.lm.llama_files import export_llama
 from clinometer.lm.model import TransformerLM
+from clinometer.lm.transformer_config import TransformerConfig
 
 CONFIG = TransformerConfig(
     vocab_size=10_000, context_length=512, d_model=256, num_layers=4, num_heads=8, d_ff=704

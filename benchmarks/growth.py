@@ -105,8 +105,8 @@ def train(point: dict[str, int], steps: int) -> tuple[list[float], dict[str, Any
     import torch
 
     from benchmarks.watching import Nowhere
-    from clinometer.lm.config import TransformerConfig
     from clinometer.lm.model import TransformerLM
+    from clinometer.lm.transformer_config import TransformerConfig
     from clinometer.monitoring.watch import watch
     from clinometer.optim.adamw import AdamW
     from clinometer.optim.clipping import clip_grad_norm_

@@ -182,7 +182,7 @@ def throughput(nanogpt: Path, rounds: int, steps: int) -> list[kept_rows.Row]:
     print(
         f"  clinometer bf16 / nanoGPT bf16 compiled: {ratio('clinometer bf16', 'nanoGPT bf16 compiled'):.2f}×"
     )
-    from clinometer.lm.config import TransformerConfig
+    from clinometer.lm.transformer_config import TransformerConfig
 
     config = TransformerConfig(**SHAPE, d_ff=feed_forward(SHAPE))
     return speed_rows(results, config.flops_per_token())
@@ -258,16 +258,16 @@ def worker(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     else:
-        from clinometer.lm.config import TransformerConfig
         from clinometer.lm.model import TransformerLM
-        from clinometer.optim.choice import make_optimizers
+        from clinometer.lm.transformer_config import TransformerConfig
         from clinometer.optim.clipping import clip_grad_norm_
+        from clinometer.optim.make_optimizers import make_optimizers
 
         model = TransformerLM(TransformerConfig(**shape, d_ff=feed_forward(shape)))
         model.recompute_blocks(recompute)
         (optimizer,) = make_optimizers(model.named_parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
         if form == "compiled":
-            from clinometer.lm.fast import onednn_is_faster
+            from clinometer.lm.compiled_step import onednn_is_faster
 
             model.compile_parts(onednn=precision == "float32" and onednn_is_faster())
 
@@ -290,7 +290,7 @@ def worker(
         times.append(time.perf_counter() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     speed = BATCH * S / statistics.median(times)
-    from clinometer.lm.config import TransformerConfig
+    from clinometer.lm.transformer_config import TransformerConfig
     from clinometer.training.settings.precision import matmul_rate
 
     # nanoGPT's block has as many weights in products as ours, so the same count serves both.

@@ -23,8 +23,8 @@ from torch import nn
 
 from benchmarks import rows
 from benchmarks.optimizer import machine
-from clinometer.lm.config import TransformerConfig
 from clinometer.lm.model import TransformerLM
+from clinometer.lm.transformer_config import TransformerConfig
 from clinometer.monitoring.watch import watch
 from clinometer.optim.adamw import AdamW
 from clinometer.optim.clipping import clip_grad_norm_

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from clinometer.distributed.shards import Together, is_distributed, is_sharded, local, rank
+from clinometer.distributed.sharded_tensors import Together, is_distributed, is_sharded, local, rank
 from clinometer.optim.clipping import clip_grad_norm_, gradient_norms
 
 FULL = {
@@ -36,7 +36,7 @@ def test_one_process_holds_everything_and_adds_up_with_nobody():
 
 def test_asking_makes_nobody_import_distributed_tensors():
     code = (
-        "import sys, torch; before = set(sys.modules); import clinometer.distributed.shards as s;"
+        "import sys, torch; before = set(sys.modules); import clinometer.distributed.sharded_tensors as s;"
         "from clinometer.optim.clipping import clip_grad_norm_;"
         "p = torch.nn.Parameter(torch.ones(2)); p.grad = torch.ones(2); clip_grad_norm_([p], 1.0);"
         "s.Together([p]).sums(torch.ones(1)); s.is_distributed();"

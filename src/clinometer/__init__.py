@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from clinometer.gradients.diagnose.diagnose import diagnose as diagnose
     from clinometer.gradients.step.explain_step import explain_step as explain_step
     from clinometer.integrations.loops import watch as watch
-    from clinometer.lm.config import TransformerConfig as TransformerConfig
     from clinometer.lm.functional import cross_entropy as cross_entropy
     from clinometer.lm.functional import transformer_lm as transformer_lm
     from clinometer.lm.generate import generate as generate
     from clinometer.lm.model import TransformerLM as TransformerLM
+    from clinometer.lm.transformer_config import TransformerConfig as TransformerConfig
     from clinometer.messages import InputError as InputError
     from clinometer.messages import set_language as set_language
     from clinometer.optim.adamw import AdamW as AdamW
@@ -39,7 +39,7 @@ _HOME = {
     "explain_step": "clinometer.gradients.step.explain_step",
     "attribute": "clinometer.gradients.attribute.attribute",
     "watch": "clinometer.integrations.loops",
-    "TransformerConfig": "clinometer.lm.config",
+    "TransformerConfig": "clinometer.lm.transformer_config",
     "TransformerLM": "clinometer.lm.model",
     "transformer_lm": "clinometer.lm.functional",
     "cross_entropy": "clinometer.lm.functional",

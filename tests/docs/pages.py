@@ -1,6 +1,6 @@
 """The pages of docs/en and docs/zh whose code runs, and running one.
 
-`clinometer learn` runs a lesson with the same `Session`, so what the tests run is what a reader runs.
+`clinometer learn` runs a lesson with the same `PageSession`, so what the tests run is what a reader runs.
 """
 
 import contextlib
@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from clinometer.lessons.page_session import Session
-from clinometer.lessons.pages import Code, pieces
+from clinometer.lessons.lesson_pages import Code, pieces
+from clinometer.lessons.page_session import PageSession
 from clinometer.messages import set_language
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -65,7 +65,7 @@ def name_of(path: Path) -> str:
 def run(path: Path, keep: dict | None = None) -> list[Ran]:
     """The page's blocks in order, in the page's language; `keep` takes the namespace they leave."""
     ran = []
-    with _as_in_a_new_process(name_of(path)[:2]), Session() as session:
+    with _as_in_a_new_process(name_of(path)[:2]), PageSession() as session:
         for piece in pieces(path.read_text(encoding="utf-8")):
             if not isinstance(piece, Code) or not piece.runs:
                 continue

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from clinometer.lessons.pages import Code, Prose, pieces
+from clinometer.lessons.lesson_pages import Code, Prose, pieces
 from tests.docs import figures
 from tests.docs.pages import DOCS, OWN_TESTS, name_of, numbers, pages, run, same
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from clinometer.lessons.pages import Code, Prose, pieces
+from clinometer.lessons.lesson_pages import Code, Prose, pieces
 from tests.docs import pages as docs_pages
 from tests.docs.write import rewritten
 

@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from clinometer.lm.export import export_llama, import_llama
 from clinometer.lm.generate import generate
+from clinometer.lm.llama_files import export_llama, import_llama
 from clinometer.lm.model import TransformerLM
-from clinometer.optim.choice import make_optimizers
+from clinometer.optim.make_optimizers import make_optimizers
 from clinometer.record.read.reader import RunFile
 from clinometer.record.replays.replays import KINDS, Replay
 from clinometer.text.corpus import open_corpus
-from clinometer.text.shards import TokenData
+from clinometer.text.token_shards import TokenData
 from clinometer.text.tokenizer import Tokenizer, from_gpt2_files, train_bpe
 from clinometer.training.checkpoints import checkpoint
 from clinometer.training.checkpoints.generator_state import restore_random_state

@@ -10,7 +10,7 @@ import pytest
 
 from clinometer.messages import InputError
 from clinometer.record.write.recorder import Recorder
-from clinometer.text.shards import TokenData
+from clinometer.text.token_shards import TokenData
 from clinometer.training.checkpoints import checkpoint
 from clinometer.training.replay.replay import replay_step
 from clinometer.training.run import prepare

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from clinometer.lm.export import import_llama
+from clinometer.lm.llama_files import import_llama
 from clinometer.messages import InputError
 from tests.fuzz.guard import within
 from tests.fuzz.test_files import READERS as ALL

@@ -209,9 +209,9 @@ TRANSFORMERS: dict[str, Callable[[], Built]] = {
 
 
 def lm(width: int = 16) -> Built:
-    from clinometer.lm.config import TransformerConfig
     from clinometer.lm.functional import cross_entropy
     from clinometer.lm.model import TransformerLM
+    from clinometer.lm.transformer_config import TransformerConfig
 
     config = TransformerConfig(
         vocab_size=50, context_length=16, d_model=width, num_layers=2, num_heads=2, d_ff=32

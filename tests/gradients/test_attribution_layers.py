@@ -153,11 +153,11 @@ def test_a_fused_recurrent_layer_is_split_over_the_sequence(layer, x):
 
 @pytest.mark.parametrize("layer", RECURRENT[:4], ids=str)
 def test_a_recurrent_layer_computes_what_torch_computes(layer, x):
-    from clinometer.gradients.attribute.use_recorder import Watched
+    from clinometer.gradients.attribute.use_recorder import UseRecorder
 
     layer = layer.double()
     expected = layer(x)
-    with Watched({"w": layer.weight_hh_l0}, {}):
+    with UseRecorder({"w": layer.weight_hh_l0}, {}):
         found = layer(x)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
 

@@ -6,9 +6,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from clinometer.gradients.check.check_gradients import check_gradients
-from clinometer.lm.config import TransformerConfig
 from clinometer.lm.functional import cross_entropy
 from clinometer.lm.model import TransformerLM
+from clinometer.lm.transformer_config import TransformerConfig
 
 
 def accused(check):

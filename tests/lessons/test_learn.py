@@ -12,9 +12,9 @@ import pytest
 from rich.console import Console
 
 from clinometer import cli
-from clinometer.lessons import pages
-from clinometer.lessons.notebook import notebook
-from clinometer.lessons.pages import Code, Lesson, pieces
+from clinometer.lessons import lesson_pages
+from clinometer.lessons.lesson_notebook import notebook
+from clinometer.lessons.lesson_pages import Code, Lesson, pieces
 from clinometer.lessons.terminal import ONWARD, show
 from clinometer.messages import InputError, set_language
 
@@ -83,18 +83,20 @@ def shown(lesson, answers=None):
 
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_the_line_that_leads_to_the_next_lesson_is_known(language):
-    for lesson in pages.lessons(language):
+    for lesson in lesson_pages.lessons(language):
         text = lesson.path.read_text(encoding="utf-8")
         assert len(ONWARD.findall(text)) == (lesson.number < 8), lesson.path
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_there_are_eight_lessons_in_both_languages_each_with_a_title_and_a_summary(language):
-    found = pages.lessons(language)
+    found = lesson_pages.lessons(language)
     assert [lesson.number for lesson in found] == list(range(1, 9))
-    assert [lesson.path.name for lesson in found] == [lesson.path.name for lesson in pages.lessons("en")]
+    assert [lesson.path.name for lesson in found] == [
+        lesson.path.name for lesson in lesson_pages.lessons("en")
+    ]
     assert all(lesson.title and 10 < len(lesson.summary) < 130 for lesson in found)
-    index = (pages.folder(language) / "index.md").read_text(encoding="utf-8")
+    index = (lesson_pages.folder(language) / "index.md").read_text(encoding="utf-8")
     for lesson in found:
         assert f"[{lesson.title}]({lesson.path.name})" in index
 
@@ -103,7 +105,7 @@ def test_the_list_shows_every_lesson_in_the_language_asked_for(learn):
     for language in ("en", "zh"):
         code, text = learn("--language", language)
         assert code == 0
-        for lesson in pages.lessons(language):
+        for lesson in lesson_pages.lessons(language):
             assert lesson.title in text
 
 
@@ -159,7 +161,7 @@ def test_input_that_ends_goes_on(small, capsys):
 
 
 def test_without_a_terminal_a_lesson_runs_straight_through(learn, monkeypatch, small):
-    monkeypatch.setattr(pages, "lesson", lambda number, language: small)
+    monkeypatch.setattr(lesson_pages, "lesson", lambda number, language: small)
     code, text = learn(1)
     assert code == 0
     assert "second" in text
@@ -169,7 +171,7 @@ def test_without_a_terminal_a_lesson_runs_straight_through(learn, monkeypatch, s
 @pytest.mark.parametrize("language", ["en", "zh"])
 @pytest.mark.parametrize("number", range(1, 9))
 def test_a_notebook_is_valid_and_holds_the_page(language, number):
-    lesson = pages.lesson(number, language)
+    lesson = lesson_pages.lesson(number, language)
     page = nbformat.reads(notebook(lesson, language), as_version=4)
     nbformat.validate(page)
     assert page.cells[0].source.startswith("# ")
@@ -225,9 +227,11 @@ def test_an_installed_package_reads_the_pages_that_came_with_it(monkeypatch, tmp
     for source, target in included.items():
         assert (ROOT / source).is_dir()
         (tmp_path / Path(target).name).mkdir()
-    monkeypatch.setattr(pages, "__file__", str(tmp_path / "pages.py"))
-    assert {pages.folder("en"), pages.folder("zh"), pages.images()} == set(tmp_path.iterdir())
-    pages.lessons.cache_clear()
+    monkeypatch.setattr(lesson_pages, "__file__", str(tmp_path / "pages.py"))
+    assert {lesson_pages.folder("en"), lesson_pages.folder("zh"), lesson_pages.images()} == set(
+        tmp_path.iterdir()
+    )
+    lesson_pages.lessons.cache_clear()
     with pytest.raises(InputError):
-        pages.lesson(1, "en")
-    pages.lessons.cache_clear()
+        lesson_pages.lesson(1, "en")
+    lesson_pages.lessons.cache_clear()

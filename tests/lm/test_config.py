@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from clinometer.lm.config import TransformerConfig
 from clinometer.lm.model import TransformerLM, initial_weights
+from clinometer.lm.transformer_config import TransformerConfig
 from clinometer.messages import InputError
 
 GOOD = {

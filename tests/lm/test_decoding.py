@@ -6,11 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clinometer.lm import products
-from clinometer.lm.config import TransformerConfig
 from clinometer.lm.decoding import WORTH_PACKING, Decoder, Decoders
 from clinometer.lm.generate import KeyValueCache, _largest, generate
 from clinometer.lm.model import TransformerLM
 from clinometer.lm.products import BlockedProduct, PlainProduct
+from clinometer.lm.transformer_config import TransformerConfig
 
 CONFIG = TransformerConfig(
     vocab_size=61, context_length=48, d_model=32, num_layers=2, num_heads=4, d_ff=48, rope_theta=100.0

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from clinometer.lm import export
-from clinometer.lm.config import TransformerConfig
-from clinometer.lm.export import export_llama, import_llama
+from clinometer.lm import llama_files
 from clinometer.lm.functional import transformer_lm
 from clinometer.lm.generate import generate
 from clinometer.lm.llama import rescale_residual
+from clinometer.lm.llama_files import export_llama, import_llama
 from clinometer.lm.model import TransformerLM, initial_weights
+from clinometer.lm.transformer_config import TransformerConfig
 from clinometer.messages import InputError
 
 transformers = pytest.importorskip("transformers")
@@ -253,7 +253,7 @@ def test_an_export_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
     before = (tmp_path / "model" / "model.safetensors").read_bytes()
     for name in ("save_file", "_write_json", "_commit"):
         with monkeypatch.context() as patch:
-            patch.setattr(export, name, full_disk)
+            patch.setattr(llama_files, name, full_disk)
             for target in ("new", "model"):
                 with pytest.raises(InputError) as error:
                     export_llama(small_weights(), CONFIG, tmp_path / target, overwrite=True)

@@ -10,7 +10,7 @@ import torch
 
 from clinometer.lm import functional as lm
 from clinometer.lm.chunked_loss import chunked_cross_entropy
-from clinometer.lm.fast import attention_by_rows, linear, onednn_is_faster, transformer_block
+from clinometer.lm.compiled_step import attention_by_rows, linear, onednn_is_faster, transformer_block
 
 D, H, F = 48, 4, 80
 
@@ -131,17 +131,17 @@ def test_a_second_backward_through_the_chunked_loss_is_refused():
 COMPILED = """
 import sys
 import torch
-from clinometer.lm import fast
+from clinometer.lm import compiled_step
 
 V = int(sys.argv[1])
 config = TransformerConfig(vocab_size=V, context_length=24, d_model=32, num_layers=1, num_heads=2, d_ff=64)
 plain, compiled = (TransformerLM(config, generator=torch.Generator().manual_seed(0)) for _ in range(2))
 seen = []
-form = fast.transformer_block
+form = compiled_step.transformer_block
 def spy(*a, **k):
     seen.append(1)
     return form(*a, **k)
-fast.transformer_block = spy
+compiled_step.transformer_block = spy
 compiled.compile_parts(onednn=True)
 ids, targets = torch.randint(0, V, (2, 2, 24), generator=torch.Generator().manual_seed(1))
 losses = [model.loss(ids, targets) for model in (plain, compiled)]

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clinometer.lm import functional as lm
-from clinometer.lm.config import TransformerConfig
 from clinometer.lm.model import TransformerLM, head_loss, initial_weights
+from clinometer.lm.transformer_config import TransformerConfig
 from clinometer.messages import InputError
 
 CONFIG = TransformerConfig(vocab_size=50, context_length=24, d_model=32, num_layers=2, num_heads=4, d_ff=48)

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clinometer.lm.config import TransformerConfig
 from clinometer.lm.functional import transformer_lm
 from clinometer.lm.generate import KeyValueCache, filter_logits, fit_prompt, generate, sample
 from clinometer.lm.model import TransformerLM
+from clinometer.lm.transformer_config import TransformerConfig
 from clinometer.messages import InputError
 
 CONFIG = TransformerConfig(

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from clinometer.lm.config import TransformerConfig
 from clinometer.lm.functional import cross_entropy, transformer_lm
 from clinometer.lm.model import initial_weights
+from clinometer.lm.transformer_config import TransformerConfig
 
 transformers = pytest.importorskip("transformers")
 

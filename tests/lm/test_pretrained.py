@@ -8,9 +8,9 @@ import pytest
 import torch
 import transformers as hf
 
-from clinometer.lm.export import export_llama, import_llama
 from clinometer.lm.functional import transformer_lm
 from clinometer.lm.generate import generate
+from clinometer.lm.llama_files import export_llama, import_llama
 from clinometer.lm.model import TransformerLM
 from clinometer.messages import InputError
 

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from clinometer.lm.config import TransformerConfig
 from clinometer.lm.model import TransformerLM
+from clinometer.lm.transformer_config import TransformerConfig
 from clinometer.monitoring.watch import watch
 from clinometer.optim.adamw import AdamW
 from clinometer.optim.clipping import clip_grad_norm_

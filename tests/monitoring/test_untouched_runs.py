@@ -298,7 +298,7 @@ def test_an_exception_of_the_watch_is_one_warning_and_the_training_goes_on(monke
     optimizer = ADAMW(model.parameters())
     sink = Kept()
     watching = watch(model, optimizer, to=sink)
-    monkeypatch.setattr(step.Session, "before_step", lambda *_: 1 / 0)
+    monkeypatch.setattr(step.StepWatch, "before_step", lambda *_: 1 / 0)
     with pytest.warns(RuntimeWarning, match="ZeroDivisionError") as seen:
         losses = list(plain(model, optimizer))
     assert len(seen) == 1

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from clinometer.messages import InputError
 from clinometer.optim.adamw import AdamW
-from clinometer.optim.choice import make_optimizers, set_lr
+from clinometer.optim.make_optimizers import make_optimizers, set_lr
 from clinometer.optim.muon import Muon
 from clinometer.optim.sgd import SGD
 

@@ -14,7 +14,7 @@ from clinometer.optim.sgd import SGD
 
 ONE_LIFE = """
 import sys, torch
-from clinometer.optim.choice import make_optimizers
+from clinometer.optim.make_optimizers import make_optimizers
 from clinometer.optim.sgd import SGD
 weights = {"layers.0.w": torch.ones(4, 4), "head": torch.ones(4, 4)}
 weights = {name: torch.nn.Parameter(weight) for name, weight in weights.items()}

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clinometer.text.corpus import END_OF_TEXT
-from clinometer.text.cutting import last_safe_cut, safe_pieces
+from clinometer.text.safe_cuts import last_safe_cut, safe_pieces
 from clinometer.text.tokenizer import train_bpe
 
 MORE = ("e\u0301", "7", "<|", "|>")

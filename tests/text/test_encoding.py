@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from clinometer.messages import InputError
 from clinometer.text import encoding
-from clinometer.text.bulk import BulkEncoder, IdsDiffer
+from clinometer.text.bulk_encoder import BulkEncoder, IdsDiffer
 from clinometer.text.corpus import END_OF_TEXT, corpus_of, open_corpus
 from clinometer.text.encoding import encode_corpus
-from clinometer.text.shards import TokenData, Tokens, find_tokens
-from clinometer.text.split import split
+from clinometer.text.token_shards import TokenData, Tokens, find_tokens
 from clinometer.text.tokenizer import byte_tokenizer, from_gpt2_files
+from clinometer.text.validation_split import split
 
 
 def refused(call, *arguments, **settings):

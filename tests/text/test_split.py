@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from clinometer.messages import InputError
 from clinometer.text.corpus import END_OF_TEXT, corpus_of, open_corpus
-from clinometer.text.split import split
+from clinometer.text.validation_split import split
 
 DOCUMENTS = [f"document number {number}" for number in range(1000)]
 

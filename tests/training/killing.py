@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from clinometer.record.read.reader import RunFile
-from clinometer.text.shards import TokenData
+from clinometer.text.token_shards import TokenData
 from clinometer.training.checkpoints import checkpoint
 from clinometer.training.run import prepare
 from clinometer.training.run.loop import Outcome, train

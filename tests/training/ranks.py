@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 
 from clinometer.distributed.launch import launched
-from clinometer.optim.choice import make_optimizers
+from clinometer.optim.make_optimizers import make_optimizers
 from clinometer.training.ranks.world import World
 from clinometer.training.run import prepare
 from clinometer.training.run.loop import Outcome, train
-from clinometer.training.run.prepare import Session
+from clinometer.training.run.prepare import TrainingSession
 from clinometer.training.settings.config import OptimConfig, RunConfig
 from tests.training.conftest import Silent, small_config
 
@@ -52,13 +52,13 @@ def resumed(path: Path, world: World | None = None, **changed) -> list:
     return finished(session, display)
 
 
-def begun(config: RunConfig, path: Path, display: Silent, world: World | None) -> Session:
+def begun(config: RunConfig, path: Path, display: Silent, world: World | None) -> TrainingSession:
     if world is None or world.first:
         return prepare.start(config, path, display, world)
     return prepare.attend(display, world)
 
 
-def finished(session: Session, display: Silent) -> list:
+def finished(session: TrainingSession, display: Silent) -> list:
     assert train(session, display) is Outcome.DONE
     session.close()
     return [[r["loss"], r["grad_norm"], r["taken"]] for r in display.rows] + [
@@ -82,7 +82,7 @@ def stopped_at(step: int, config: RunConfig, path: Path, world: World, who: int)
     return session.step
 
 
-def spoil(session: Session, step: int) -> None:
+def spoil(session: TrainingSession, step: int) -> None:
     original = session.model.loss
 
     def loss(*arguments, **options):

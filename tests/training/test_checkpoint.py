@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clinometer.lm.config import TransformerConfig
 from clinometer.lm.model import TransformerLM
+from clinometer.lm.transformer_config import TransformerConfig
 from clinometer.messages import InputError
-from clinometer.optim.choice import make_optimizers
+from clinometer.optim.make_optimizers import make_optimizers
 from clinometer.training.checkpoints import checkpoint
 from clinometer.training.checkpoints.generator_state import random_state, restore_random_state
 

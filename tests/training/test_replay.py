@@ -250,7 +250,7 @@ def rows_of(path):
 
 
 def test_an_imported_run_replays_from_its_first_checkpoint(corpus, tmp_path):
-    from clinometer.lm.export import export_llama
+    from clinometer.lm.llama_files import export_llama
     from clinometer.training.run.load_run import import_run, load_run
 
     first = load_run(trained(small_config(corpus, steps=2), tmp_path / "first"), "last")

@@ -20,7 +20,7 @@ from clinometer.training.checkpoints.checkpoint import checkpoints, step_of
 from clinometer.training.replay.replay import replay_step
 from clinometer.training.run.display import RunDisplay
 from clinometer.training.run.loop import batch_of
-from clinometer.training.run.prepare import Session, start
+from clinometer.training.run.prepare import TrainingSession, start
 from clinometer.training.run.recording import add_report
 from clinometer.training.settings.config import (
     DataConfig,
@@ -78,7 +78,7 @@ def _how_to_call() -> str:
     return str(ours.relative_to(here) if ours.is_relative_to(here) else ours)
 
 
-def look(console: Console, display: RunDisplay, session: Session) -> None:
+def look(console: Console, display: RunDisplay, session: TrainingSession) -> None:
     """The trained model's gradients on the batch that would come next, and one of its steps again."""
     model, path = session.model, session.folder.path
     token_ids, targets = batch_of(session, session.step)
@@ -112,7 +112,7 @@ def look(console: Console, display: RunDisplay, session: Session) -> None:
     explain_command(console, path, step, name, ",".join(str(i) for i in index))
 
 
-def near_step(session: Session) -> int:
+def near_step(session: TrainingSession) -> int:
     """The latest step that is the first after a checkpoint: one step to take again."""
     steps = [step_of(path) for path in checkpoints(session.folder.checkpoints)]
     return max((step + 1 for step in steps if step < session.step), default=session.step)

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from clinometer.lessons import pages
+from clinometer.lessons import lesson_pages
 from clinometer.messages import InputError, current_language, say
 from clinometer.messages.folding import fold, tell
 
@@ -23,7 +23,7 @@ def learn_command(
             raise InputError("learn.which", path=notebook)
         _list(console, language)
         return 0
-    lesson = pages.lesson(number, language)
+    lesson = lesson_pages.lesson(number, language)
     if notebook is not None:
         _write(lesson, language, notebook, overwrite)
         tell(console, say("learn.written", path=notebook))
@@ -32,14 +32,14 @@ def learn_command(
 
     waits = not straight and console.is_terminal and sys.stdin.isatty()
     finished = show(console, lesson, waits=waits)
-    if finished and number < len(pages.lessons(language)):
+    if finished and number < len(lesson_pages.lessons(language)):
         tell(console, say("learn.next", number=number + 1))
     return 0
 
 
 def _list(console: Console, language: str) -> None:
     table = Table.grid(padding=(0, 2))
-    for lesson in pages.lessons(language):
+    for lesson in lesson_pages.lessons(language):
         summary = fold(lesson.summary, console.width - 3) if console.is_terminal else lesson.summary
         table.add_row(str(lesson.number), f"[bold]{lesson.title}[/bold]\n{summary}")
     console.print(table, highlight=False)
@@ -47,8 +47,8 @@ def _list(console: Console, language: str) -> None:
     tell(console, say("learn.how"))
 
 
-def _write(lesson: pages.Lesson, language: str, path: Path, overwrite: bool) -> None:
-    from clinometer.lessons.notebook import notebook
+def _write(lesson: lesson_pages.Lesson, language: str, path: Path, overwrite: bool) -> None:
+    from clinometer.lessons.lesson_notebook import notebook
 
     if path.suffix != ".ipynb":
         raise InputError("learn.not_a_notebook", path=path)

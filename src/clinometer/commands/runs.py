@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from clinometer.messages import InputError, say
-from clinometer.record.out.export import export
+from clinometer.record.out.table_export import export
 from clinometer.record.read.find_runs import find_runs
 from clinometer.record.read.reader import RunFile
 

@@ -13,8 +13,8 @@ import torch
 from rich.console import Console
 
 from clinometer.distributed.launch import launched
-from clinometer.lm.export import export_llama
 from clinometer.lm.generate import fit_prompt, generate
+from clinometer.lm.llama_files import export_llama
 from clinometer.messages import InputError, say
 from clinometer.messages.folding import tell
 from clinometer.training.checkpoints.checkpoint import checkpoints, step_of
@@ -23,7 +23,7 @@ from clinometer.training.run.display import RunDisplay, clock, printable, short_
 from clinometer.training.run.load_run import import_run, load_run
 from clinometer.training.run.loop import Outcome, train
 from clinometer.training.run.out_of_memory import is_out_of_memory, too_little_memory
-from clinometer.training.run.prepare import Session, attend, resume, start
+from clinometer.training.run.prepare import TrainingSession, attend, resume, start
 from clinometer.training.run.recording import open_record
 from clinometer.training.run.run_folder import RunFolder
 from clinometer.training.run.run_tokens import begin_with
@@ -97,7 +97,7 @@ def _train(
         session.close()
 
 
-def _how_to_go_on(session: Session) -> str:
+def _how_to_go_on(session: TrainingSession) -> str:
     saved = checkpoints(session.folder.checkpoints)
     path = session.folder.path
     if not saved:
@@ -106,7 +106,7 @@ def _how_to_go_on(session: Session) -> str:
 
 
 def run_session(
-    session: Session,
+    session: TrainingSession,
     display: RunDisplay,
     began: Callable[[Path], None] | None = None,
     onward: bool = True,
@@ -179,7 +179,7 @@ def run_session(
 
 
 def _say_outcome(
-    session: Session, display: RunDisplay, outcome: Outcome, seconds: float, tokens_per_second: float
+    session: TrainingSession, display: RunDisplay, outcome: Outcome, seconds: float, tokens_per_second: float
 ) -> None:
     if session.spoilt:  # told already
         return

@@ -45,7 +45,7 @@ class Beat:
 
 
 @dataclass(frozen=True)
-class Finding:
+class RankTrouble:
     """What is wrong, as a message's key and values; `fatal` if the run cannot go on."""
 
     key: str
@@ -64,7 +64,7 @@ class Judge:
 
     def look(
         self, clock: float, beats: dict[int, Beat], own: Beat | None = None, patience: float | None = None
-    ) -> Finding | None:
+    ) -> RankTrouble | None:
         """`own` is the listener's place; None before the first step, when nobody can be behind.
 
         `patience` is shorter than usual once a connection has broken: then a silent rank is a dead one.
@@ -76,13 +76,13 @@ class Judge:
         for rank, (beat, heard) in self._heard.items():
             if clock - heard > longest:
                 values = {"rank": rank, "host": beat.host, "step": beat.step, "seconds": round(clock - heard)}
-                return Finding("parallel.silent", values)
+                return RankTrouble("parallel.silent", values)
         if own is None:
             self._since = clock
             return None
         return self._behind(clock, own)
 
-    def _behind(self, clock: float, own: Beat) -> Finding | None:
+    def _behind(self, clock: float, own: Beat) -> RankTrouble | None:
         places = {rank: beat for rank, (beat, _) in self._heard.items()}
         furthest = max(own.passed, *(beat.passed for beat in places.values()))
         if furthest != self._furthest:
@@ -96,12 +96,14 @@ class Judge:
             return None  # the others wait for us
         step = max(own.step, *(beat.step for beat in places.values()))
         if slowest.passed == furthest:
-            return Finding("parallel.stuck", {"step": step, "seconds": round(waited)}) if give_up else None
+            return (
+                RankTrouble("parallel.stuck", {"step": step, "seconds": round(waited)}) if give_up else None
+            )
         if not give_up and (rank, furthest) in self._told:
             return None
         self._told.add((rank, furthest))
         values = {"rank": rank, "host": slowest.host, "step": step, "seconds": round(waited)}
-        return Finding("parallel.given_up" if give_up else "parallel.slow", values, give_up)
+        return RankTrouble("parallel.given_up" if give_up else "parallel.slow", values, give_up)
 
 
 class Heart:
@@ -117,7 +119,7 @@ class Heart:
         rank: int,
         size: int,
         patience: float,
-        tell: Callable[[Finding], None],
+        tell: Callable[[RankTrouble], None],
         place: str = "",
     ) -> None:
         self._place = place
@@ -186,7 +188,7 @@ class Heart:
                 if text is None:
                     text = self._look(clock)
             except RuntimeError:  # whoever holds the board has gone
-                finding = Finding("parallel.board", {"rank": self._rank, "place": self._place})
+                finding = RankTrouble("parallel.board", {"rank": self._rank, "place": self._place})
                 text = json.dumps({"key": finding.key, "code": LOST})
                 if not self._stopped.is_set():
                     self._tell(finding)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from clinometer.distributed.shards import is_distributed, is_sharded
+from clinometer.distributed.sharded_tensors import is_distributed, is_sharded
 from clinometer.messages import InputError
 
 _NOTHING = -1.0

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from clinometer.distributed.shards import Together, is_distributed, is_sharded, rank
+from clinometer.distributed.sharded_tensors import Together, is_distributed, is_sharded, rank
 from clinometer.messages import InputError, say
 
 PATIENCE = 300.0

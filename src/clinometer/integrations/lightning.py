@@ -9,7 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from clinometer.integrations.optional_packages import MissingPackage, need
-from clinometer.integrations.trainers import Watching
+from clinometer.integrations.trainer_watch import Watching
 
 
 def _callback() -> Any:

@@ -14,7 +14,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from clinometer.distributed.shards import rank
+from clinometer.distributed.sharded_tensors import rank
 from clinometer.messages import InputError, say
 from clinometer.monitoring.alerts.alerts import render
 from clinometer.monitoring.watch import Sink, Watch

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from clinometer.integrations.optional_packages import need
-from clinometer.integrations.trainers import Watching
+from clinometer.integrations.trainer_watch import Watching
 from clinometer.messages import InputError
 
 if TYPE_CHECKING:

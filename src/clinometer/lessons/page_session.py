@@ -11,10 +11,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from clinometer.lessons.pages import Code
+from clinometer.lessons.lesson_pages import Code
 
 
-class Session(InteractiveInterpreter):
+class PageSession(InteractiveInterpreter):
     """A context manager: the working directory is a temporary folder while it lasts.
 
     The code of a block is written there under its name before it runs, so that tracebacks and the instrument

@@ -11,8 +11,8 @@ from rich.rule import Rule
 from rich.syntax import Syntax
 from rich.text import Text
 
-from clinometer.lessons.page_session import Session
-from clinometer.lessons.pages import Code, Lesson, pieces
+from clinometer.lessons.lesson_pages import Code, Lesson, pieces
+from clinometer.lessons.page_session import PageSession
 from clinometer.messages import say
 
 COMMENT = re.compile(r"<!--.*?-->", re.S)
@@ -27,7 +27,7 @@ def show(console: Console, lesson: Lesson, *, waits: bool) -> bool:
 
     False if the reader left before the end.
     """
-    with Session() as session:
+    with PageSession() as session:
         for piece in pieces(lesson.path.read_text(encoding="utf-8")):
             if not isinstance(piece, Code):
                 console.print(Markdown(prose(piece.text), code_theme="ansi_dark", hyperlinks=False))

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clinometer.lm import fast, functional
+from clinometer.lm import compiled_step, functional
 
 POSITIONS = 512
 """A chunk: 51 MB of bf16 logits at a vocabulary of 50,257. Smaller ones spend more on adding up dW."""
@@ -81,10 +81,10 @@ class _Chunked(torch.autograd.Function):
         for first in range(0, len(x), POSITIONS):
             part = slice(first, first + POSITIONS)
             x_part = x[part].to(dtype)
-            loss, dz = between(fast.linear(x_part, w, onednn=onednn), targets[part], ignore_index)
+            loss, dz = between(compiled_step.linear(x_part, w, onednn=onednn), targets[part], ignore_index)
             total += loss
             if dx is not None:
-                dx[part] = fast.linear(dz, w.t(), onednn=onednn)
+                dx[part] = compiled_step.linear(dz, w.t(), onednn=onednn)
             if dw is not None and dw.dtype == dtype:
                 dw.addmm_(dz.t(), x_part)
             elif dw is not None:

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clinometer.lm import functional
-from clinometer.lm.config import RMS_NORM_EPS
 from clinometer.lm.model import Attention, FeedForward, TransformerBlock, TransformerLM, Weight
 from clinometer.lm.products import pack
+from clinometer.lm.transformer_config import RMS_NORM_EPS
 
 WORTH_PACKING = 32
 """Tokens still to make from which copying the weights pays: it costs what 7 to 26 tokens of

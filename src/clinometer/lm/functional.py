@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from clinometer.lm.config import RMS_NORM_EPS, TransformerConfig
+from clinometer.lm.transformer_config import RMS_NORM_EPS, TransformerConfig
 from clinometer.messages import InputError
 
 Rotation = tuple[Tensor, Tensor]

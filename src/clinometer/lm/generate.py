@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from clinometer.lm.config import TransformerConfig
 from clinometer.lm.decoding import Decoders
+from clinometer.lm.transformer_config import TransformerConfig
 from clinometer.messages import InputError
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clinometer.lm.config import RMS_NORM_EPS, TransformerConfig
+from clinometer.lm.transformer_config import RMS_NORM_EPS, TransformerConfig
 from clinometer.messages import InputError
 
 _TOP = {

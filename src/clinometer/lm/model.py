@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clinometer.lm import functional
-from clinometer.lm.config import TransformerConfig
 from clinometer.lm.functional import LayerCache, Rotation
+from clinometer.lm.transformer_config import TransformerConfig
 
 CHUNKED_LOSS_VOCABULARY = 32_768
 """From this vocabulary on, `TransformerLM.loss` never holds all the logits. Measured on two cores at width
@@ -181,12 +181,12 @@ class TransformerLM(nn.Module):
             block.recompute = on
 
     def compile_parts(self, *, onednn: bool = False, without_hooks: bool = False) -> None:
-        """Compile each block and the loss, not the whole model; on a CPU in the form of `fast.py`.
+        """Compile each block and the loss, not the whole model; on a CPU in the form of `compiled_step.py`.
 
         It takes seconds instead of tens, and leaves out the embedding's backward, which when compiled adds
         up atomically in an order that changes from run to run: no exact resume. `onednn`: let oneDNN compute
-        the float32 products (see `fast.onednn_is_faster`). `without_hooks` leaves out what hooks do around a
-        block, such as FSDP's, which gathers its weights.
+        the float32 products (see `compiled_step.onednn_is_faster`). `without_hooks` leaves out what hooks do
+        around a block, such as FSDP's, which gathers its weights.
         """
         for block in self.layers:
             if without_hooks:
@@ -199,14 +199,14 @@ class TransformerLM(nn.Module):
             if large:
                 self._head_loss = head_loss
             return
-        from clinometer.lm import chunked_loss, fast
+        from clinometer.lm import chunked_loss, compiled_step
 
         for block in self.layers:
-            block.compiled_form = partial(fast.transformer_block, onednn=onednn)  # pyright: ignore
+            block.compiled_form = partial(compiled_step.transformer_block, onednn=onednn)  # pyright: ignore
         if large:
             self._head_loss = partial(chunked_loss.head_loss, onednn=onednn)
         else:
-            self._head_loss = torch.compile(partial(fast.head_loss, onednn=onednn))
+            self._head_loss = torch.compile(partial(compiled_step.head_loss, onednn=onednn))
 
 
 def head_loss(x_BSD: Tensor, head_weight: Tensor, targets: Tensor, reduction: str) -> Tensor:

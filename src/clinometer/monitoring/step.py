@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from clinometer.distributed.ranks import refuse_flattened
-from clinometer.distributed.shards import is_sharded, rank
+from clinometer.distributed.sharded_tensors import is_sharded, rank
 from clinometer.gradients.step.explain_step import innermost
 from clinometer.monitoring.alert_diagnosis import diagnose_now
 from clinometer.monitoring.alerts.alerts import Alerts
@@ -24,10 +24,10 @@ from clinometer.monitoring.listen.zero_grad import Chains
 from clinometer.monitoring.measure.first_micro_batch import FirstPart
 from clinometer.monitoring.measure.noise_scale import EVERY as NOISE_EVERY
 from clinometer.monitoring.measure.pins import Pins
-from clinometer.monitoring.measure.sharded_tensors import Shards
+from clinometer.monitoring.measure.shard_measures import Shards
 from clinometer.monitoring.measure.small_tensors import Gradients
 from clinometer.monitoring.measure.statistics import STATISTICS, Scratch
-from clinometer.monitoring.measure.step_row import Row, refresh
+from clinometer.monitoring.measure.step_row import StepRow, refresh
 from clinometer.monitoring.measure.tensor_description import describe, order_of_use
 from clinometer.monitoring.measure.watched_tensors import Roster
 from clinometer.monitoring.sinks import Outlet
@@ -35,7 +35,7 @@ from clinometer.monitoring.sinks import Outlet
 HISTOGRAMS_EVERY = 16
 
 
-class Session:
+class StepWatch:
     """Called by Watch, which guards it; under no_grad and without autocast."""
 
     def __init__(self, model: Any, optimizers: Sequence[Optimizer], outlet: Outlet, every: int) -> None:
@@ -58,7 +58,7 @@ class Session:
         self._unmeasured: set[int] = set()
         """Optimizers that have stepped since their weights were measured."""
         self._scratch, self._joined = Scratch(), Gradients()
-        self._row: Row | None = None
+        self._row: StepRow | None = None
         """The step under way, or the last one until the next begins."""
         self._whole = False
         """Nothing more is coming for the row, but what is logged."""
@@ -144,7 +144,7 @@ class Session:
             self._read(self._row_for(optimizer), optimizer)
             self._stepped(optimizer, taken=False)
 
-    def _row_for(self, optimizer: Optimizer) -> Row:
+    def _row_for(self, optimizer: Optimizer) -> StepRow:
         """The row of the step under way; a new one if this optimizer had its turn in the last."""
         row = self._row
         if row is not None and not self._whole and id(optimizer) in row.stepped:
@@ -154,7 +154,7 @@ class Session:
         self.flush()
         return self._open_row()
 
-    def _open_row(self) -> Row:
+    def _open_row(self) -> StepRow:
         if self.roster.grew():
             self.shards.meet()
         number = self.step + 1
@@ -163,14 +163,14 @@ class Session:
         before = number - self.every
         histograms = measured and (number - 1) // HISTOGRAMS_EVERY > (before - 1) // HISTOGRAMS_EVERY
         self.pins.forget()
-        self._row = row = Row(number, self.roster.watched, measured=measured, histograms=histograms)
+        self._row = row = StepRow(number, self.roster.watched, measured=measured, histograms=histograms)
         self._whole = False
         row.scalars.update(self._coming)
         row.batch = self._batch_coming
         self._coming, self._batch_coming = {}, None
         return row
 
-    def _read(self, row: Row, optimizer: Optimizer) -> None:
+    def _read(self, row: StepRow, optimizer: Optimizer) -> None:
         first = not row.read_for
         row.piled_up |= self._chains.unbroken(optimizer)
         row.read_for.add(id(optimizer))
@@ -195,7 +195,7 @@ class Session:
         if self._scaler() is None and self._may_ask() and self.shards.any(row.nonfinite()):
             self._ask(row)
 
-    def _read_gradients(self, row: Row, watched: list[Any], scale: Any) -> None:
+    def _read_gradients(self, row: StepRow, watched: list[Any], scale: Any) -> None:
         read = row.read_gradients(watched, self.roster.living(), self._scratch, self._joined)
         if scale is not None and read:  # a fused optimizer takes the scale off by itself
             row.scales.append((read, torch.as_tensor(scale).clone()))
@@ -220,7 +220,7 @@ class Session:
         if all(id(o) in row.stepped for o in self.roster.living()):
             self._close_row(row)
 
-    def _close_row(self, row: Row) -> None:
+    def _close_row(self, row: StepRow) -> None:
         """All is there that can be known without waiting."""
         self._whole = True
         row.time = time.time()
@@ -356,7 +356,7 @@ class Session:
             self._read(self._row_for(inner), inner)  # it found inf or NaN, and did not call step()
             self._stepped(inner, taken=False)
 
-    def _row_of(self, grads: Iterable[Tensor]) -> tuple[Row | None, list[int]]:
+    def _row_of(self, grads: Iterable[Tensor]) -> tuple[StepRow | None, list[int]]:
         """The row these gradients belong to, and which tensors they are of; None if they are not ours."""
         wanted = {id(grad) for grad in grads}
         found = [w for w in self.roster.watched if (t := w.ref()) is not None and id(t.grad) in wanted]
@@ -368,13 +368,13 @@ class Session:
                 return self._row_for(optimizer), indices
         return self._row_in_hand(), indices
 
-    def _row_in_hand(self) -> Row:
+    def _row_in_hand(self) -> StepRow:
         if self._row is not None and not self._whole:
             return self._row
         self.flush()
         return self._open_row()
 
-    def _look_now(self, row: Row) -> None:
+    def _look_now(self, row: StepRow) -> None:
         """Measure the gradients before they are changed for good."""
         if row.measured and not (self._scaling and not self._unscaled):
             self._read_gradients(row, self.roster.watched, None)
@@ -386,7 +386,7 @@ class Session:
     def _may_ask(self) -> bool:
         return self.closure is not None and self.roster.model is not None and not self._diagnosed
 
-    def _ask(self, row: Row) -> None:
+    def _ask(self, row: StepRow) -> None:
         """Ask diagnose() while the weights are still those that gave this gradient."""
         model = self.roster.model
         assert self.closure is not None

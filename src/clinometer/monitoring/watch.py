@@ -33,7 +33,7 @@ from clinometer.monitoring.alert_diagnosis import report_data
 from clinometer.monitoring.alerts.text import document
 from clinometer.monitoring.listen import torch_calls
 from clinometer.monitoring.sinks import Outlet, Sink
-from clinometer.monitoring.step import Session
+from clinometer.monitoring.step import StepWatch
 
 __all__ = ["Sink", "Watch", "watch"]
 
@@ -99,7 +99,7 @@ class Watch:
         self.closed = False
         self._lock = threading.RLock()
         self._outlet = Outlet(to)
-        self._session = Session(model, optimizers, self._outlet, every)
+        self._session = StepWatch(model, optimizers, self._outlet, every)
         self._session.begin(config)
         self._handles = []
         for one in optimizers:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from clinometer.clip_observers import observers
-from clinometer.distributed.shards import Together, is_sharded, local
+from clinometer.distributed.sharded_tensors import Together, is_sharded, local
 from clinometer.messages import InputError
-from clinometer.optim.fusing import refuse_unusual
+from clinometer.optim.fused_kernels import refuse_unusual
 
 _ROW = (64, 65536)  # entries that are summed in float32 before float64 takes over: error below 1e-5
 _TRUSTED = 1e-15  # a smaller float32 norm may have lost squares to underflow

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clinometer.optim.eager import EagerOptimizer
-from clinometer.optim.fusing import local_parts
-from clinometer.optim.muon_apart import by_rows, each_on_one_rank
+from clinometer.optim.eager_optimizer import EagerOptimizer
+from clinometer.optim.fused_kernels import local_parts
+from clinometer.optim.muon_sharded import by_rows, each_on_one_rank
 
 _JOINED = 2**18
 """Larger matrices keep the cores busy by themselves; smaller ones wait for the start of each product."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 from clinometer.messages import InputError
-from clinometer.optim.arguments import require_nonnegative
+from clinometer.optim.argument_checks import require_nonnegative
 
 
 def cosine_schedule(

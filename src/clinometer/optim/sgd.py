@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from clinometer.messages import InputError
-from clinometer.optim.arguments import require_fraction, require_nonnegative
-from clinometer.optim.eager import EagerOptimizer
-from clinometer.optim.fusing import local_parts, shared_kernel, widened, with_grad, with_small_joined
+from clinometer.optim.argument_checks import require_fraction, require_nonnegative
+from clinometer.optim.eager_optimizer import EagerOptimizer
+from clinometer.optim.fused_kernels import local_parts, shared_kernel, widened, with_grad, with_small_joined
 
 
 def sgd_reference_(

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from clinometer.messages import InputError
-from clinometer.text.cutting import last_safe_cut
+from clinometer.text.safe_cuts import last_safe_cut
 
 END_OF_TEXT = "<|endoftext|>"
 

@@ -18,11 +18,11 @@ from typing import IO
 import numpy as np
 
 from clinometer.messages import InputError
-from clinometer.text.bulk import BulkEncoder, IdsDiffer
+from clinometer.text.bulk_encoder import BulkEncoder, IdsDiffer
 from clinometer.text.corpus import Corpus
-from clinometer.text.shards import FORMAT, HEADER_FILE, Header, Shard, TokenData
-from clinometer.text.split import Side, Split, split
+from clinometer.text.token_shards import FORMAT, HEADER_FILE, Header, Shard, TokenData
 from clinometer.text.tokenizer import Tokenizer
+from clinometer.text.validation_split import Side, Split, split
 
 # Called with (characters done, characters in all).
 Progress = Callable[[int, int], None]

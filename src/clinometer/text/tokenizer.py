@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from clinometer.foreign_files import parse_json
 from clinometer.messages import InputError
 from clinometer.text.corpus import END_OF_TEXT
-from clinometer.text.cutting import last_safe_cut, safe_pieces
+from clinometer.text.safe_cuts import last_safe_cut, safe_pieces
 
 if TYPE_CHECKING:
     import tokenizers

@@ -24,7 +24,7 @@ from clinometer.view.figures.style import Figure, four
 from clinometer.view.figures.words import alert_sentences
 from clinometer.view.http.answers import plain
 from clinometer.view.http.api_runs import in_language
-from clinometer.view.http.pages import plotly_script
+from clinometer.view.http.static_files import plotly_script
 
 MARK = "<!-- Clinometer's report -->"
 MAX_ALERTS = 100

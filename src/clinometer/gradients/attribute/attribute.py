@@ -13,7 +13,7 @@ from clinometer.gradients.attribute.contraction import Use, overlap
 from clinometer.gradients.attribute.parameter_functions import Derived
 from clinometer.gradients.attribute.result import Attribution, Attributions, Contribution, stacked
 from clinometer.gradients.attribute.tokens import Text
-from clinometer.gradients.attribute.use_recorder import Watched
+from clinometer.gradients.attribute.use_recorder import UseRecorder
 from clinometer.gradients.sandbox.closure import Closure, eagerly, evaluate
 from clinometer.gradients.sandbox.sandbox import modules_named_by, untouched
 from clinometer.gradients.sandbox.subject import Subject
@@ -61,7 +61,7 @@ def attribute(
     entries = {
         key: entry for key, at in wanted.items() if (entry := _entry(key, at, shapes[key])) is not None
     }
-    watched = Watched(
+    watched = UseRecorder(
         tensors,
         {key: lambda use, e=entry, s=shapes[key]: use.at_parameter(e, s) for key, entry in entries.items()},
     )

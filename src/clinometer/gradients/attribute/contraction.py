@@ -105,7 +105,7 @@ class Use(ABC):
 
 
 @dataclass(eq=False)
-class Product(Use):
+class ProductUse(Use):
     """y is bilinear in x and w, axis by axis as the letters say."""
 
     x: Callable[[], Tensor] | None
@@ -163,7 +163,7 @@ class Product(Use):
 
 
 @dataclass(eq=False)
-class Lookup(Use):
+class LookupUse(Use):
     """y = w[ids]: an embedding."""
 
     ids: Tensor
@@ -197,7 +197,7 @@ class Lookup(Use):
 def looked_up(
     ids: Tensor, count: int, ignored: int | None, by_count: Any
 ) -> tuple[Tensor, int | None, Tensor | None]:
-    """Which of `count` rows each position looks up, the padding row, and the shares (see `Lookup`).
+    """Which of `count` rows each position looks up, the padding row, and the shares (see `LookupUse`).
 
     Both count from the end where they are negative.
     """
@@ -213,7 +213,7 @@ def looked_up(
 
 def overlap(first: Use, second: Use, mask: Tensor | None) -> Tensor | None:
     """⟨what a position adds in one use, what it adds in the other⟩; None where that is not cheap to tell."""
-    if isinstance(first, Product) and isinstance(second, Lookup):
+    if isinstance(first, ProductUse) and isinstance(second, LookupUse):
         first, second = second, first
     if first.lead == second.lead and _apart(first.placement, second.placement):
         return torch.zeros(first.lead, dtype=torch.float64)
@@ -222,18 +222,22 @@ def overlap(first: Use, second: Use, mask: Tensor | None) -> Tensor | None:
     if not plain or first.lead != second.lead:
         return None
     scale = first.placement.scale * second.placement.scale
-    if isinstance(first, Lookup) and isinstance(second, Lookup):
+    if isinstance(first, LookupUse) and isinstance(second, LookupUse):
         return scale * torch.where(first.ids == second.ids, (first._delta() * second._delta()).sum(-1), 0.0)
-    if not isinstance(second, Product) or len(second.w_axes) != 2 or second.lead_axes != second.y_axes[:-1]:
+    if (
+        not isinstance(second, ProductUse)
+        or len(second.w_axes) != 2
+        or second.lead_axes != second.y_axes[:-1]
+    ):
         return None
     delta, y_axes, x, x_axes = second._factors()
     if y_axes != second.lead_axes + second.w_axes[0] or x_axes != second.lead_axes + second.w_axes[1]:
         return None
-    if isinstance(first, Lookup):
+    if isinstance(first, LookupUse):
         picked = delta.gather(-1, first.ids[..., None]).squeeze(-1)
         return scale * picked * (first._delta() * x).sum(-1)
     if (
-        isinstance(first, Product)
+        isinstance(first, ProductUse)
         and len(first.w_axes) == 2
         and first.x_axes == first.lead_axes + first.w_axes[1]
     ):

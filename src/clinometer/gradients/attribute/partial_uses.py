@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clinometer.gradients.attribute.contraction import Lookup, Use
+from clinometer.gradients.attribute.contraction import LookupUse, Use
 
 
 class Steps(Use):
@@ -110,16 +110,16 @@ class Grouped(Use):
             begun = end
 
 
-def widened(tensor: Tensor, use: Lookup, out: Any) -> Lookup | None:
+def widened(tensor: Tensor, use: LookupUse, out: Any) -> LookupUse | None:
     """The lookup `tensor` as it stands in `out`, to which it was added, if it was repeated for that."""
     if not isinstance(out, Tensor) or not out.requires_grad or out.is_nested or out.dim() < tensor.dim():
         return None
     if out.shape == tensor.shape or out.shape[-1] != tensor.shape[-1]:
         return None
-    return Lookup(use.placement, use.op, use.where, use.ids.expand(out.shape[:-1]), use.ignored)
+    return LookupUse(use.placement, use.op, use.where, use.ids.expand(out.shape[:-1]), use.ignored)
 
 
-def settled(uses: Sequence[Use], wider: dict[Use, list[Lookup]]) -> list[Use]:
+def settled(uses: Sequence[Use], wider: dict[Use, list[LookupUse]]) -> list[Use]:
     """The uses, and instead of a lookup shared by the sequences its uses in each, where they make it up."""
     found: list[Use] = []
     for use in uses:
@@ -128,7 +128,7 @@ def settled(uses: Sequence[Use], wider: dict[Use, list[Lookup]]) -> list[Use]:
     return found
 
 
-def _make_up(use: Use, parts: Sequence[Lookup]) -> bool:
+def _make_up(use: Use, parts: Sequence[LookupUse]) -> bool:
     pairs: Any = [(p.delta, p.lead + p.delta.shape[-1:]) for p in parts if p.delta is not None]
     whole = use.delta
     if use.reduced is not None:

@@ -45,7 +45,7 @@ from clinometer.gradients.attribute.call_kinds import (
     normalised,
     opened_up,
 )
-from clinometer.gradients.attribute.contraction import Lookup, Product, Use, looked_up
+from clinometer.gradients.attribute.contraction import LookupUse, ProductUse, Use, looked_up
 from clinometer.gradients.attribute.convolution import (
     CONVOLUTIONS,
     TRANSPOSED,
@@ -61,7 +61,7 @@ from clinometer.gradients.report.places import Where, user_frame
 from clinometer.gradients.sandbox.tensors import plain, tensors_in
 
 
-class Watched(TorchFunctionMode):
+class UseRecorder(TorchFunctionMode):
     """Inside, uses of `tensors` are collected; `uses[name]` have their δ once the backward is done."""
 
     def __init__(self, tensors: Mapping[str, Tensor], reduce: Mapping[str, Callable[[Use], Tensor]]) -> None:
@@ -73,8 +73,8 @@ class Watched(TorchFunctionMode):
         self.armed = False
         self._reduce = reduce
         self._known = Followed(tensors)
-        self._looked: dict[int, tuple[Tensor, Lookup]] = {}
-        self._wider: dict[Use, list[Lookup]] = {}
+        self._looked: dict[int, tuple[Tensor, LookupUse]] = {}
+        self._wider: dict[Use, list[LookupUse]] = {}
         self._hooked: Tensor | None = None
         self._handles: list[Any] = []
 
@@ -327,7 +327,7 @@ class Watched(TorchFunctionMode):
         if w.dim() != 2 or not isinstance(ids, Tensor):
             return False
         rows, ignored, shares = looked_up(ids, w.shape[0], ignored, by_count)
-        use = Lookup(self._known.placement(w), name, _caller(), rows, ignored, shares)
+        use = LookupUse(self._known.placement(w), name, _caller(), rows, ignored, shares)
         self._register(w, use)
         if self._hooked is not None and shares is None and not self._known.others(w):
             self._looked[id(self._hooked)] = (self._hooked, use)
@@ -353,7 +353,7 @@ class Watched(TorchFunctionMode):
         placement = self._known.placement(w)
         if scale != 1.0:
             placement = replace(placement, scale=placement.scale * float(scale))
-        use = Product(placement, name, _caller(), x, axes.x if x else "", axes.w, axes.y, axes.lead, sizes)
+        use = ProductUse(placement, name, _caller(), x, axes.x if x else "", axes.w, axes.y, axes.lead, sizes)
         self._register(w, use, float(scale))
         return True
 

@@ -26,7 +26,7 @@ MOST_CALLS = 8
 
 
 @dataclass
-class Call:
+class CapturedCall:
     """One call, as it was made: its arguments, copied, and the random numbers that came next."""
 
     path: str
@@ -84,7 +84,7 @@ class Capture:
         self._functions = list(functions)
         self._running: list[str] = []
         self._counts: dict[Any, int] = {}
-        self.calls: list[Call] = []
+        self.calls: list[CapturedCall] = []
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -147,7 +147,7 @@ class Capture:
                 call.where = user_frame(sys._getframe(1), op=operator_name(operator), module=path)
                 call.backward = backward
 
-    def _note(self, path: str, target: Any, arguments: Any, most: int) -> Call | None:
+    def _note(self, path: str, target: Any, arguments: Any, most: int) -> CapturedCall | None:
         if self._counts.get(target, 0) >= most:
             return None
         self._counts[target] = self._counts.get(target, 0) + 1
@@ -159,7 +159,7 @@ class Capture:
                 kept = copy.deepcopy(arguments, memo)
         except Exception:  # something that cannot be copied cannot be called again either
             return None
-        call = Call(path, target, kept, copying.inputs)
+        call = CapturedCall(path, target, kept, copying.inputs)
         for tensor in tensors_in(arguments):
             if tensor.grad_fn is not None:
                 call.upstream |= live_below(tensor.grad_fn, self._bits, self._below)

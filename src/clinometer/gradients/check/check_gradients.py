@@ -32,7 +32,7 @@ from clinometer.gradients.check.localise import EntryCheck, check_entry, localis
 from clinometer.gradients.check.numerics.finite_differences import DIRECTIONS, Judgement
 from clinometer.gradients.check.numerics.float64 import LIFT, InDouble, in_double
 from clinometer.gradients.check.numerics.perturbation import NotRepeatable, Probe
-from clinometer.gradients.check.precision import OwnGradients, check_at_own_precision
+from clinometer.gradients.check.own_precision import OwnGradients, check_at_own_precision
 from clinometer.gradients.check.result import GradientCheck, TensorCheck
 from clinometer.gradients.report.places import Where
 from clinometer.gradients.sandbox.closure import Closure, eagerly, evaluate

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clinometer.gradients.check.determinism import first_difference
 from clinometer.gradients.check.layer_checks import LayerCheck
-from clinometer.gradients.check.numerics.stop_gradients import Held
+from clinometer.gradients.check.numerics.stop_gradients import StopGradients
 from clinometer.gradients.check.result import TensorCheck
 from clinometer.gradients.report.finding import EXPLAINED, FAULT, Finding
 from clinometer.gradients.report.formatting import format_count, format_number, shorten
@@ -25,7 +25,7 @@ _COARSE = {"float32": 1e-3, "bfloat16": 0.2, "float16": 0.05}
 def conclude(
     tensors: Mapping[str, TensorCheck],
     layers: Sequence[LayerCheck],
-    held: Held | None,
+    held: StopGradients | None,
     given: Mapping[str, Tensor],
     broken: Exception | None,
 ) -> tuple[list[Finding], dict[str, Any]]:
@@ -123,7 +123,7 @@ def _parts(group: list[LayerCheck], tensors: Mapping[str, TensorCheck]) -> bool:
     )
 
 
-def _of_layer(group: list[LayerCheck], names: list[str], held: Held | None, parts: bool) -> Finding:
+def _of_layer(group: list[LayerCheck], names: list[str], held: StopGradients | None, parts: bool) -> Finding:
     first = group[0]
     paths = list(dict.fromkeys(layer.path for layer in group if layer.path))
     where = first.where
@@ -153,7 +153,7 @@ def _of_layer(group: list[LayerCheck], names: list[str], held: Held | None, part
     return Finding(cause, status, severity, f"check.{kind}", tuple(names), where, values, alone)
 
 
-def _corners(tensors: Mapping[str, TensorCheck], held: Held | None) -> list[Finding]:
+def _corners(tensors: Mapping[str, TensorCheck], held: StopGradients | None) -> list[Finding]:
     found = []
     for op, (count, where) in (held.corners if held is not None and held.active else {}).items():
         values = {"op": op, "values": format_count(count)}

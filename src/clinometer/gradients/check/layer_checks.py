@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverloadPacket
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from clinometer.gradients.check.call_capture import Call, operator_name
+from clinometer.gradients.check.call_capture import CapturedCall, operator_name
 from clinometer.gradients.check.likely_mistakes import Hint, hint_of, names_of_inputs
 from clinometer.gradients.check.numerics.finite_differences import DIRECTIONS, Judgement, reals
 from clinometer.gradients.check.numerics.float64 import Doubled, InDouble
@@ -78,7 +78,7 @@ class LayerCheck:
 
 
 def check_call(
-    call: Call,
+    call: CapturedCall,
     doubling: InDouble | None,
     doubled: Doubled,
     rewind: Callable[[], None],
@@ -151,7 +151,7 @@ def _judge(probe: Probe, names: Iterable[str], generator: torch.Generator) -> Ju
 class _Weighed:
     """⟨u, f(x)⟩ with one fixed random u."""
 
-    def __init__(self, call: Call, rewind: Callable[[], None], seed: int) -> None:
+    def __init__(self, call: CapturedCall, rewind: Callable[[], None], seed: int) -> None:
         self._call = call
         self._rewind = rewind
         self._seed = seed
@@ -205,7 +205,7 @@ def _surrogate(
     return "steps" if judged.numeric == 0 and judged.analytic != 0 else ""
 
 
-def _arguments(call: Call) -> list[str]:
+def _arguments(call: CapturedCall) -> list[str]:
     """What the forward calls its inputs."""
     if not isinstance(call.target, type):
         schema = (
@@ -222,13 +222,13 @@ def _arguments(call: Call) -> list[str]:
     return names_of_inputs(named[1 if takes_context else 0 :], call.arguments[0], call.inputs)
 
 
-def _kind(call: Call) -> str:
+def _kind(call: CapturedCall) -> str:
     if isinstance(call.target, nn.Module):
         return type(call.target).__name__
     return call.target.__name__ if isinstance(call.target, type) else operator_name(call.target)
 
 
-def _where(call: Call) -> Where | None:
+def _where(call: CapturedCall) -> Where | None:
     """The definition of the backward, or of the forward of a module that is not torch's."""
     if call.backward is not None:
         return definition(call.backward, call.path) or call.where

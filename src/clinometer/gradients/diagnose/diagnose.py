@@ -12,7 +12,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from clinometer.distributed.ranks import Ranks, refuse_flattened
-from clinometer.gradients.diagnose import loop
+from clinometer.gradients.diagnose import loop_checks
 from clinometer.gradients.diagnose.evidence import read_clue
 from clinometer.gradients.diagnose.existing_gradients import without_closure
 from clinometer.gradients.diagnose.second_runs import look_at_values, only_looked_at, used_by_chance
@@ -180,7 +180,7 @@ def diagnose(
         refuse_flattened(() if subject.module is None else subject.module.modules())
         ranks = Ranks(subject.tensors)
         reasons = without_closure(subject, ranks)
-        findings = loop.standing(subject, optimizers)
+        findings = loop_checks.standing(subject, optimizers)
         entries, found = collect(subject, reasons)
         return Diagnosis(
             subject, entries, [*found, *findings], None, time.perf_counter() - begun, ranks.place
@@ -194,8 +194,8 @@ def diagnose(
         unknown = {name: result.lines[name] for name, reason in reasons.items() if reason == "partly-zero"}
         reasons |= explain_lines(subject, closure, before, unknown, ranks)
         reasons = _without_chance(subject, closure, reasons, ranks)
-        reasons, apart = _kept_apart(reasons, loop.outside(subject, optimizers))
-        findings = loop.of_run(subject, result, optimizers, before, ranks, apart)
+        reasons, apart = _kept_apart(reasons, loop_checks.outside(subject, optimizers))
+        findings = loop_checks.of_run(subject, result, optimizers, before, ranks, apart)
         nodes = len(result.flow.graph.nodes) if result.flow else 0
     entries, found = collect(subject, reasons)
     if origin is not None and not any(f.status == "non-finite" for f in found):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from clinometer.distributed.shards import is_sharded
+from clinometer.distributed.sharded_tensors import is_sharded
 
 
 def tensors_in(*values: Any) -> Iterator[Tensor]:

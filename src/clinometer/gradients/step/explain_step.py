@@ -31,7 +31,7 @@ from clinometer.gradients.step.anatomy import StepAnatomy
 from clinometer.gradients.step.clipping import after_unscaling, clipping_factor
 from clinometer.gradients.step.formulas import FORMULAS, claims
 from clinometer.gradients.step.measures import Moved, fitting
-from clinometer.gradients.step.optimizer_state import Held, wide
+from clinometer.gradients.step.optimizer_state import OptimizerState, wide
 from clinometer.messages import InputError
 
 
@@ -77,7 +77,7 @@ class _Watch:
         self._clipped_from = clipped_from
         self._raw: dict[str, Tensor] = {}
         self._before: dict[str, Tensor] = {}
-        self._held: dict[str, Held] = {}
+        self._held: dict[str, OptimizerState] = {}
         self._after: dict[str, Tensor] = {}
         self._owned: set[str] = set()
         self._losses: list[float] = []
@@ -154,7 +154,7 @@ class _Watch:
                 for key, value in self.optimizer.state.get(tensor, {}).items()
             }
             group = {key: _copied(value) for key, value in options[id(tensor)].items() if key != "params"}
-            self._held[name] = Held(self._before[name], grad, state, group)
+            self._held[name] = OptimizerState(self._before[name], grad, state, group)
         if self._clipped_from:
             self._clip = min(1.0, self._norm_of_all() / float(self._clipped_from))
         if self._loss is not None:
@@ -238,7 +238,7 @@ class _Watch:
         }
         self._raw = {name: whole(tensor) for name, tensor in self._raw.items()}
         self._held = {
-            name: Held(
+            name: OptimizerState(
                 self._before[name],
                 whole(held.grad),
                 {k: whole(v) if isinstance(v, Tensor) else v for k, v in held.state.items()},
@@ -256,7 +256,7 @@ class _Watch:
             return "no-gradient"
         return "stepped" if known else "unknown"
 
-    def _raw_of(self, name: str, held: Held | None) -> tuple[Tensor | None, float | None]:
+    def _raw_of(self, name: str, held: OptimizerState | None) -> tuple[Tensor | None, float | None]:
         if held is None:
             return None, None
         raw = self._raw.get(name)

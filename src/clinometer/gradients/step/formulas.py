@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from clinometer.gradients.report.document import NBSP
-from clinometer.gradients.step.optimizer_state import Held, Quantity, Replay, wide
+from clinometer.gradients.step.optimizer_state import OptimizerState, Quantity, ReplayedUpdate, wide
 
 
-def sgd(held: Held) -> Replay:
+def sgd(held: OptimizerState) -> ReplayedUpdate:
     """g ← g + λθ;  b ← μ b + (1−τ) g (at first b ← g);  θ ← θ − lr b, with Nesterov θ ← θ − lr (g + μ b).
 
     Source: torch.optim.SGD; Sutskever et al. 2013.
@@ -50,7 +50,7 @@ def sgd(held: Held) -> Replay:
     quantities.append(Quantity("update", "", None, momentum + fresh, step))
     if decay_rate:
         quantities.append(Quantity("decay", "", None, decay, f"−lr (λθ in g), λ = {decay_rate:g}"))
-    return Replay(
+    return ReplayedUpdate(
         tuple(quantities),
         update=momentum + fresh,
         decay=decay,
@@ -62,7 +62,7 @@ def sgd(held: Held) -> Replay:
     )
 
 
-def adam(held: Held) -> Replay:
+def adam(held: OptimizerState) -> ReplayedUpdate:
     """m ← β₁m + (1−β₁)g;  v ← β₂v + (1−β₂)g²;  θ ← θ − lr/(1−β₁ᵗ) · m / (√v/√(1−β₂ᵗ) + ε), g with λθ in it.
 
     With amsgrad √v is the largest so far. Source: torch.optim.Adam; Kingma & Ba 2015, Reddi et al. 2018.
@@ -70,7 +70,7 @@ def adam(held: Held) -> Replay:
     return _adam(held, decoupled=bool(held.option("decoupled_weight_decay")))
 
 
-def adamw(held: Held) -> Replay:
+def adamw(held: OptimizerState) -> ReplayedUpdate:
     """θ ← θ − lr λ θ, then Adam's update with g alone.
 
     Source: torch.optim.AdamW; Loshchilov & Hutter 2019.
@@ -78,7 +78,7 @@ def adamw(held: Held) -> Replay:
     return _adam(held, decoupled=True)
 
 
-def adamw_after(held: Held) -> Replay:
+def adamw_after(held: OptimizerState) -> ReplayedUpdate:
     """θ ← θ − lr √(1−β₂ᵗ)/(1−β₁ᵗ) · m / (√v + ε), then θ ← θ − lr λ θ on what came out.
 
     Source: Kingma & Ba 2015 §2, the efficient order; Loshchilov & Hutter 2019. Clinometer's own AdamW.
@@ -87,14 +87,14 @@ def adamw_after(held: Held) -> Replay:
 
 
 def _adam(
-    held: Held,
+    held: OptimizerState,
     *,
     decoupled: bool,
     decay_after: bool = False,
     efficient: bool = False,
     eps_inside: bool = False,
     corrected: bool = True,
-) -> Replay:
+) -> ReplayedUpdate:
     lr, eps, decay_rate = (
         held.number("lr", "alpha"),
         held.number("eps", "epsilon"),
@@ -142,7 +142,7 @@ def _adam(
     ]
     if decay_rate:
         quantities.append(Quantity("decay", "", None, decay, decay_formula))
-    return Replay(
+    return ReplayedUpdate(
         tuple(quantities),
         update=update,
         decay=decay,
@@ -164,7 +164,7 @@ def _adam(
     )
 
 
-def muon(held: Held) -> Replay:
+def muon(held: OptimizerState) -> ReplayedUpdate:
     """b ← μ b + (1−μ) g;  O = Newton-Schulz of b (Nesterov: of (1−μ) g + μ b);  θ ← θ − lr λ θ − lr' O.
 
     O depends on the whole matrix, and torch computes it in bfloat16: it is computed here by the same
@@ -205,7 +205,7 @@ def muon(held: Held) -> Replay:
     ]
     if decay_rate:
         quantities.append(Quantity("decay", "", None, decay, f"−lr λ θ, λ = {decay_rate:g}"))
-    return Replay(
+    return ReplayedUpdate(
         tuple(quantities),
         update=update,
         decay=decay,
@@ -234,7 +234,7 @@ def _or_zero(kept: Tensor | None, theta: Tensor) -> Tensor:
     return torch.zeros_like(theta) if kept is None else kept
 
 
-Formula = Callable[[Held], Replay]
+Formula = Callable[[OptimizerState], ReplayedUpdate]
 
 FORMULAS: dict[str, Formula] = {
     "sgd": sgd,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clinometer.gradients.step.formulas import WHOLE, Formula
-from clinometer.gradients.step.optimizer_state import Held, Replay, wide
+from clinometer.gradients.step.optimizer_state import OptimizerState, ReplayedUpdate, wide
 
 ULP_ALLOWED = 4.0
 """Measured over a million entries a step of torch's single, foreach and fused updates: at most 1.9."""
@@ -26,7 +26,7 @@ class Moved:
     """"stepped"; "unknown" (no formula); "no-gradient"; "not-held" (by the optimizer); "skipped"."""
     before: Tensor
     after: Tensor
-    held: Held | None = None
+    held: OptimizerState | None = None
     raw: Tensor | None = None
     """The gradient before clipping, where it was seen."""
     clip: float | None = None
@@ -43,7 +43,7 @@ class Moved:
                 else value
                 for key, value in held.state.items()
             }
-            held = Held(held.theta[index], held.grad[index], state, held.options)
+            held = OptimizerState(held.theta[index], held.grad[index], state, held.options)
         raw = None if self.raw is None else self.raw[index]
         return Moved(
             self.name,
@@ -56,7 +56,7 @@ class Moved:
             self.formula,
         )
 
-    def replay(self, function: Formula, index: Any = None) -> Replay:
+    def replay(self, function: Formula, index: Any = None) -> ReplayedUpdate:
         """The step in float64; by `index` only those entries, as cheaply as the formula allows."""
         if self.held is None:
             raise ValueError(f"nothing to replay: {self.status}")
@@ -73,7 +73,7 @@ class Moved:
         quantities = tuple(
             q._replace(before=_at(q.before, index), after=_at(q.after, index)) for q in whole.quantities
         )
-        return Replay(quantities=quantities, numbers=whole.numbers, **chosen)
+        return ReplayedUpdate(quantities=quantities, numbers=whole.numbers, **chosen)
 
     @property
     def precision(self) -> torch.dtype:
@@ -181,7 +181,7 @@ class Measures:
         return told
 
 
-def measure(moved: Moved, function: Formula | None, replay: Replay | None = None) -> Measures:
+def measure(moved: Moved, function: Formula | None, replay: ReplayedUpdate | None = None) -> Measures:
     """The measures of one tensor; without a formula only what needs none.
 
     `replay`: for a part, where the formula needs the whole tensor.
@@ -222,7 +222,7 @@ def measure(moved: Moved, function: Formula | None, replay: Replay | None = None
     )
 
 
-def ulps_apart(moved: Moved, replay: Replay) -> Tensor:
+def ulps_apart(moved: Moved, replay: ReplayedUpdate) -> Tensor:
     """|θ after − replay| in units of the rounding to expect: ulp(θ) + 5/4 ε·(|momentum| + |fresh|).
 
     ulp(θ) is that of max(|θ before|, |θ after|), and for most weights there is nothing else to see. Near
@@ -235,7 +235,7 @@ def ulps_apart(moved: Moved, replay: Replay) -> Tensor:
     return _distance(after, replay.theta) / unit
 
 
-def misses(moved: Moved, replay: Replay) -> Tensor:
+def misses(moved: Moved, replay: ReplayedUpdate) -> Tensor:
     """Where the step cannot be the formula's."""
     return ulps_apart(moved, replay) > ULP_ALLOWED
 
@@ -255,7 +255,7 @@ def fitting(moved: Moved, functions: dict[str, Formula]) -> list[tuple[str, int]
     return sorted(counted, key=lambda pair: pair[1])
 
 
-def constant_ratio(moved: Moved, function: Callable[[Held], Replay]) -> float | None:
+def constant_ratio(moved: Moved, function: Callable[[OptimizerState], ReplayedUpdate]) -> float | None:
     """The c for which every update is c times the formula's; None if there is none but 1."""
     replay = moved.replay(function)
     real = wide(moved.after) - wide(moved.before) - replay.decay

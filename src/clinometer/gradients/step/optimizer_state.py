@@ -13,7 +13,7 @@ Number = Tensor | float
 
 
 @dataclass(frozen=True)
-class Held:
+class OptimizerState:
     """What an optimizer held for one tensor (or for some entries of it), in the dtypes it was held in."""
 
     theta: Tensor
@@ -66,7 +66,7 @@ class Quantity(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Replay:
+class ReplayedUpdate:
     """One step in float64."""
 
     quantities: tuple[Quantity, ...]

@@ -25,7 +25,7 @@ from clinometer.gradients.report.formatting import MINUS, format_number
 from clinometer.gradients.report.result import Result
 from clinometer.gradients.step.formulas import FORMULAS
 from clinometer.gradients.step.measures import ULP_ALLOWED, Moved, ulps_apart
-from clinometer.gradients.step.optimizer_state import Replay, wide
+from clinometer.gradients.step.optimizer_state import ReplayedUpdate, wide
 from clinometer.messages import say
 
 
@@ -78,7 +78,7 @@ class WeightStep(Result):
         self.step = context.step_of(moved)
         self.before = _float(self._part.before)
         self.after = _float(self._part.after)
-        self._replay: Replay | None = None
+        self._replay: ReplayedUpdate | None = None
         if self.status == "stepped" and moved.formula is not None:
             self._replay = moved.replay(FORMULAS[moved.formula], index)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clinometer.distributed.shards import is_sharded
+from clinometer.distributed.sharded_tensors import is_sharded
 from clinometer.gradients.report.formatting import words
 
 _ESCAPES = {

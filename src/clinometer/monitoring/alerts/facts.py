@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from clinometer.monitoring.measure.statistics import STATISTICS
-from clinometer.monitoring.measure.step_row import Row
+from clinometer.monitoring.measure.step_row import StepRow
 from clinometer.monitoring.measure.watched_tensors import Roster
 
 _PLACE = {name: place for place, name in enumerate(STATISTICS)}
@@ -104,7 +104,7 @@ class Facts:
         return self.scalars.get(name, math.nan)
 
 
-def facts_of(row: Row, roster: Roster, known: Tensors) -> Facts:
+def facts_of(row: StepRow, roster: Roster, known: Tensors) -> Facts:
     """The facts of a finished row."""
     watched = roster.watched[: len(row.statistics)]
     tensors = [one.ref() for one in watched]

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from clinometer.distributed.shards import local, version
+from clinometer.distributed.sharded_tensors import local, version
 
 
 class Losses:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from clinometer.distributed.shards import local, version
+from clinometer.distributed.sharded_tensors import local, version
 from clinometer.monitoring.measure.watched_tensors import Roster
 
 _FOLLOWED = 3

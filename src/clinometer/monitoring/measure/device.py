@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clinometer.distributed.shards import local
+from clinometer.distributed.sharded_tensors import local
 
 _foreach_norm = torch._foreach_norm  # pyright: ignore[reportPrivateImportUsage]
 _foreach_sub_ = torch._foreach_sub_  # pyright: ignore[reportPrivateImportUsage]

@@ -9,8 +9,8 @@ import torch
 
 from clinometer.distributed.rendezvous import replicas
 from clinometer.monitoring.measure.noise_scale import NoiseScale
-from clinometer.monitoring.measure.sharded_tensors import Shards, square_of
-from clinometer.monitoring.measure.step_row import Row
+from clinometer.monitoring.measure.shard_measures import Shards, square_of
+from clinometer.monitoring.measure.step_row import StepRow
 from clinometer.monitoring.measure.watched_tensors import Roster
 
 
@@ -44,7 +44,7 @@ class FirstPart:
         square, self._square = self._square, None
         return square, self._ranks
 
-    def tell(self, row: Row) -> None:
+    def tell(self, row: StepRow) -> None:
         """Add the step to the averages, and their noise scale to its numbers."""
         whole = row.scalars.get("total_norm")  # None: every gradient was taken away before the step
         usable = row.parts >= 2 and row.taken and not row.after_clipping

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from clinometer.distributed.shards import is_sharded, local, place_here
+from clinometer.distributed.sharded_tensors import is_sharded, local, place_here
 from clinometer.gradients.sandbox.subject import UnknownName
 from clinometer.messages import InputError, say
-from clinometer.monitoring.measure.watched_tensors import Roster, Watched
+from clinometer.monitoring.measure.watched_tensors import Roster, WatchedTensors
 
 _STATE = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 _NUMBERS = ("before", "grad", "after", *(f"{name}_{when}" for name in _STATE for when in ("before", "after")))
@@ -27,7 +27,7 @@ class Pins:
     """The pinned entries and what this step said of them; numbers are exact float32, kept as float64."""
 
     def __init__(self) -> None:
-        self._pins: dict[tuple[int, tuple[int, ...]], Watched] = {}
+        self._pins: dict[tuple[int, tuple[int, ...]], WatchedTensors] = {}
         self._rows: dict[tuple[int, tuple[int, ...]], dict[str, Any]] = {}
         self._raw: dict[tuple[int, tuple[int, ...]], Tensor | None] = {}
         self._agreed: np.ndarray | None = None

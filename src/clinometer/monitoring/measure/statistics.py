@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clinometer.distributed.shards import local
+from clinometer.distributed.sharded_tensors import local
 from clinometer.monitoring.measure.histograms import count_into, count_zeros
 
 STATISTICS = (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from clinometer.distributed.shards import local
+from clinometer.distributed.sharded_tensors import local
 from clinometer.monitoring.measure.device import gradients_on_device, weights_on_device
 from clinometer.monitoring.measure.histograms import BUCKETS, count_into
 from clinometer.monitoring.measure.small_tensors import Gradients, Places, Room, is_small
@@ -23,7 +23,7 @@ from clinometer.monitoring.measure.statistics import (
     measure_gradient,
     measure_weight,
 )
-from clinometer.monitoring.measure.watched_tensors import Watched, give_memory, state_of
+from clinometer.monitoring.measure.watched_tensors import WatchedTensors, give_memory, state_of
 
 _GRADIENT = [STATISTICS.index(n) for n in ("grad_norm", "grad_max", "grad_zeros", "grad_nonfinite")] + [
     STATISTICS.index(n) for n in ("cosine", "moment_norm")
@@ -33,10 +33,10 @@ _NORM, _LARGEST = 0, 1
 _MOMENTS = ("exp_avg", "momentum_buffer")
 
 
-class Row:
+class StepRow:
     """The numbers of one step while they come in."""
 
-    def __init__(self, step: int, watched: list[Watched], *, measured: bool, histograms: bool) -> None:
+    def __init__(self, step: int, watched: list[WatchedTensors], *, measured: bool, histograms: bool) -> None:
         self.step = step
         self.measured = measured
         self.told = False
@@ -78,7 +78,7 @@ class Row:
         self.noise_ranks = 1
         """Ranks whose gradients were not yet averaged when the first micro-batch was measured."""
 
-    def widen(self, watched: list[Watched]) -> None:
+    def widen(self, watched: list[WatchedTensors]) -> None:
         """Room for tensors that came while the step was under way."""
         more = len(watched) - len(self.statistics)
         if more > 0:
@@ -90,7 +90,7 @@ class Row:
 
     def read_gradients(
         self,
-        watched: Iterable[Watched],
+        watched: Iterable[WatchedTensors],
         optimizers: Iterable[Optimizer],
         scratch: Scratch,
         joined: Gradients,
@@ -137,10 +137,10 @@ class Row:
                     _count(self.counts[index, 0], _on_host(flat(dense)), scratch)
         return found
 
-    def read_weights(self, watched: Iterable[Watched], scratch: Scratch) -> None:
+    def read_weights(self, watched: Iterable[WatchedTensors], scratch: Scratch) -> None:
         """Measure each weight that may have moved, and its update; the copies are then those of now."""
-        elsewhere: dict[torch.device, list[tuple[Watched, Tensor, Tensor]]] = {}
-        rooms: dict[Room, list[tuple[Watched, Tensor]]] = {}
+        elsewhere: dict[torch.device, list[tuple[WatchedTensors, Tensor, Tensor]]] = {}
+        rooms: dict[Room, list[tuple[WatchedTensors, Tensor]]] = {}
         for one in watched:
             tensor = one.ref()
             if tensor is None or one.before is None:
@@ -171,7 +171,7 @@ class Row:
             numbers = weights_on_device([t for _, t, _ in members], [b for _, _, b in members])
             self._read_later([one.index for one, _, _ in members], _WEIGHT, numbers)
 
-    def _is_still(self, one: Watched, tensor: Tensor) -> bool:
+    def _is_still(self, one: WatchedTensors, tensor: Tensor) -> bool:
         """Whether it is frozen and nobody wrote to it: then what was measured before holds."""
         state = state_of(tensor)
         still = state == one.look and one.index not in self.read and not math.isnan(one.weight_norm)
@@ -180,14 +180,14 @@ class Row:
             self.statistics[one.index, _WEIGHT] = one.weight_norm, 0.0
         return still and self.counts is None
 
-    def _read_weight(self, one: Watched, tensor: Tensor, scratch: Scratch) -> None:
+    def _read_weight(self, one: WatchedTensors, tensor: Tensor, scratch: Scratch) -> None:
         assert one.before is not None
         counts = None if self.counts is None else (self.counts[one.index, 1], self.counts[one.index, 2])
         found = measure_weight(tensor, one.before, scratch, counts)
         one.weight_norm = found.norm
         self.statistics[one.index, _WEIGHT] = found
 
-    def _read_room(self, room: Room, members: list[tuple[Watched, Tensor]]) -> None:
+    def _read_room(self, room: Room, members: list[tuple[WatchedTensors, Tensor]]) -> None:
         counts = None if self.counts is None else np.zeros((2, len(members), BUCKETS), np.int64)
         numbers = room.measure([tensor for _, tensor in members], counts)
         indices = [one.index for one, _ in members]
@@ -256,7 +256,7 @@ class Row:
         self._late.append((rows, columns, numbers, event))
 
 
-def refresh(watched: Iterable[Watched], places: Places, *, stepped: bool = False) -> None:
+def refresh(watched: Iterable[WatchedTensors], places: Places, *, stepped: bool = False) -> None:
     """Weights that somebody moved since the last look: their copies follow, for that was not this step.
 
     `stepped`: steps were taken that nobody measured. torch's fused kernels write and leave the version.

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from clinometer.monitoring.measure.watched_tensors import Watched
+from clinometer.monitoring.measure.watched_tensors import WatchedTensors
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.)")
 
@@ -27,7 +27,7 @@ def kind_of(name: str) -> str:
 
 
 def describe(
-    watched: Iterable[Watched], groups: Mapping[int, int], positions: Mapping[int, int]
+    watched: Iterable[WatchedTensors], groups: Mapping[int, int], positions: Mapping[int, int]
 ) -> list[dict[str, Any]]:
     """One entry a tensor; `groups` is by the tensor's id, `positions` by its place in the list."""
     return [
@@ -47,7 +47,7 @@ def describe(
 
 
 def order_of_use(
-    losses: Iterable[Tensor], watched: Sequence[Watched], stand_ins: Mapping[int, int] | None = None
+    losses: Iterable[Tensor], watched: Sequence[WatchedTensors], stand_ins: Mapping[int, int] | None = None
 ) -> dict[int, int]:
     """Position of each tensor, by its place in the list, in the order in which the forward first used it.
 

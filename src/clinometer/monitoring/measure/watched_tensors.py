@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from clinometer.distributed.shards import local, version
+from clinometer.distributed.sharded_tensors import local, version
 from clinometer.gradients.sandbox.subject import Subject
 from clinometer.monitoring.measure.small_tensors import Places, Room, is_small
 from clinometer.monitoring.measure.statistics import flat
 
 
-class Watched:
+class WatchedTensors:
     """One tensor under its first name."""
 
     __slots__ = (
@@ -67,11 +67,11 @@ class Roster:
     def __init__(self, model: Any, optimizers: Iterable[Optimizer]) -> None:
         self._model = _weak(model)
         self.optimizers = [weakref.ref(optimizer) for optimizer in optimizers]
-        self.watched: list[Watched] = []
-        self._by_id: dict[int, Watched] = {}
-        self._owned: dict[int, list[Watched]] = {}
+        self.watched: list[WatchedTensors] = []
+        self._by_id: dict[int, WatchedTensors] = {}
+        self._owned: dict[int, list[WatchedTensors]] = {}
         self._sizes: tuple[int, ...] = ()
-        self.unowned: list[Watched] = []
+        self.unowned: list[WatchedTensors] = []
         self.grow()
 
     @property
@@ -101,7 +101,7 @@ class Roster:
         """The same, if an optimizer was given other parameters since."""
         return self._count() != self._sizes and self.grow()
 
-    def owned_by(self, optimizer: Optimizer) -> list[Watched]:
+    def owned_by(self, optimizer: Optimizer) -> list[WatchedTensors]:
         return self._owned.get(id(optimizer), [])
 
     def living(self) -> Iterator[Optimizer]:
@@ -110,7 +110,7 @@ class Roster:
             if optimizer is not None:
                 yield optimizer
 
-    def find(self, tensor: Tensor) -> Watched | None:
+    def find(self, tensor: Tensor) -> WatchedTensors | None:
         found = self._by_id.get(id(tensor))
         return found if found is not None and found.ref() is tensor else None
 
@@ -131,23 +131,23 @@ class Roster:
     def _count(self) -> tuple[int, ...]:
         return tuple(len(group["params"]) for o in self.living() for group in o.param_groups)
 
-    def _add(self, name: str, tensor: Tensor) -> Watched:
+    def _add(self, name: str, tensor: Tensor) -> WatchedTensors:
         known = self.find(tensor)
         if known is not None:
             return known
         taken = {w.name for w in self.watched} if any(w.name == name for w in self.watched) else set()
         while name in taken:
             name += "'"  # it took the place of one that is gone
-        new = Watched(len(self.watched), name, tensor)
+        new = WatchedTensors(len(self.watched), name, tensor)
         self.watched.append(new)
         self._by_id[id(tensor)] = new
         return new
 
 
-def give_memory(watched: Iterable[Watched], places: Places) -> None:
+def give_memory(watched: Iterable[WatchedTensors], places: Places) -> None:
     """A copy for each tensor that has none, in one buffer a precision; small ones in a room for them."""
-    missing: dict[tuple[torch.dtype, torch.device], list[tuple[Watched, Tensor]]] = {}
-    small: list[tuple[Watched, Tensor]] = []
+    missing: dict[tuple[torch.dtype, torch.device], list[tuple[WatchedTensors, Tensor]]] = {}
+    small: list[tuple[WatchedTensors, Tensor]] = []
     for one in watched:
         tensor = one.ref()
         if one.before is None and tensor is not None:

@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clinometer.foreign_files import parse_json
-from clinometer.lm.config import TransformerConfig
+from clinometer.lm.transformer_config import TransformerConfig
 from clinometer.messages import InputError
 from clinometer.training.checkpoints.checkpoint_parts import Stored, split_shapes
 from clinometer.training.checkpoints.checkpoint_state import group_names, require_state

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clinometer.distributed.shards import is_distributed
+from clinometer.distributed.sharded_tensors import is_distributed
 
 
 def random_state() -> dict[str, Any]:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clinometer.lm.config import TransformerConfig
 from clinometer.lm.model import TransformerLM, draw_weights
+from clinometer.lm.transformer_config import TransformerConfig
 from clinometer.training.ranks.rows import rows_of
 from clinometer.training.ranks.world import World
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from clinometer.distributed.heartbeat import GIVE_UP, LOST, Finding, Heart
+from clinometer.distributed.heartbeat import GIVE_UP, LOST, Heart, RankTrouble
 from clinometer.distributed.launch import OPENING_SECONDS, Board, Launch, host_name, launched, unreachable
 from clinometer.messages import InputError, say
 
@@ -270,7 +270,7 @@ class World:
 
     # The end.
 
-    def _tell(self, finding: Finding) -> None:
+    def _tell(self, finding: RankTrouble) -> None:
         text = say(finding.key, **finding.values)
         print(f"{text} {self.remedy()}".strip() if finding.fatal else text, file=sys.stderr, flush=True)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clinometer.gradients.attribute.contraction import Use
-from clinometer.gradients.attribute.use_recorder import Watched
+from clinometer.gradients.attribute.use_recorder import UseRecorder
 from clinometer.gradients.sandbox.closure import eagerly
 from clinometer.lm import functional
 from clinometer.lm.model import CHUNKED_LOSS_VOCABULARY, TransformerLM
@@ -60,7 +60,7 @@ def by_token(
         for part in range(0, len(token_ids), size):
             ids, wanted = token_ids[part : part + size], targets[part : part + size]
             # δ and x of a position become one number as soon as δ comes; neither is kept.
-            watched = Watched(weights, dict.fromkeys(weights, _squared))
+            watched = UseRecorder(weights, dict.fromkeys(weights, _squared))
             try:
                 with choices.autocast(), watched if gradient else nullcontext():
                     x_BSD = functional.embedding(ids, model.token_embeddings.weight)
@@ -83,7 +83,7 @@ def _squared(use: Use) -> Tensor:
     return use.squared(None)
 
 
-def _shares(watched: Watched, weights: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
+def _shares(watched: UseRecorder, weights: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
     """(T, *shape). Of a tensor used twice, or in a way that was not seen, the norm is not the uses' sum."""
     found = torch.full((len(weights), *shape), math.nan)
     for row, name in zip(found, weights, strict=True):

@@ -21,7 +21,7 @@ from torch import Tensor
 from clinometer.foreign_files import parse_json
 from clinometer.messages import InputError
 from clinometer.optim.clipping import gradient_norms
-from clinometer.text.shards import find_tokens
+from clinometer.text.token_shards import find_tokens
 from clinometer.text.tokenizer import Tokenizer
 from clinometer.training.checkpoints import checkpoint
 from clinometer.training.checkpoints.generator_state import restore_random_state
@@ -38,7 +38,7 @@ Progress = Callable[[str, int, int], None]
 """Called with ("restore" | "encode" | "replay", done, total)."""
 
 
-class Row(NamedTuple):
+class MetricsRow(NamedTuple):
     """What the run recorded of a step."""
 
     loss: float
@@ -121,9 +121,9 @@ def replay_step(path: Path, step: int, progress: Progress, *, inexact: bool = Fa
     return save_replay(folder.path, step, info, tensors, shares)
 
 
-def recorded(folder: RunFolder) -> dict[int, Row]:
+def recorded(folder: RunFolder) -> dict[int, MetricsRow]:
     """The rows of metrics.jsonl by step. Raises `InputError` for a line that is not the run's own writing."""
-    rows: dict[int, Row] = {}
+    rows: dict[int, MetricsRow] = {}
     lines = folder.metrics_file.read_bytes().split(b"\n")[:-1] if folder.metrics_file.exists() else []
     for number, line in enumerate(lines, 1):  # a last line without its end is still being written
         try:
@@ -131,13 +131,13 @@ def recorded(folder: RunFolder) -> dict[int, Row]:
             if "lr" in told:
                 # What is not finite was written as text.
                 loss, lr, norm = float(told["loss"]), float(told["lr"]), float(told["grad_norm"])
-                rows[int(told["step"])] = Row(loss, lr, norm, bool(told["taken"]))
+                rows[int(told["step"])] = MetricsRow(loss, lr, norm, bool(told["taken"]))
         except (ValueError, TypeError, KeyError):
             raise InputError("explain.metrics", path=folder.metrics_file, line=number) from None
     return rows
 
 
-def require_step(folder: RunFolder, rows: Mapping[int, Row], step: int) -> None:
+def require_step(folder: RunFolder, rows: Mapping[int, MetricsRow], step: int) -> None:
     """Raise `InputError` if the run has not recorded that step."""
     if not rows:
         raise InputError("explain.no_steps", path=folder.path)
@@ -157,7 +157,7 @@ class _Record:
     def __init__(
         self,
         folder: RunFolder,
-        rows: dict[int, Row],
+        rows: dict[int, MetricsRow],
         base: int,
         from_start: bool,
         inexact: bool,
@@ -170,7 +170,7 @@ class _Record:
         self._base, self._from_start = base, from_start
         self.difference: Difference | None = None
 
-    def row(self, step: int) -> Row:
+    def row(self, step: int) -> MetricsRow:
         if step not in self._rows:
             raise InputError("explain.not_recorded", path=self._folder.metrics_file, step=step)
         return self._rows[step]

@@ -25,11 +25,11 @@ from clinometer.gradients.report.result import Result
 from clinometer.gradients.sandbox.subject import UnknownName
 from clinometer.gradients.step.explain_step import explain_step
 from clinometer.lm import functional
-from clinometer.lm.config import TransformerConfig
 from clinometer.lm.model import TransformerLM
+from clinometer.lm.transformer_config import TransformerConfig
 from clinometer.messages import LANGUAGES, InputError
-from clinometer.optim.choice import set_lr
 from clinometer.optim.clipping import clip_grad_norm_
+from clinometer.optim.make_optimizers import set_lr
 from clinometer.record.replays.replays import TENSORS_FILE, Replay
 from clinometer.training.checkpoints import checkpoint
 from clinometer.training.replay.by_token import piece_size

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 
 from clinometer.lm.model import TransformerLM
-from clinometer.optim.choice import make_optimizers
-from clinometer.text.shards import TokenData
+from clinometer.optim.make_optimizers import make_optimizers
+from clinometer.text.token_shards import TokenData
 from clinometer.text.tokenizer import Tokenizer
 from clinometer.training.ranks.fsdp import sharded_model
 from clinometer.training.ranks.world import World

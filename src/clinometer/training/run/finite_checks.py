@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clinometer.distributed.shards import local
+from clinometer.distributed.sharded_tensors import local
 from clinometer.messages import InputError
 from clinometer.training.ranks.world import World
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from clinometer.lm.config import TransformerConfig
-from clinometer.lm.export import import_llama
+from clinometer.lm.llama_files import import_llama
 from clinometer.lm.model import TransformerLM
+from clinometer.lm.transformer_config import TransformerConfig
 from clinometer.messages import InputError
 from clinometer.text.corpus import open_corpus
 from clinometer.text.tokenizer import Tokenizer

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from clinometer.lm.generate import generate
 from clinometer.messages import InputError
-from clinometer.optim.choice import set_lr
 from clinometer.optim.clipping import clip_grad_norm_
+from clinometer.optim.make_optimizers import set_lr
 from clinometer.optim.schedule import constant_schedule, cosine_schedule, warmup_stable_decay_schedule
 from clinometer.text import sampler
 from clinometer.training.run.computation import Computation
 from clinometer.training.run.finite_checks import NotFinite
-from clinometer.training.run.prepare import Session
+from clinometer.training.run.prepare import TrainingSession
 from clinometer.training.run.run_folder import write_whole
 from clinometer.training.run.run_tokens import begin_with
 from clinometer.training.run.stop_signals import ECHO_SECONDS, stop_on_signal
@@ -57,7 +57,7 @@ class Outcome(Enum):
     TERMINATED = 143
 
 
-def train(session: Session, display: Display, record: Record | None = None) -> Outcome:
+def train(session: TrainingSession, display: Display, record: Record | None = None) -> Outcome:
     """Take the steps that are left: batch → loss → backward → clip → step, with what comes between them.
 
     On Ctrl-C or SIGTERM the step in hand is finished and a checkpoint written. A loss or gradient that is not
@@ -73,7 +73,7 @@ def train(session: Session, display: Display, record: Record | None = None) -> O
         return Outcome.NOT_FINITE
 
 
-def _train(session: Session, display: Display, record: Record) -> Outcome:
+def _train(session: TrainingSession, display: Display, record: Record) -> Outcome:
     config, world = session.config, session.world
     last_step = config.training.steps
     with stop_on_signal(0.0 if world.alone else ECHO_SECONDS) as request:
@@ -196,7 +196,7 @@ def learning_rate(config: RunConfig, step: int) -> float:
 
 
 @torch.no_grad()
-def evaluate(session: Session) -> float | None:
+def evaluate(session: TrainingSession) -> float | None:
     """Mean loss per token over the fixed validation set; None if the validation text is too short for one."""
     tokens, config = session.data.validation, session.config
     if len(tokens) < config.model.context_length + 1:
@@ -219,7 +219,7 @@ def evaluate(session: Session) -> float | None:
     return world.sum([total])[0] / (len(starts) * config.model.context_length)
 
 
-def validate(session: Session, display: Display, record: Record) -> bool:
+def validate(session: TrainingSession, display: Display, record: Record) -> bool:
     """Measure and record the validation loss; true if it is the best so far."""
     loss = evaluate(session)
     if loss is None:
@@ -233,7 +233,7 @@ def validate(session: Session, display: Display, record: Record) -> bool:
     return best
 
 
-def write_sample(session: Session, display: Display, record: Record) -> None:
+def write_sample(session: TrainingSession, display: Display, record: Record) -> None:
     """Let the model continue the sample prompt, into samples/ and onto the screen."""
     training = session.config.training
     begin = begin_with(session.tokenizer, session.data.header.documents > 1, training.sample_prompt)
@@ -275,7 +275,7 @@ def write_sample(session: Session, display: Display, record: Record) -> None:
     record.sample(text)
 
 
-def save(session: Session, display: Display, record: Record, *, must: bool) -> None:
+def save(session: TrainingSession, display: Display, record: Record, *, must: bool) -> None:
     """Write a checkpoint. One that fails in the middle of a run is reported and the run goes on; the last
     one is an error, because its work would be lost."""
     session.world.reach(session.step)
@@ -292,7 +292,7 @@ def save(session: Session, display: Display, record: Record, *, must: bool) -> N
         display.notice("train.checkpoint_failed", reason=str(error))
 
 
-def collect(session: Session, display: Display, record: Record, *, wait: bool = False) -> None:
+def collect(session: TrainingSession, display: Display, record: Record, *, wait: bool = False) -> None:
     """Look after the checkpoint that is being written beside the training, if there is one."""
     try:
         path = session.written(wait)
@@ -302,7 +302,7 @@ def collect(session: Session, display: Display, record: Record, *, wait: bool = 
         display.notice("train.checkpoint_failed", reason=str(error))
 
 
-def note(session: Session, display: Display, **row: Any) -> None:
+def note(session: TrainingSession, display: Display, **row: Any) -> None:
     """Add a row to metrics.jsonl; when a full disk begins to keep rows waiting, that is told once."""
     before = session.metrics.trouble
     session.metrics.append(**row)
@@ -310,7 +310,7 @@ def note(session: Session, display: Display, **row: Any) -> None:
         display.notice("train.rows_wait", path=session.metrics.path, reason=trouble.strerror)
 
 
-def record_skipped(session: Session, loss: float, norm: float, display: Display) -> None:
+def record_skipped(session: TrainingSession, loss: float, norm: float, display: Display) -> None:
     """Keep what is needed to look at the batch of the last step again."""
     config = session.config
     starts = sampler.sample_windows(

@@ -18,7 +18,7 @@ from clinometer.distributed.launch import host_name
 from clinometer.messages import InputError
 from clinometer.text.corpus import Corpus, open_corpus
 from clinometer.text.sampler import windows_per_epoch
-from clinometer.text.shards import TokenData, find_tokens
+from clinometer.text.token_shards import TokenData, find_tokens
 from clinometer.text.tokenizer import Tokenizer
 from clinometer.training.checkpoints import checkpoint
 from clinometer.training.checkpoints.checkpoint_saver import Saver
@@ -40,7 +40,7 @@ from clinometer.training.settings.precision import Choices, choose
 
 
 @dataclass(kw_only=True)
-class Session(Computation):
+class TrainingSession(Computation):
     """A run in memory, with the folder it is written to."""
 
     folder: RunFolder
@@ -147,7 +147,7 @@ class Session(Computation):
         self.folder.unlock()
 
 
-def start(config: RunConfig, path: Path, notices: Notices, world: World | None = None) -> Session:
+def start(config: RunConfig, path: Path, notices: Notices, world: World | None = None) -> TrainingSession:
     """A new run in the new folder `path`; nothing of it is left if the corpus cannot be used.
 
     Of several ranks the first one calls this, or `resume`, and the others `attend`.
@@ -172,7 +172,9 @@ def start(config: RunConfig, path: Path, notices: Notices, world: World | None =
         raise
 
 
-def resume(path: Path, changed: RunConfig | None, notices: Notices, world: World | None = None) -> Session:
+def resume(
+    path: Path, changed: RunConfig | None, notices: Notices, world: World | None = None
+) -> TrainingSession:
     """The run in `path` where its last checkpoint left it, or from its beginning if it has none yet.
 
     `changed` is the configuration asked for now, if any. Raises `InputError` if it differs in a field that
@@ -187,7 +189,7 @@ def resume(path: Path, changed: RunConfig | None, notices: Notices, world: World
         raise
 
 
-def attend(notices: Notices, world: World) -> Session:
+def attend(notices: Notices, world: World) -> TrainingSession:
     """The run that rank 0 starts or resumes, on another rank. Raises `InputError` without its folder."""
     told = world.share()
     path = Path(told["path"])
@@ -208,7 +210,7 @@ def attend(notices: Notices, world: World) -> Session:
     )
 
 
-def _resume(folder: RunFolder, changed: RunConfig | None, notices: Notices, world: World) -> Session:
+def _resume(folder: RunFolder, changed: RunConfig | None, notices: Notices, world: World) -> TrainingSession:
     path, config = folder.path, folder.config
     checkpoint.sweep(folder.checkpoints)
     if changed is not None and (found := differences(config, with_full_paths(changed))):
@@ -240,7 +242,7 @@ def _prepare(
     *,
     state: dict[str, Any] | None,
     last: Path | None,
-) -> Session:
+) -> TrainingSession:
     if config.training.batch_size < world.size:
         raise InputError("parallel.batch", batch_size=config.training.batch_size, ranks=world.size)
     tokenizer = tokenizer_of(config, folder, corpus, notices)
@@ -295,7 +297,7 @@ def _assemble(
     *,
     state: dict[str, Any] | None,
     last: Path | None,
-) -> Session:
+) -> TrainingSession:
     """What every rank makes for itself, once it is known what the run is and what it computes with."""
     if not world.alone:
         choices = dataclasses.replace(choices, device=world.device_of(choices.device))
@@ -314,7 +316,7 @@ def _assemble(
     if world.first:
         metrics = Lines(folder.metrics_file, state["metrics_bytes"] if state else 0)
         skipped = Lines(folder.skipped_file, state["skipped_bytes"] if state else 0)
-    session = Session(
+    session = TrainingSession(
         config=config,
         folder=folder,
         choices=choices,

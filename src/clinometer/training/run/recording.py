@@ -18,7 +18,7 @@ from clinometer.record.format.schema import FILE_NAME
 from clinometer.record.read.reader import RunFile
 from clinometer.record.write.recorder import Recorder
 from clinometer.training.run.loop import Display, Outcome, Record, batch_of
-from clinometer.training.run.prepare import Session
+from clinometer.training.run.prepare import TrainingSession
 
 PINNED = ("attn.q_proj", "attn.v_proj", "attn.output_proj", "ffn.w1", "ffn.w2")
 """Of the middle layer: weights whose every step is written down in full, so that there is one to look at."""
@@ -31,7 +31,7 @@ _STATES = {
 }
 
 
-def open_record(session: Session, display: Display) -> Record:
+def open_record(session: TrainingSession, display: Display) -> Record:
     """The run's record, cut back to where the session stands; a silent one if it is off or cannot be opened.
 
     A training does not fail because it cannot be written down: the display is told why. On several ranks
@@ -60,7 +60,7 @@ def open_record(session: Session, display: Display) -> Record:
 class Recording(Record):
     """Writes what the loop tells into RUN/run.sqlite, beside what the watch sees by itself."""
 
-    def __init__(self, session: Session, display: Display, sinks: list[Recorder]) -> None:
+    def __init__(self, session: TrainingSession, display: Display, sinks: list[Recorder]) -> None:
         config = session.config
         self._display = display
         self._session = session

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 from clinometer.messages import InputError
 from clinometer.text.corpus import Corpus, open_corpus
 from clinometer.text.encoding import Progress, encode_corpus
-from clinometer.text.shards import TokenData
-from clinometer.text.split import split
+from clinometer.text.token_shards import TokenData
 from clinometer.text.tokenizer import Tokenizer, byte_tokenizer, train_bpe
+from clinometer.text.validation_split import split
 from clinometer.training.run.run_folder import RunFolder
 from clinometer.training.settings.config import RunConfig
 

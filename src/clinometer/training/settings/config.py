@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from clinometer.lm.config import TransformerConfig
+from clinometer.lm.transformer_config import TransformerConfig
 from clinometer.messages import InputError
 
 LARGEST_SEED = 2**62

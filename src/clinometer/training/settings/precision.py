@@ -64,7 +64,7 @@ def choose(*, device: str, precision: str, compile: str, total_flops: float) -> 
             raise InputError("training.no_compiler")
     onednn = False
     if wanted and where.type == "cpu" and precision == "float32":
-        from clinometer.lm.fast import onednn_is_faster
+        from clinometer.lm.compiled_step import onednn_is_faster
 
         if onednn := onednn_is_faster():
             why_compile = say("doctor.onednn", why=why_compile)

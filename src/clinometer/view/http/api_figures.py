@@ -15,7 +15,7 @@ from clinometer.view.figures.compare import METRICS
 from clinometer.view.figures.gradient_map import map_answer, read_map
 from clinometer.view.figures.style import style
 from clinometer.view.http.api_runs import DERIVED
-from clinometer.view.http.calls import Call, route, version_of
+from clinometer.view.http.calls import RouteCall, route, version_of
 from clinometer.view.http.query import HISTOGRAM_KINDS
 
 MAX_POINTS = 4_000
@@ -37,7 +37,7 @@ def _of_the_file_alone(request: Request) -> bool:
     return request.path_params["name"] not in _OF_REPLAYS
 
 
-def figure(call: Call) -> Any:
+def figure(call: RouteCall) -> Any:
     name = call.request.path_params["name"]
     run = call.run()
     if name not in _FIGURES:
@@ -46,13 +46,13 @@ def figure(call: Call) -> Any:
     return {"name": name, **drawn.to_dict(), "version": version_of(run)}
 
 
-def cells(call: Call) -> Any:
+def cells(call: RouteCall) -> Any:
     run = call.run()
     found = read_map(run, **_map_values(call, run))
     return {**map_answer(found, style(call.language, call.query.theme())), "version": version_of(run)}
 
 
-def compared(call: Call) -> Any:
+def compared(call: RouteCall) -> Any:
     ids = call.query.texts("ids", MAX_COMPARED)
     if not ids:
         raise ApiError(400, "view.needed", name="ids")
@@ -63,27 +63,27 @@ def compared(call: Call) -> Any:
     return {"name": "compare", **drawn.to_dict()}
 
 
-def _looks(call: Call) -> dict[str, Any]:
+def _looks(call: RouteCall) -> dict[str, Any]:
     return {"language": call.language, "theme": call.query.theme()}
 
 
-def _range(call: Call) -> dict[str, Any]:
+def _range(call: RouteCall) -> dict[str, Any]:
     first, last = call.query.steps()
     return {"first": first, "last": last}
 
 
-def _points(call: Call) -> dict[str, Any]:
+def _points(call: RouteCall) -> dict[str, Any]:
     return {**_looks(call), **_range(call), "points": call.query.whole("points", 100, MAX_POINTS, 1_000)}
 
 
-def _statistic(call: Call, run: RunFile, name: str) -> str:
+def _statistic(call: RouteCall, run: RunFile, name: str) -> str:
     known = (*run.info()["statistics"], *DERIVED)
     if name not in known:
         raise ApiError(400, "view.choice", name="stat", given=name[:60], choices=", ".join(known))
     return name
 
 
-def _map_values(call: Call, run: RunFile) -> dict[str, Any]:
+def _map_values(call: RouteCall, run: RunFile) -> dict[str, Any]:
     first, last = call.query.steps()
     ids = call.query.wholes("tensors", MAX_TENSORS)
     known = {tensor["id"] for tensor in run.tensors()}
@@ -98,61 +98,61 @@ def _map_values(call: Call, run: RunFile) -> dict[str, Any]:
     }
 
 
-def _map(call: Call, run: RunFile) -> figures.Figure:
+def _map(call: RouteCall, run: RunFile) -> figures.Figure:
     values = _map_values(call, run)
     return figures.gradient_map(
         run, stat=values.pop("statistic"), tensors=values.pop("ids"), **values, **_looks(call)
     )
 
 
-def _loss(call: Call, run: RunFile) -> figures.Figure:
+def _loss(call: RouteCall, run: RunFile) -> figures.Figure:
     return figures.loss(run, **_points(call), smooth=call.query.number("smooth", 0.0, 0.999))
 
 
-def _tensor(call: Call, run: RunFile) -> figures.Figure:
+def _tensor(call: RouteCall, run: RunFile) -> figures.Figure:
     names = call.query.texts("stat", MAX_STATISTICS) or ["grad_norm"]
     stats = [_statistic(call, run, name) for name in names]
     return figures.tensor(run, tensor=call.tensor(run), stat=stats, **_points(call))
 
 
-def _kind(call: Call) -> str:
+def _kind(call: RouteCall) -> str:
     return call.query.choice("kind", HISTOGRAM_KINDS, "grad")
 
 
-def _ridge(call: Call, run: RunFile) -> figures.Figure:
+def _ridge(call: RouteCall, run: RunFile) -> figures.Figure:
     count = call.query.whole("count", 4, 128, 64) or 64
     return figures.ridge(
         run, tensor=call.tensor(run), kind=_kind(call), count=count, **_looks(call), **_range(call)
     )
 
 
-def _histogram(call: Call, run: RunFile) -> figures.Figure:
+def _histogram(call: RouteCall, run: RunFile) -> figures.Figure:
     return figures.histogram(
         run, tensor=call.tensor(run), kind=_kind(call), step=call.query.needed("step"), **_looks(call)
     )
 
 
-def _entry(call: Call, run: RunFile) -> dict[str, Any]:
+def _entry(call: RouteCall, run: RunFile) -> dict[str, Any]:
     tensor = call.tensor(run)
     return {"tensor": tensor, "index": call.index(tensor["shape"])}
 
 
-def _waterfall(call: Call, run: RunFile) -> figures.Figure:
+def _waterfall(call: RouteCall, run: RunFile) -> figures.Figure:
     return figures.waterfall(run, **_entry(call, run), step=call.query.needed("step"), **_looks(call))
 
 
-def _history(call: Call, run: RunFile) -> figures.Figure:
+def _history(call: RouteCall, run: RunFile) -> figures.Figure:
     return figures.weight_history(run, **_entry(call, run), **_points(call))
 
 
-def _shares(call: Call, run: RunFile) -> figures.Figure:
+def _shares(call: RouteCall, run: RunFile) -> figures.Figure:
     return figures.shares(run, **_entry(call, run), step=call.query.needed("step"), **_looks(call))
 
 
 _OF_REPLAYS = frozenset({"waterfall", "batch-loss", "shares"})
 """These change when a step is replayed, and the run file knows nothing of it."""
 
-_FIGURES: dict[str, Callable[[Call, RunFile], figures.Figure]] = {
+_FIGURES: dict[str, Callable[[RouteCall, RunFile], figures.Figure]] = {
     "loss": _loss,
     "lr": lambda call, run: figures.lr(run, **_points(call)),
     "norm": lambda call, run: figures.norm(run, **_points(call)),

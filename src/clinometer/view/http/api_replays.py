@@ -20,7 +20,7 @@ from clinometer.view.figures.batch import matrix as as_matrix
 from clinometer.view.figures.style import packed
 from clinometer.view.figures.weight import pinned_row
 from clinometer.view.http.answers import json_answer
-from clinometer.view.http.calls import Call, route
+from clinometer.view.http.calls import RouteCall, route
 from clinometer.view.http.query import LAST_STEP, Query
 from clinometer.view.jobs import Replays
 
@@ -50,12 +50,12 @@ def routes() -> list[Route]:
     ]
 
 
-def replays(call: Call) -> Any:
+def replays(call: RouteCall) -> Any:
     run = call.run()
     return {"steps": replayed_steps(run.folder), "replayable": run.info()["replayable"]}
 
 
-def matrix(call: Call) -> Any:
+def matrix(call: RouteCall) -> Any:
     run, query = call.run(), call.query
     tensor = call.tensor(run)
     replay, _ = _replay(call, run)
@@ -89,7 +89,7 @@ def matrix(call: Call) -> Any:
     }
 
 
-def entry(call: Call) -> Any:
+def entry(call: RouteCall) -> Any:
     run = call.run()
     tensor = call.tensor(run)
     index = call.index(tensor["shape"])
@@ -97,7 +97,7 @@ def entry(call: Call) -> Any:
     return _entry(replay, tensor["name"], index)
 
 
-def weight(call: Call) -> Any:
+def weight(call: RouteCall) -> Any:
     run = call.run()
     tensor = call.tensor(run)
     index = call.index(tensor["shape"])
@@ -136,7 +136,7 @@ def weight(call: Call) -> Any:
     }
 
 
-def batch(call: Call) -> Any:
+def batch(call: RouteCall) -> Any:
     run = call.run()
     step = call.query.needed("step")
     replay = Replay.open(run.folder, step)
@@ -168,7 +168,7 @@ def batch(call: Call) -> Any:
     }
 
 
-def token(call: Call) -> Any:
+def token(call: RouteCall) -> Any:
     """The tensors that one token of a replayed batch moved most."""
     run = call.run()
     replay, step = _replay(call, run)
@@ -197,7 +197,7 @@ async def start(request: Request) -> Response:
     body = await _body(request)
 
     def work() -> Response:
-        call = Call(request, query, state.library)
+        call = RouteCall(request, query, state.library)
         try:
             run = call.run()
             step, tensor, index = _asked(body, run)
@@ -214,19 +214,19 @@ async def start(request: Request) -> Response:
     return await asyncio.get_running_loop().run_in_executor(state.pool, work)
 
 
-def jobs(call: Call) -> Any:
+def jobs(call: RouteCall) -> Any:
     return {"jobs": [found.to_dict(call.language) for found in _jobs(call).all()]}
 
 
-def job(call: Call) -> Any:
+def job(call: RouteCall) -> Any:
     return {"job": _jobs(call).get(call.request.path_params["job"]).to_dict(call.language)}
 
 
-def cancel(call: Call) -> Any:
+def cancel(call: RouteCall) -> Any:
     return {"job": _jobs(call).cancel(call.request.path_params["job"]).to_dict(call.language)}
 
 
-def _jobs(call: Call) -> Replays:
+def _jobs(call: RouteCall) -> Replays:
     return call.request.app.state.replays
 
 
@@ -274,7 +274,7 @@ def _asked(body: Any, run: RunFile) -> tuple[int, str | None, tuple[int, ...] | 
     return step, name, tuple(index)
 
 
-def _replay(call: Call, run: RunFile) -> tuple[Replay, int]:
+def _replay(call: RouteCall, run: RunFile) -> tuple[Replay, int]:
     step = call.query.needed("step")
     replay = Replay.open(run.folder, step)
     if replay is None:
@@ -289,7 +289,7 @@ def _entry(replay: Replay, name: str, index: tuple[int, ...]) -> dict[str, Any] 
         return None
 
 
-def _rows(call: Call, sequences: list[Any]) -> tuple[int, int]:
+def _rows(call: RouteCall, sequences: list[Any]) -> tuple[int, int]:
     """The asked-for sequences: within the batch, and no more tokens than one answer may have."""
     longest = max((len(row) for row in sequences), default=1)
     most = max(1, MAX_CELLS // max(1, longest))

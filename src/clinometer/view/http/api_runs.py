@@ -15,7 +15,7 @@ from clinometer.view.errors import ApiError
 from clinometer.view.figures.order import in_order
 from clinometer.view.figures.strip import last_values, strip
 from clinometer.view.figures.words import alert_sentences
-from clinometer.view.http.calls import Call, route, version_of
+from clinometer.view.http.calls import RouteCall, route, version_of
 from clinometer.view.library import MAX_RUNS, Library
 
 MAX_ALERTS = 1_000
@@ -39,12 +39,12 @@ def routes() -> list[Route]:
     ]
 
 
-def messages(call: Call) -> Any:
+def messages(call: RouteCall) -> Any:
     said = {key: text for key, text in sentences(call.language).items() if key.startswith("page.")}
     return {"lang": call.language, "messages": said}
 
 
-def theme(call: Call) -> Any:
+def theme(call: RouteCall) -> Any:
     from clinometer.view.figures import colours
 
     return {
@@ -53,7 +53,7 @@ def theme(call: Call) -> Any:
     }
 
 
-def runs(call: Call) -> Any:
+def runs(call: RouteCall) -> Any:
     library = call.library
     listed = [_summary(library, run) for run in library.runs()]
     return {
@@ -63,7 +63,7 @@ def runs(call: Call) -> Any:
     }
 
 
-def run(call: Call) -> Any:
+def run(call: RouteCall) -> Any:
     run = call.run()
     tensors = in_order(run.tensors())
     names = {tensor["id"]: tensor["name"] for tensor in tensors}
@@ -83,17 +83,17 @@ def run(call: Call) -> Any:
     }
 
 
-def numbers(call: Call) -> Any:
+def numbers(call: RouteCall) -> Any:
     run = call.run()
     return {"numbers": strip(run, call.language), "version": version_of(run)}
 
 
-def alerts(call: Call) -> Any:
+def alerts(call: RouteCall) -> Any:
     first, last = call.query.steps()
     return {"alerts": _alerts(call.run(), call.language, first, last)}
 
 
-def events(call: Call) -> Any:
+def events(call: RouteCall) -> Any:
     first, last = call.query.steps()
     limit = call.query.whole("limit", 1, MAX_EVENTS, 100) or 100
     kind = call.query.values.get("kind") or None
@@ -101,7 +101,7 @@ def events(call: Call) -> Any:
     return {"events": [_without_document(event) for event in found]}
 
 
-def reports(call: Call) -> Any:
+def reports(call: RouteCall) -> Any:
     found = call.run().events("report", limit=MAX_REPORTS, newest=True)
     return {"reports": [report(event, call.language) for event in found]}
 
@@ -120,7 +120,7 @@ def report(event: dict[str, Any], language: str) -> dict[str, Any]:
     }
 
 
-def step(call: Call) -> Any:
+def step(call: RouteCall) -> Any:
     run = call.run()
     wanted = call.query.needed("step")
     row = run.row(wanted)

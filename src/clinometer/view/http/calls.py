@@ -25,7 +25,7 @@ READERS = 4
 
 
 @dataclass
-class Call:
+class RouteCall:
     """One request to the API, in a reading thread."""
 
     request: Request
@@ -62,7 +62,7 @@ def make_pool() -> ThreadPoolExecutor:
 
 def route(
     path: str,
-    handler: Callable[[Call], Any],
+    handler: Callable[[RouteCall], Any],
     *,
     versioned: bool | Callable[[Request], bool] = False,
     methods: tuple[str, ...] = ("GET",),
@@ -75,7 +75,7 @@ def route(
     def answer(request: Request) -> Response:
         library: Library = request.app.state.library
         query = Query(request.query_params, request.app.state.language)
-        call = Call(request, query, library)
+        call = RouteCall(request, query, library)
         try:
             tag = None
             if versioned(request) if callable(versioned) else versioned:

@@ -27,8 +27,8 @@ from clinometer.view.http import api_figures, api_replays, api_runs
 from clinometer.view.http.answers import json_answer
 from clinometer.view.http.calls import make_pool
 from clinometer.view.http.openapi import description
-from clinometer.view.http.pages import Pages
 from clinometer.view.http.safety import Guard, hosts_for, is_loopback
+from clinometer.view.http.static_files import Pages
 from clinometer.view.http.timeouts import Patience
 from clinometer.view.jobs import Replays
 from clinometer.view.library import Library

@@ -21,7 +21,7 @@ from clinometer.gradients.check.numerics.finite_differences import (
     reals,
 )
 from clinometer.gradients.check.numerics.float64 import Doubled, InDouble
-from clinometer.gradients.check.numerics.stop_gradients import Held
+from clinometer.gradients.check.numerics.stop_gradients import StopGradients
 from clinometer.gradients.report.places import Where
 from clinometer.gradients.trace.graph import Graph
 from clinometer.messages import InputError
@@ -55,7 +55,7 @@ class Probe:
         self._doubled = doubled
         self._copies: dict[str, Tensor] = {}
         self.tensors = dict(tensors)
-        self.held = Held(doubling)
+        self.held = StopGradients(doubling)
         self.unreached: frozenset[str] = frozenset()
         """Tensors that are not in the scalar's graph: cut off from it, or not used."""
         self.here = 0.0

@@ -66,7 +66,7 @@ class _Alias:
     where: Where | None
 
 
-class Held(TorchFunctionMode):
+class StopGradients(TorchFunctionMode):
     """Records at the first run, gives again at each later one. Enter it through `record` or `replay`.
 
     Every call is made in double precision if `doubling` is given, which need not be entered itself.
@@ -110,12 +110,12 @@ class Held(TorchFunctionMode):
         """The lines that can be `released`, by label."""
         return dict.fromkeys(self._labels.values())
 
-    def record(self) -> Held:
+    def record(self) -> StopGradients:
         self.recording = True
         self._values, self._aliases, self._labels = [], [], {}
         return self
 
-    def replay(self) -> Held:
+    def replay(self) -> StopGradients:
         if self.recording:
             self._settle()
         self.recording = False

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from clinometer.lessons.pages import Code, Lesson, images, pieces
+from clinometer.lessons.lesson_pages import Code, Lesson, images, pieces
 from clinometer.lessons.terminal import COMMENT, LINK
 
 IMAGE = re.compile(r"!\[([^]]*)\]\([^)]*?([\w.-]+\.svg)\)")

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from clinometer.foreign_files import parse_json
 from clinometer.lm import llama
-from clinometer.lm.config import RMS_NORM_EPS, TransformerConfig
 from clinometer.lm.functional import check_weights
+from clinometer.lm.transformer_config import RMS_NORM_EPS, TransformerConfig
 from clinometer.messages import InputError
 
 CONFIG_FILE = "config.json"

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from clinometer.distributed.ranks import fsdp_groups
 from clinometer.distributed.rendezvous import Meeting, any_sharded, told_of
-from clinometer.distributed.shards import is_distributed, is_sharded, local
+from clinometer.distributed.sharded_tensors import is_distributed, is_sharded, local
 from clinometer.monitoring.measure.pins import Pins
 from clinometer.monitoring.measure.rank_sums import Exchange
 from clinometer.monitoring.measure.statistics import flat
-from clinometer.monitoring.measure.step_row import Row
+from clinometer.monitoring.measure.step_row import StepRow
 from clinometer.monitoring.measure.watched_tensors import Roster
 
 
@@ -138,7 +138,7 @@ class Shards:
         meeting.wait_for(work, time.monotonic())
         return bool(told)
 
-    def send(self, row: Row, pins: Pins, closure: Callable[[], Any] | None) -> None:
+    def send(self, row: StepRow, pins: Pins, closure: Callable[[], Any] | None) -> None:
         """Send what this rank measured; again without effect."""
         meeting = self._meeting
         if meeting is None or row.exchange is not None or not row.measured:
@@ -161,7 +161,7 @@ class Shards:
             self._scalars(row, pins, closure),
         )
 
-    def _scalars(self, row: Row, pins: Pins, closure: Any) -> dict[str, float]:
+    def _scalars(self, row: StepRow, pins: Pins, closure: Any) -> dict[str, float]:
         loss = row.scalars.get("loss")
         loss = None if loss is None else float(local(loss) if isinstance(loss, Tensor) else loss)
         kind, square = row.first_square or ("", 0.0)
@@ -184,7 +184,7 @@ class Shards:
             "memory": float(row.scalars.get("memory", 0.0)),
         }
 
-    def receive(self, row: Row, pins: Pins, closure: Callable[[], Any] | None) -> None:
+    def receive(self, row: StepRow, pins: Pins, closure: Callable[[], Any] | None) -> None:
         """The row becomes that of the whole tensors, the same on every rank."""
         self.send(row, pins, closure)  # from a GPU, whose numbers have arrived by now
         if row.exchange is None:

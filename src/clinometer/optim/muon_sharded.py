@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clinometer.distributed.shards import is_sharded
+from clinometer.distributed.sharded_tensors import is_sharded
 
 
 def by_rows(parameter: Tensor) -> Any:

@@ -7,7 +7,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from clinometer.distributed.shards import rank
+from clinometer.distributed.sharded_tensors import rank
 from clinometer.integrations.loops import Target, watch
 from clinometer.monitoring.watch import Sink, Watch
 from clinometer.record.write.recorder import Recorder

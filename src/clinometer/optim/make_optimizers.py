@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from clinometer.messages import InputError, say
 from clinometer.optim.adamw import AdamW
-from clinometer.optim.arguments import require_fraction, require_nonnegative
+from clinometer.optim.argument_checks import require_fraction, require_nonnegative
 from clinometer.optim.muon import Muon
 from clinometer.optim.sgd import SGD
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clinometer.gradients.check.call_capture import Call, custom_functions, custom_operators
+from clinometer.gradients.check.call_capture import CapturedCall, custom_functions, custom_operators
 from clinometer.gradients.check.layer_checks import LayerCheck, check_call
 from clinometer.gradients.check.numerics.finite_differences import Judgement
 from clinometer.gradients.check.numerics.float64 import LIFT, Doubled, in_double
@@ -81,7 +81,9 @@ class OwnGradients:
         return float(torch.linalg.vector_norm(own.to(exact.dtype) - exact)) / size
 
 
-def check_at_own_precision(calls: list[Call], rewind: Callable[[], None], seed: int) -> list[LayerCheck]:
+def check_at_own_precision(
+    calls: list[CapturedCall], rewind: Callable[[], None], seed: int
+) -> list[LayerCheck]:
     """Each layer alone where the whole cannot run in float64: in float64 if it can, else as it is."""
     found = []
     for position, call in enumerate(calls):
@@ -122,6 +124,6 @@ def _eps(probe: Probe) -> float:
     return max((torch.finfo(t.dtype).eps for t in probe.tensors.values()), default=0.0)
 
 
-def _precision(call: Call) -> str:
+def _precision(call: CapturedCall) -> str:
     tensors = [*call.inputs, *(call.target.parameters() if isinstance(call.target, nn.Module) else [])]
     return str(tensors[0].dtype).removeprefix("torch.") if tensors else "float32"

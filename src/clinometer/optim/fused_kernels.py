@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from clinometer.distributed.shards import is_sharded, local
+from clinometer.distributed.sharded_tensors import is_sharded, local
 from clinometer.messages import InputError
 
 _DEVICES = ("cpu", "cuda")
