@@ -14,13 +14,17 @@ INSTALLING := $(strip $(if $(filter zh%,$(firstword $(CLINOMETER_LANG) $(LC_ALL)
 demo: .venv/.installed
 	$(BIN)/clinometer demo $(DEMO_FLAGS)
 
+# Two processes; worksteal, because loadfile waits for ever where the last worker dies. A test has the time that
+# pyproject.toml says; a worker that even then does not answer is ended with its stacks, and a run of 45 minutes too.
+TEST_FLAGS := -n 2 --dist worksteal --run-limit 2700 -o faulthandler_timeout=660 -o faulthandler_exit_on_timeout=true
+
 # A process for each of two cores; torch's own threads would only get into their way.
 test: .venv/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not browser" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not browser" $(TEST_FLAGS)
 
 # Through every page in Chromium; here a missing browser is a failure and not a skip.
 browser: .venv/.installed-dev
-	CLINOMETER_REQUIRE_BROWSER=1 $(BIN)/python -m pytest -m "browser and not soak" tests/view
+	CLINOMETER_REQUIRE_BROWSER=1 $(BIN)/python -m pytest -m "browser and not soak" --run-limit 1800 tests/view
 
 coverage: .venv/.installed-dev
 	$(BIN)/python -m pytest --cov --cov-report=term --cov-report=html

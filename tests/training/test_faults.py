@@ -15,7 +15,7 @@ from clinometer.training.run.display import printable
 from clinometer.training.run.loop import Outcome, train
 from clinometer.training.run.run_folder import Lines, RunFolder
 from clinometer.training.settings.config import DataConfig, OptimConfig, TrainingConfig
-from tests.training.conftest import SMALL, Silent, assert_refused, small, small_config
+from tests.training.conftest import SMALL, Silent, assert_refused, small, small_config, stopped_after
 
 
 def test_a_run_folder_deleted_while_training_stops_the_run_and_does_not_come_back_as_half_of_one(
@@ -210,7 +210,7 @@ def test_a_clock_that_jumps_changes_no_step_no_row_and_no_name(config, tmp_path,
 
     from clinometer.record.read.reader import RunFile
     from tests.training.test_exact import assert_equal, go, recorded
-    from tests.training.test_loop import assert_same_run, stopped_after
+    from tests.training.test_loop import assert_same_run
 
     go(config, tmp_path / "whole", False)
     real, moved = time.time, []
@@ -235,46 +235,6 @@ def test_a_clock_that_jumps_changes_no_step_no_row_and_no_name(config, tmp_path,
     assert all(0 <= value < 1e5 for value in seconds), seconds
     names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
     assert all(name.startswith("step-000000") for name in names)
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-@pytest.mark.parametrize("signals", [1, 2])
-@pytest.mark.parametrize("beside", [False, True])
-def test_sigterm_during_a_checkpoint_leaves_whole_ones(corpus, tmp_path, monkeypatch, signals, beside):
-    import signal
-
-    from clinometer.training.checkpoints import checkpoint
-    from tests.training.test_loop import assert_same_run, run_whole
-
-    config = small_config(corpus, async_checkpoints=beside)
-    whole = run_whole(config, tmp_path / "whole")
-    session = prepare.start(config, tmp_path / "run", Silent())
-    write, sent = checkpoint.save_file, []
-
-    def save_file(tensors, path):
-        write(tensors, path)
-        if len(sent) < signals and session.step == 7:
-            sent.append(path)
-            os.kill(os.getpid(), signal.SIGTERM)
-            write(tensors, path)
-
-    monkeypatch.setattr(checkpoint, "save_file", save_file)
-    try:
-        ended = train(session, Silent())
-    except KeyboardInterrupt:  # the second one does not wait
-        ended = None
-    session.close()
-    assert sent
-    assert ended is (Outcome.TERMINATED if signals == 1 else None)
-    folder = tmp_path / "run" / "checkpoints"
-    saved = checkpoint.checkpoints(folder)
-    for path in saved:
-        checkpoint.load_checkpoint(path, None)
-    assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in saved)
-    session = prepare.resume(tmp_path / "run", None, Silent())
-    assert train(session, Silent()) is Outcome.DONE
-    session.close()
-    assert_same_run(whole, tmp_path / "run")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
