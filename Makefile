@@ -9,7 +9,7 @@ INSTALLING := $(strip $(if $(filter zh%,$(firstword $(CLINOMETER_LANG) $(LC_ALL)
 	正在把 PyTorch 等所需的一切装进 .venv：第一次要几分钟。,\
 	Installing PyTorch and whatever else is needed into .venv: the first time takes some minutes.))
 
-.PHONY: demo test browser check docs audit package bench soak coverage clean
+.PHONY: demo test pages browser check docs audit package bench soak coverage clean
 
 demo: .venv/.installed
 	$(BIN)/clinometer demo $(DEMO_FLAGS)
@@ -21,6 +21,11 @@ TEST_FLAGS := -n 2 --dist worksteal --run-limit 2700 -o faulthandler_timeout=660
 # A process for each of two cores; torch's own threads would only get into their way.
 test: .venv/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not browser" $(TEST_FLAGS)
+
+# What the pages print on other processors, and rounded in other ways: exactly what they show. `make test` tries
+# two of these.
+pages: .venv/.installed-dev
+	$(BIN)/python -m tests.docs.stability
 
 # Through every page in Chromium; here a missing browser is a failure and not a skip.
 browser: .venv/.installed-dev
