@@ -4,7 +4,6 @@ import json
 import math
 import subprocess
 import sys
-from datetime import timedelta
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 
 from clinometer.distributed.sharded_tensors import Together, is_distributed, is_sharded, local, rank
 from clinometer.optim.clipping import clip_grad_norm_, gradient_norms
+from tests.forked_ranks import PATIENCE, run_ranks
 
 FULL = {
     "rows": torch.linspace(-1, 2, 15).view(5, 3),  # three and two rows
@@ -73,7 +73,7 @@ def _rank(number, folder):
         init_method=f"file://{folder}/store",
         rank=number,
         world_size=2,
-        timeout=timedelta(seconds=60),
+        timeout=PATIENCE,
     )
     mesh = init_device_mesh("cpu", (2,))
     facts = {"rank": rank(), "distributed": is_distributed()}
@@ -134,7 +134,7 @@ def _rank(number, folder):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharding")
-    torch.multiprocessing.spawn(_rank, (str(folder),), nprocs=2)
+    run_ranks(_rank, str(folder), count=2)
     return [json.loads((folder / f"{number}.json").read_text()) for number in range(2)]
 
 

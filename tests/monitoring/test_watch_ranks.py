@@ -3,7 +3,6 @@
 import json
 import math
 import warnings
-from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from clinometer.messages import InputError
 from clinometer.monitoring.measure.noise_scale import NoiseScale
 from clinometer.monitoring.measure.statistics import STATISTICS
 from clinometer.monitoring.watch import watch
+from tests.forked_ranks import PATIENCE, run_ranks
 from tests.monitoring.sharded import PINS, Net, facts_of, parts_of, train
 from tests.monitoring.sink import Kept
 
@@ -84,7 +84,7 @@ def _rank(rank, folder):
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=2,
-        timeout=timedelta(seconds=100),
+        timeout=PATIENCE,
     )
     here = {"rank": rank, "ranks": 2}
     facts = {}
@@ -182,7 +182,7 @@ def _rank(rank, folder):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(_rank, (str(folder),), nprocs=2)
+    run_ranks(_rank, str(folder), count=2)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
