@@ -114,7 +114,9 @@ class _Check:
                 self._raise_its_own()
             raise
         self.functions, self.operators = own.functions, own.operators
-        modules = dict.fromkeys([m for m in [subject.module, *modules_named_by(self.closure)] if m])
+        modules = dict.fromkeys(
+            [m for m in [subject.module, *modules_named_by(self.closure)] if m is not None]
+        )
         also = [p for module in modules for p in module.parameters()]
         with in_double([*self.checked.values(), *also]) as (mode, doubled):
             self.mode, self.doubled = mode, doubled
