@@ -18,9 +18,10 @@ demo: .venv/.installed
 # pyproject.toml says; a worker that even then does not answer is ended with its stacks, and a run of 45 minutes too.
 TEST_FLAGS := -n 2 --dist worksteal --run-limit 2700 -o faulthandler_timeout=660 -o faulthandler_exit_on_timeout=true
 
-# A process for each of two cores; torch's own threads would only get into their way.
+# A process for each of two cores; torch's own threads would only get into their way. Bytecode is written whatever
+# the shell says: some two hundred processes import the package.
 test: .venv/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not browser" $(TEST_FLAGS)
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not browser" $(TEST_FLAGS)
 
 # What the pages print on other processors, and rounded in other ways: exactly what they show. `make test` tries
 # two of these.

@@ -8,6 +8,7 @@ possible, by faulthandler.
 from __future__ import annotations
 
 import _thread
+import signal
 import threading
 import time
 
@@ -39,6 +40,8 @@ class RunLimit:
         _thread.interrupt_main()
 
     def pytest_sessionstart(self) -> None:
+        # A shell's background job begins with SIGINT ignored, and interrupt_main() then does nothing.
+        self._handler = signal.signal(signal.SIGINT, signal.default_int_handler)
         self._timer.start()
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
@@ -53,6 +56,7 @@ class RunLimit:
 
     def pytest_sessionfinish(self) -> None:
         self._timer.cancel()
+        signal.signal(signal.SIGINT, self._handler)
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if not self._over:

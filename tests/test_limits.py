@@ -47,9 +47,23 @@ def run(folder, *flags, **files):
     for name, text in files.items():
         (folder / f"test_{name}.py").write_text(text)
     (folder / "pytest.ini").write_text("[pytest]\naddopts = -q\n")
+    # As a background job of a shell is begun.
+    ignore = "import os, signal, sys\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    ignore += "os.execv(sys.argv[1], sys.argv[1:])"
     plugins = [f"-p{name}" for name in ("xdist", "pytest_timeout", "tests.limits", "no:cacheprovider")]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *plugins, *FLAGS[1].split(), *flags, "."],
+        [
+            sys.executable,
+            "-c",
+            ignore,
+            sys.executable,
+            "-m",
+            "pytest",
+            *plugins,
+            *FLAGS[1].split(),
+            *flags,
+            ".",
+        ],
         cwd=folder,
         capture_output=True,
         text=True,
