@@ -26,11 +26,12 @@ from clinometer.monitoring.measure.noise_scale import EVERY as NOISE_EVERY
 from clinometer.monitoring.measure.pins import Pins
 from clinometer.monitoring.measure.shard_measures import Shards
 from clinometer.monitoring.measure.small_tensors import Gradients
-from clinometer.monitoring.measure.statistics import STATISTICS, Scratch
+from clinometer.monitoring.measure.statistics import Scratch
 from clinometer.monitoring.measure.step_row import StepRow, refresh
 from clinometer.monitoring.measure.tensor_description import describe, order_of_use
 from clinometer.monitoring.measure.watched_tensors import Roster
 from clinometer.monitoring.sinks import Outlet
+from clinometer.vocabulary import STATISTICS
 
 HISTOGRAMS_EVERY = 16
 

@@ -10,11 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from clinometer.monitoring.measure.statistics import STATISTICS
 from clinometer.monitoring.measure.step_row import StepRow
 from clinometer.monitoring.measure.watched_tensors import Roster
-
-_PLACE = {name: place for place, name in enumerate(STATISTICS)}
+from clinometer.vocabulary import COLUMN
 
 
 def median(values: Iterable[float]) -> float:
@@ -58,7 +56,7 @@ class Facts:
     step: int
     scalars: dict[str, float]
     statistics: np.ndarray
-    """(T, 8)."""
+    """(T, number of statistics), in the order of the vocabulary."""
     tensors: Tensors
     owned: np.ndarray
     """(T,) bool: some watched optimizer holds it."""
@@ -94,7 +92,7 @@ class Facts:
         return self.tensors.matrix
 
     def of(self, statistic: str) -> np.ndarray:
-        return self.statistics[:, _PLACE[statistic]]
+        return self.statistics[:, COLUMN[statistic]]
 
     @cached_property
     def grad_rms(self) -> np.ndarray:
