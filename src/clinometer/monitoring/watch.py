@@ -30,7 +30,7 @@ from clinometer.gradients.report.result import Result, jsonable
 from clinometer.gradients.step.explain_step import innermost
 from clinometer.messages import InputError, say
 from clinometer.monitoring.alert_diagnosis import report_data
-from clinometer.monitoring.alerts.text import document
+from clinometer.monitoring.alerts.watch_summary import summary_of
 from clinometer.monitoring.listen import torch_calls
 from clinometer.monitoring.sinks import Outlet, Sink
 from clinometer.monitoring.step import StepWatch
@@ -204,7 +204,7 @@ class Watch:
         return to_html(self._document())
 
     def _document(self) -> Document:
-        return document(len(self.names), self.step, self.alerts, self.closed)
+        return summary_of(len(self.names), self.step, self.alerts, self.closed)
 
     def flush(self) -> None:
         """Tell the sinks the last step now, instead of when the next one begins."""
