@@ -48,7 +48,6 @@ class StepRow:
     def __init__(self, step: int, watched: list[WatchedTensors], *, measured: bool, histograms: bool) -> None:
         self.step = step
         self.measured = measured
-        self.told = False
         self.batch: dict[str, Any] | None = None
         """The batch's identity, if the loop said it."""
         self.device: torch.device | None = None
@@ -102,7 +101,7 @@ class StepRow:
         watched: Iterable[WatchedTensors],
         optimizers: Iterable[Optimizer],
         scratch: Scratch,
-        joined: Gradients,
+        small_gradients: Gradients,
     ) -> list[int]:
         """Measure each gradient once, beside the first moment its optimizer holds; returns which."""
         found: list[int] = []
@@ -134,7 +133,9 @@ class StepRow:
         if small:
             indices = [index for index, _, _ in small]
             counts = None if self.counts is None else np.zeros((len(small), BUCKETS), np.int64)
-            numbers = joined.measure([g for _, g, _ in small], [m for _, _, m in small], scratch, counts)
+            numbers = small_gradients.measure(
+                [g for _, g, _ in small], [m for _, _, m in small], scratch, counts
+            )
             self.statistics[np.array(indices)[:, None], GRADIENT_PASS] = numbers
             if self.counts is not None and counts is not None:
                 self.counts[indices, 0] += counts
