@@ -12,8 +12,8 @@ from torch import nn
 from clinometer.distributed import rendezvous
 from clinometer.messages import InputError
 from clinometer.monitoring.measure.noise_scale import NoiseScale
-from clinometer.monitoring.measure.statistics import STATISTICS
 from clinometer.monitoring.watch import watch
+from clinometer.vocabulary import STATISTICS
 from tests.forked_ranks import PATIENCE, run_ranks
 from tests.monitoring.sharded import PINS, Net, facts_of, parts_of, train
 from tests.monitoring.sink import Kept

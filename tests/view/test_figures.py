@@ -10,7 +10,6 @@ import pytest
 
 import clinometer.view
 from clinometer.messages import sentences
-from clinometer.record.format.schema import STATISTICS
 from clinometer.record.read.reader import RunFile
 from clinometer.record.write.recorder import Recorder
 from clinometer.view import figures
@@ -21,6 +20,7 @@ from clinometer.view.figures.order import in_order
 from clinometer.view.figures.strip import last_values, strip
 from clinometer.view.figures.style import four, percent, times
 from clinometer.view.figures.words import alert_sentences
+from clinometer.vocabulary import STATISTICS
 from tests.view.conftest import EVIL, NAME, record
 
 

@@ -8,25 +8,13 @@ one strange step is no alert unless the rule says that one is enough.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from clinometer.messages import say, sentences
-from clinometer.monitoring.alerts.facts import Facts
-from clinometer.monitoring.alerts.rules_run import RUN_RULES
-from clinometer.monitoring.alerts.rules_tensors import TENSOR_RULES
-from clinometer.monitoring.alerts.trouble import Trouble
+from clinometer.monitoring.alerts.facts import Facts, Trouble
+from clinometer.monitoring.alerts.rules import RULES, Rule
 
 SHOWN = 3
-
-
-class Rule(Protocol):
-    """Keeps what it needs of the past; `look` is called once a step, in order."""
-
-    cause: str
-    opens: int
-    closes: int
-
-    def look(self, facts: Facts) -> Trouble | None: ...
 
 
 class _Case(NamedTuple):
@@ -40,7 +28,7 @@ class Alerts:
 
     def __init__(self, tell: Callable[[dict[str, Any]], None]) -> None:
         self._tell = tell
-        self._cases = [_Case(make(), {}) for make in (*TENSOR_RULES, *RUN_RULES)]
+        self._cases = [_Case(make(), {}) for make in RULES]
         self._open: dict[str, dict[str, Any]] = {}
         self._calm: dict[str, int] = {}
         self._last: dict[str, int] = {}

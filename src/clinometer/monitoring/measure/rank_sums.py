@@ -18,12 +18,17 @@ import torch
 
 from clinometer.distributed.rendezvous import Meeting
 from clinometer.messages import InputError
-from clinometer.monitoring.measure.statistics import STATISTICS
+from clinometer.monitoring.measure.statistics import LARGEST as LARGEST_NUMBER
+from clinometer.vocabulary import COLUMN, MEASURED, OverRanks, Source
 
-_GN, _GM, _ZEROS, _BAD, _WN, _UN, _COS, _MN = range(len(STATISTICS))
-_LARGEST = float(np.finfo(np.float32).max)
-_COLUMNS = 9
+_SUMS = [column for column, one in enumerate(MEASURED) if one.over_ranks is not OverRanks.MAXIMUM]
+_MAXIMA = [column for column, one in enumerate(MEASURED) if one.over_ranks is OverRanks.MAXIMUM]
+_COLUMNS = len(_SUMS) + 2
+"""Sums a tensor: the statistics that are sums, on how many ranks there is a first moment, the first ‖θ‖²."""
+_GRADIENT, _MOMENT = COLUMN["grad_norm"], COLUMN["moment_norm"]
+"""NaN where a part has no gradient, or no first moment."""
 _ABSENT = -1.0
+"""The maximum of a tensor without a gradient."""
 
 SUMMED = ("loss", "losses", "first_shards", "first_whole", "wholes")
 """Numbers of the step as a whole that are added up over ranks."""
@@ -61,8 +66,9 @@ class Exchange:
         parts.append(np.array([scalars[name] for name in SUMMED]))
         if counts is not None:
             parts.append(np.where(here[:, None, None], counts, 0).astype(np.float64).ravel())
-        absent = np.isnan(statistics[:, _GN])
-        largest = np.where(absent, _ABSENT, np.nan_to_num(statistics[:, _GM], nan=math.inf, posinf=math.inf))
+        absent = np.isnan(statistics[:, [_GRADIENT]])
+        maxima = np.nan_to_num(statistics[:, _MAXIMA], nan=math.inf, posinf=math.inf)
+        largest = np.where(absent, _ABSENT, maxima).T.ravel()
         compared = [scalars[name] for name in COMPARED]
         flags = [*compared, *(-value for value in compared), *(scalars[name] for name in LARGEST)]
         most = np.concatenate([np.array(flags), largest, moved_elsewhere.astype(np.float64)])
@@ -107,50 +113,60 @@ class Agreed:
         flags = len(COMPARED)
         self.largest = dict(zip(LARGEST, most[2 * flags : 2 * flags + len(LARGEST)].tolist(), strict=True))
         rest = most[2 * flags + len(LARGEST) :]
-        self.moved_elsewhere = rest[tensors:] > 0
-        self.first_norm = np.sqrt(columns[:, 8])
-        self.statistics = _statistics_of(columns, rest[:tensors], numel)
+        end = len(_MAXIMA) * tensors
+        self.moved_elsewhere = rest[end:] > 0
+        self.first_norm = np.sqrt(columns[:, -1])
+        self.statistics = _statistics_of(columns, rest[:end].reshape(len(_MAXIMA), tensors), numel)
 
 
 def _sums_of(statistics: np.ndarray, numel: np.ndarray, first_norm: np.ndarray) -> np.ndarray:
-    """(T, 9): ‖g‖², zeros, non-finite, ⟨g, m⟩, ‖m‖², whether there is m, ‖θ‖², ‖Δθ‖², first ‖θ‖²."""
+    """(T, _COLUMNS) from the statistics of the parts here, which have `numel` entries."""
     known = np.nan_to_num(statistics, nan=0.0, posinf=math.inf)
+    columns = []
     with np.errstate(over="ignore", invalid="ignore"):
-        product = np.nan_to_num(known[:, _COS] * known[:, _GN] * known[:, _MN], nan=0.0)
-        columns = [
-            known[:, _GN] ** 2,
-            np.rint(known[:, _ZEROS] * numel),
-            known[:, _BAD],
-            product,
-            known[:, _MN] ** 2,
-            (~np.isnan(statistics[:, _MN])).astype(np.float64),
-            known[:, _WN] ** 2,
-            known[:, _UN] ** 2,
-            np.nan_to_num(first_norm, nan=0.0, posinf=math.inf) ** 2,
-        ]
+        for column in _SUMS:
+            one, values = MEASURED[column], known[:, column]
+            if one.over_ranks is OverRanks.ROOT_OF_SQUARES:
+                columns.append(values**2)
+            elif one.over_ranks is OverRanks.SHARE:
+                columns.append(np.rint(values * numel))
+            elif one.over_ranks is OverRanks.COSINE:
+                first, second = (known[:, COLUMN[name]] for name in one.norms)
+                columns.append(np.nan_to_num(values * first * second, nan=0.0))
+            else:
+                columns.append(values)
+        columns.append((~np.isnan(statistics[:, _MOMENT])).astype(np.float64))
+        columns.append(np.nan_to_num(first_norm, nan=0.0, posinf=math.inf) ** 2)
     return np.stack(columns, axis=1)
 
 
-def _statistics_of(columns: np.ndarray, largest: np.ndarray, numel: np.ndarray) -> np.ndarray:
-    """(T, 8) of the whole tensors, by the rules of statistics.py."""
-    square, zeros, bad, product, moment_square, moments, weight, update, _ = columns.T
-    found = np.full((len(columns), len(STATISTICS)), np.nan)
-    finite = bad == 0
+def _statistics_of(sums: np.ndarray, maxima: np.ndarray, numel: np.ndarray) -> np.ndarray:
+    """(T, number of statistics) of the full tensors, by the rules of statistics.py."""
+    found = np.full((len(sums), len(MEASURED)), np.nan)
+    summed = {MEASURED[column].name: sums[:, place] for place, column in enumerate(_SUMS)}
+    finite, has_moment = summed["grad_nonfinite"] == 0, sums[:, -2] > 0
+    absent = maxima[0] == _ABSENT
     with np.errstate(divide="ignore", invalid="ignore"):
-        norm = np.minimum(np.sqrt(square), _LARGEST)
-        found[:, _GN] = np.where(finite, norm, math.inf)
-        found[:, _GM] = np.where(finite, np.minimum(largest, _LARGEST), math.inf)
-        found[:, _ZEROS] = np.where(numel > 0, zeros / np.maximum(numel, 1), 0.0)
-        found[:, _BAD] = bad
-        told = finite & (moments > 0) & (square > 0) & (moment_square > 0) & np.isfinite(moment_square)
-        cosine = product / np.sqrt(square) / np.sqrt(moment_square)
-        found[:, _COS] = np.where(told, np.clip(cosine, -1, 1), np.nan)
-        found[:, _MN] = np.where(moments > 0, _norm(moment_square), np.nan)
-        absent = largest == _ABSENT
-        found[absent, :] = np.nan
-        found[:, _WN], found[:, _UN] = _norm(weight), _norm(update)
+        for column, one in enumerate(MEASURED):
+            if one.over_ranks is OverRanks.MAXIMUM:
+                values = np.minimum(maxima[_MAXIMA.index(column)], LARGEST_NUMBER)
+            elif one.over_ranks is OverRanks.ROOT_OF_SQUARES:
+                square = summed[one.name]
+                values = np.minimum(np.sqrt(square), LARGEST_NUMBER)
+                if one.if_not_finite is None:
+                    values = np.where(np.isfinite(square), values, math.inf)
+            elif one.over_ranks is OverRanks.SHARE:
+                values = np.where(numel > 0, summed[one.name] / np.maximum(numel, 1), 0.0)
+            elif one.over_ranks is OverRanks.COSINE:
+                first, second = (summed[name] for name in one.norms)
+                defined = (first > 0) & (second > 0) & np.isfinite(second)
+                cosine = summed[one.name] / np.sqrt(first) / np.sqrt(second)
+                values = np.where(defined, np.clip(cosine, -1, 1), np.nan)
+            else:
+                values = summed[one.name]
+            if one.if_not_finite is not None:
+                values = np.where(finite, values, one.if_not_finite)
+            if one.source is Source.MOMENT:
+                values = np.where(has_moment, values, np.nan)
+            found[:, column] = values if one.source is Source.WEIGHT else np.where(absent, np.nan, values)
     return found
-
-
-def _norm(square: np.ndarray) -> np.ndarray:
-    return np.where(np.isfinite(square), np.minimum(np.sqrt(square), _LARGEST), math.inf)

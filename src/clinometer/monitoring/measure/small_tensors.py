@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clinometer.monitoring.measure.histograms import BUCKETS, LOW_EXPONENT
 from clinometer.monitoring.measure.statistics import (
     LARGEST,
     TRUSTED,
@@ -24,6 +23,7 @@ from clinometer.monitoring.measure.statistics import (
     Scratch,
     measure_gradient,
 )
+from clinometer.vocabulary import BUCKETS, LOW_EXPONENT
 
 ROW = 1024
 _MOST = 1 << 16

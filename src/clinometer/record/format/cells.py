@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from clinometer.record.format.columns import statistics_of
 from clinometer.record.format.rollups import ABSENT_NUMBER
-from clinometer.record.format.schema import ABSENT, LEVELS, STATISTICS, rollup_key
+from clinometer.record.format.schema import ABSENT, LEVELS, rollup_key
 
 MOST_BYTES = 24 << 20
 """What one answer may read: a wider range is then seen in fewer, coarser cells."""
@@ -135,7 +136,7 @@ def statistics(
                 pieces.append(piece)
                 begin = int(piece.start[-1]) + size
         first = begin
-    size = len(STATISTICS)
+    size = len(statistics_of(connection))
     rows = connection.execute(
         f"SELECT step, {cut.sql('statistics', size)} FROM steps WHERE step BETWEEN ? AND ?", (first, last)
     ).fetchall()

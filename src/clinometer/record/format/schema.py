@@ -6,9 +6,12 @@ turns the version before into it, and to VIEWS what lets a reader see the versio
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 from pathlib import Path
+
+from clinometer.vocabulary import STATISTICS
 
 FILE_NAME = "run.sqlite"
 LOCK_NAME = ".run.sqlite.lock"
@@ -17,18 +20,6 @@ APPLICATION_ID = 0x436C696E
 VERSION = 1
 PAGE_SIZE = 4096
 """A step of 300 tensors changes three pages of this size, and all that a commit writes is changed pages."""
-
-STATISTICS = (
-    "grad_norm",
-    "grad_max",
-    "grad_zeros",
-    "grad_nonfinite",
-    "weight_norm",
-    "update_norm",
-    "cosine",
-    "moment_norm",
-)
-"""The columns of a step's float32 row a tensor. Each file repeats them as meta.statistics."""
 
 LEVELS = (16, 256, 4096)
 """Steps in one roll-up, level by level; each is 16 of the one before."""
@@ -60,10 +51,6 @@ WEIGHT_FIELDS = (
     "lr",
     "weight_decay",
 )
-
-HISTOGRAM_KINDS = ("grad", "weight", "update")
-BUCKETS = 64
-LOW_EXPONENT = -48
 
 TABLES = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -120,6 +107,7 @@ def create(path: Path, identity: str) -> None:
             connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             connection.execute(f"PRAGMA user_version = {VERSION}")
             connection.execute("INSERT INTO meta VALUES ('id', ?)", (f'"{identity}"',))
+            connection.execute("INSERT INTO meta VALUES ('statistics', ?)", (json.dumps(STATISTICS),))
             connection.execute("COMMIT")
         finally:
             connection.close()

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from clinometer.messages import InputError
-from clinometer.record.format.schema import BUCKETS, HISTOGRAM_KINDS, LOW_EXPONENT, STATISTICS
+from clinometer.vocabulary import BUCKETS, HISTOGRAM_KINDS, LOW_EXPONENT, STATISTICS
 
 
 class _Numbers:

@@ -17,8 +17,9 @@ import numpy as np
 
 from clinometer.foreign_files import parse_json
 from clinometer.messages import InputError
+from clinometer.record.format.columns import derived_from, statistics_of
 from clinometer.record.format.open_run import damaged, open_for_reading
-from clinometer.record.format.schema import ABSENT, FILE_NAME, STATISTICS
+from clinometer.record.format.schema import ABSENT, FILE_NAME
 from clinometer.record.read import curves, run_state
 from clinometer.record.read.curves import bounded
 from clinometer.record.read.find_runs import find_runs as find_runs
@@ -106,6 +107,7 @@ class RunFile:
         tensors, numel = query("SELECT count(*), coalesce(sum(numel), 0) FROM tensors").fetchone()
         (alerts,) = query("SELECT count(*) FROM alerts").fetchone()
         now, since = self._state(meta)
+        statistics = statistics_of(self._connection)
         return {
             "id": str(meta.get("id", "")),
             "name": str(meta.get("name") or self.folder.name),
@@ -118,7 +120,8 @@ class RunFile:
             "every": curves.every_of(self._connection),
             "config": _dict(meta.get("config")),
             "environment": _dict(meta.get("environment")),
-            "statistics": list(STATISTICS),
+            "statistics": list(statistics),
+            "derived": list(derived_from(statistics)),
             "model": meta.get("model"),
             "optimizers": meta.get("optimizers") or [],
             "numel": numel,
@@ -180,8 +183,8 @@ class RunFile:
     ) -> dict[str, Any]:
         """One statistic of some tensors: "step" (n,), "stride"; "mean", "min", "max": float32 (len(ids), n).
 
-        Besides the stored statistics: grad_rms, weight_rms, update_rms, moment_rms and update_ratio. Over
-        several steps the last is the ratio of the means, and its ends are bounds. NaN: no gradient.
+        The file's statistics and those derived from them: root mean squares (`grad_rms`, …), and ratios
+        (`update_ratio`), which over several steps are ratios of means with bounds as ends. NaN: no gradient.
         """
         return curves.series(self._connection, ids, statistic, first, last, points)
 
@@ -202,7 +205,7 @@ class RunFile:
 
     @_reading
     def row(self, step: int) -> dict[str, Any] | None:
-        """Everything of one step, or None: "step", "time", "scalars", "statistics" (T, 8) float32."""
+        """Everything of one step, or None: "step", "time", "scalars", "statistics" float32 (T, S)."""
         found = self._connection.execute(
             "SELECT time, scalars, statistics FROM steps WHERE step = ?", (bounded(step),)
         ).fetchone()
@@ -210,8 +213,8 @@ class RunFile:
             return None
         numbers = np.frombuffer(found[1], dtype="<f8")
         there = numbers.view("<u8") != ABSENT
-        names = list(curves.scalar_ids(self._connection))
-        statistics = np.frombuffer(found[2], dtype="<f4").reshape(-1, len(STATISTICS)).copy()
+        names, width = list(curves.scalar_ids(self._connection)), len(statistics_of(self._connection))
+        statistics = np.frombuffer(found[2], dtype="<f4").reshape(-1, width).copy()
         scalars = {names[i]: float(numbers[i]) for i in np.flatnonzero(there)}
         return {"step": step, "time": found[0], "scalars": scalars, "statistics": statistics}
 
@@ -219,7 +222,7 @@ class RunFile:
     def rows(self, first: int | None = None, last: int | None = None, limit: int = 1000) -> dict[str, Any]:
         """The first `limit` steps of a range as they are, for exports: read on from the last step + 1.
 
-        {"step", "time" (n,), "scalars": {name: (n,)}, "logged": {name: (n,) bool}, "statistics": (n, T, 8)}
+        {"step", "time" (n,), "scalars": {name: (n,)}, "logged": {name: (n,) bool}, "statistics": (n, T, S)}
         """
         return curves.rows(self._connection, 0 if first is None else bounded(first), bounded(last), limit)
 
