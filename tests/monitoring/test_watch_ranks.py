@@ -345,7 +345,7 @@ def test_a_watch_closed_on_one_rank_is_named(ranks):
 
 def test_pins_of_one_rank_alone_are_not_written_and_said_so(ranks):
     for facts in ranks:
-        assert any("Pinned weights are not written down" in said for said in facts["pins of one"])
+        assert any("Pinned weights are not recorded" in said for said in facts["pins of one"])
     assert ranks[0]["p"] == []
 
 

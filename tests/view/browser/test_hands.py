@@ -250,7 +250,7 @@ def test_what_is_not_finite_is_said_with_its_step_and_alerts_are_read_at_their_t
     expect(page.locator("[data-cell=loss]")).to_have_text("not finite (step 60)")
     page.locator(".run-name").click()
     settled(page)
-    expect(page.locator("[data-number=loss] .strip-value")).to_have_text("not finite first at step 60")
+    expect(page.locator("[data-number=loss] .strip-value")).to_have_text("not finite (first at step 60)")
     expect(page.locator("[data-number=norm] .strip-value")).to_have_text(re.compile(r"^\d"))
     ticks = page.locator(".alert-tick")
     expect(ticks).to_have_count(3)
