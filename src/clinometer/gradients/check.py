@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from clinometer.gradients.capture import Capture
 from clinometer.gradients.closure import Closure, eagerly, evaluate
@@ -30,6 +29,7 @@ from clinometer.gradients.conclusions import (
 from clinometer.gradients.differences import DIRECTIONS, Judgement
 from clinometer.gradients.double import LIFT, InDouble, in_double
 from clinometer.gradients.forward_mode import ForwardMode
+from clinometer.gradients.function_calls import function_calls
 from clinometer.gradients.layers import LayerCheck, check_call
 from clinometer.gradients.localise import EntryCheck, check_entry, localise
 from clinometer.gradients.overwritten import is_overwritten
@@ -42,6 +42,8 @@ from clinometer.gradients.untouched import Before, modules_named_by, untouched
 from clinometer.gradients.verdict import GradientCheck, TensorCheck
 from clinometer.gradients.where import Where
 from clinometer.messages import InputError
+from clinometer.torch_internals.tensors import is_wrapper
+from clinometer.torch_support import offers
 
 MOST_NARROWED = 6
 Progress = Callable[[int, int], None]
@@ -70,6 +72,7 @@ def check_gradients(
     Raises InputError for what is no set of tensors or no loss, and for sharded tensors; UnknownName for a
     name in `entries`.
     """
+    offers("checkpoints", "engine", "functions", "operators", "transforms")
     subject = Subject.of(params)
     ranks = Ranks(subject.tensors, [m for m in (subject.module, *modules_named_by(closure)) if m is not None])
     ranks.refuse_sharded("check.sharded")
@@ -78,6 +81,7 @@ def check_gradients(
     with (
         ranks.apart(),
         untouched(subject, closure=closure) as before,
+        function_calls(),
         eagerly(),
         sdpa_kernel(SDPBackend.MATH),
     ):
@@ -317,7 +321,7 @@ def _checkable(tensor: Tensor) -> bool:
         tensor.requires_grad
         and tensor.is_leaf
         and tensor.layout is torch.strided
-        and not is_traceable_wrapper_subclass(tensor)
+        and not is_wrapper(tensor)
         and not tensor.is_meta
         and tensor.numel() > 0
     )

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from clinometer.gradients.graph import Graph, Node, operation, same_values
 from clinometer.gradients.keeping import dense_parts
 from clinometer.gradients.tracing import Trace
 from clinometer.sharding import is_sharded
+from clinometer.torch_internals.nodes import saved
+from clinometer.torch_internals.tensors import is_wrapper
 
 Read = Callable[[str], Any]
 """What a node saved under a name; None when it saved nothing, or it may not be read."""
@@ -165,7 +166,7 @@ class Flow:
         self.events[node] = event
 
     def _saved(self, node: Node, name: str) -> Any:
-        return plain(getattr(node, f"_saved_{name}", None)) if self.trace.may_read(node) else None
+        return plain(saved(node, name)) if self.trace.may_read(node) else None
 
     def _cancels(
         self,
@@ -228,7 +229,7 @@ def largest(gradient: Tensor | None) -> float | None:
     """The largest absolute value: inf or NaN if there is one; None for no gradient."""
     if gradient is None:
         return None
-    if gradient.layout is not torch.strided or is_traceable_wrapper_subclass(gradient) or gradient.is_nested:
+    if gradient.layout is not torch.strided or is_wrapper(gradient) or gradient.is_nested:
         if gradient.layout is torch.sparse_coo and not gradient.is_coalesced():
             gradient = gradient.coalesce()
         parts = [v for part in dense_parts(gradient) if (v := largest(part)) is not None]

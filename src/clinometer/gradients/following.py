@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import parametrizations
 
 from clinometer.gradients.calls import name_of, tensors_in
 from clinometer.gradients.contraction import Placement
 from clinometer.gradients.derived import ELEMENTWISE, Derived, function_of
+from clinometer.torch_internals.frames import is_parametrization
 
 
 class Followed:
@@ -123,8 +123,7 @@ def is_parametrizing() -> bool:
     frame: Any = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename in _HERE:
         frame = frame.f_back
-    return frame is not None and frame.f_code.co_filename in _PARAMETRIZATIONS
+    return is_parametrization(frame)
 
 
-_PARAMETRIZATIONS = {str(parametrizations.__file__)}
 _HERE = {__file__, __file__.replace("following", "uses")}

@@ -16,12 +16,11 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
-from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
 from clinometer.gradients.calls import name_of
-from clinometer.gradients.constants import in_custom
 from clinometer.gradients.differences import EPS, ROUNDING
+from clinometer.gradients.function_calls import function_calls, in_custom
 
 RELATIVE = 1e-12
 _VIEWS = {"T", "mT", "H", "mH", "real", "imag"}
@@ -100,17 +99,13 @@ class _Dual(TorchFunctionMode):
 
     @contextmanager
     def given_to_functions(self) -> Iterator[None]:
-        """Function.apply asks no mode, so it is wrapped for a while."""
-        apply = Function.__dict__["apply"]
+        """Function.apply asks no mode, so its calls get the dual numbers for a while."""
 
-        def dual_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-            return apply.__get__(None, cls)(*self._dual(args), **self._dual(kwargs))
+        def dual_apply(cls: Any, call: Any, args: Any, kwargs: Any) -> Any:
+            return call(*self._dual(args), **self._dual(kwargs))
 
-        Function.apply = classmethod(dual_apply)  # pyright: ignore[reportAttributeAccessIssue]
-        try:
+        with function_calls(dual_apply):
             yield
-        finally:
-            Function.apply = apply
 
     def _dual(self, value: Any) -> Any:
         if isinstance(value, Tensor):

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import _engine_run_backward
 
 from clinometer.gradients.constants import Held
 from clinometer.gradients.differences import EPS, ROUNDING, STEP, Along, Judgement, direction, judge, reals
@@ -17,6 +16,7 @@ from clinometer.gradients.forward_mode import ForwardMode, by_forward_mode
 from clinometer.gradients.graph import Graph
 from clinometer.gradients.where import Where
 from clinometer.messages import InputError
+from clinometer.torch_internals.nodes import run_backward
 
 MOST_RELEASED = 8
 """Lines that are tried one by one: an evaluation each."""
@@ -227,15 +227,7 @@ def backward(
     if not loss.requires_grad:
         return dict.fromkeys(tensors)
     try:
-        found = _engine_run_backward(
-            (loss,),
-            (torch.ones_like(loss),),
-            False,
-            False,
-            tuple(tensors.values()),
-            allow_unreachable=True,
-            accumulate_grad=False,
-        )
+        found = run_backward(loss, list(tensors.values()), accumulate=False)
     except RuntimeError as error:
         if "backward through the graph a second time" in str(error):
             raise InputError("check.graph_used_up") from error
@@ -244,9 +236,7 @@ def backward(
         # Reentrant checkpointing works only with gradients that are accumulated. It computes the block once
         # more in here, and must do so in double precision too.
         loss = again()
-        _engine_run_backward(
-            (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
-        )
+        run_backward(loss, [], accumulate=True)
         found = [tensor.grad for tensor in tensors.values()]
         for tensor in tensors.values():
             tensor.grad = None

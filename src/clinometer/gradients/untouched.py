@@ -25,6 +25,7 @@ from clinometer.gradients.keeping import CONTAINERS, KeptBits, KeptContainer, Ke
 from clinometer.gradients.randomness import RandomState
 from clinometer.gradients.ranks import shard_again
 from clinometer.gradients.subject import Subject
+from clinometer.torch_support import offers
 
 _ONE_AT_A_TIME = threading.RLock()
 
@@ -42,6 +43,7 @@ def untouched(subject: Subject, *, closure: Any = None, optimizer: Any = None) -
     tensors, modules and plain containers, hooks on tensors; what other threads draw meanwhile from the
     global random generators. A second thread that asks waits: two at once would put each other's state back.
     """
+    offers("versions")
     with _ONE_AT_A_TIME:
         before = Before(subject, closure, optimizer)
         try:

@@ -48,6 +48,7 @@ from clinometer.gradients.following import Followed, is_parametrizing
 from clinometer.gradients.gathered import Grouped, Steps, settled, widened
 from clinometer.gradients.recurrent import CELLS, LAYERS, opened_cell, opened_layer
 from clinometer.gradients.where import Where, user_frame
+from clinometer.torch_internals.tensors import ragged_dimension
 
 
 class Watched(TorchFunctionMode):
@@ -141,7 +142,7 @@ class Watched(TorchFunctionMode):
         self._hooked = out
         shown, given, named = out, args, kwargs
         if any(t.is_nested for t in (out, *tensors_in((args, kwargs)))):
-            if any(getattr(t, "_ragged_idx", 1) != 1 for t in tensors_in((args, kwargs, (out,)))):
+            if any(ragged_dimension(t) != 1 for t in tensors_in((args, kwargs, (out,)))):
                 return known
             shown, given = plain(out.detach()), tuple(plain(a) for a in args)
             named = {key: plain(value) for key, value in kwargs.items()}

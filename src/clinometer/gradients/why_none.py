@@ -16,6 +16,7 @@ from clinometer.gradients.source import definition_of
 from clinometer.gradients.subject import Subject
 from clinometer.gradients.tracing import Trace
 from clinometer.gradients.where import Where, is_installed
+from clinometer.torch_internals.custom_functions import function_of
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,10 @@ def _undefined(node: Any, flow: Flow) -> Reason | None:
     for event, _ in origins:
         where = flow.trace.places.get(event.node)
         if is_custom(event.node):
-            where = definition_of(type(event.node)._forward_cls.backward) or where
+            where = definition_of(function_of(event.node).backward) or where
             return Reason(
                 "none", "undefined-in-backward", FAULT, "", where,
-                {"function": type(event.node)._forward_cls.__name__}, group=event.node,
+                {"function": function_of(event.node).__name__}, group=event.node,
             )  # fmt: skip
         return Reason(
             "none", "undefined-in-backward", FAULT, "built_in", where, {"function": event.node.name()},

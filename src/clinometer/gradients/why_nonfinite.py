@@ -19,6 +19,7 @@ from clinometer.gradients.where import Where
 from clinometer.gradients.why_none import Reason
 from clinometer.gradients.why_zero import Clue, place_above
 from clinometer.gradients.wording import words
+from clinometer.torch_internals.custom_functions import function_of
 
 TRAPS = {
     "Sqrt": "sqrt", "Rsqrt": "sqrt", "Pow": "pow", "LinalgVectorNorm": "norm", "Norm": "norm",
@@ -62,7 +63,7 @@ def read_clue(
         return None
     name = operation(node)
     if is_custom(node):
-        return Clue("backward", "function", FAULT, (("function", type(node)._forward_cls.__name__),))
+        return Clue("backward", "function", FAULT, (("function", function_of(node).__name__),))
     trap = TRAPS.get(name, "")
     if not trap and bool(torch.isinf(bad).any()):
         return Clue("overflow", "backward", FAULT, (("dtype", str(bad.dtype).removeprefix("torch.")),))
@@ -93,7 +94,7 @@ def backward_reason(event: Event, clue: Clue, flow: Flow) -> Reason:
     """The finding for the node where a finite gradient stopped being finite."""
     where = flow.trace.places.get(event.node) or place_above(event.node, flow)
     if is_custom(event.node):
-        where = definition_of(type(event.node)._forward_cls.backward) or where
+        where = definition_of(function_of(event.node).backward) or where
     values = {"op": where.op if where else operation(event.node).lower(), **dict(clue.values)}
     return Reason("non-finite", clue.cause, FAULT, clue.variant, where, values, group=event.node)
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.dropout import _DropoutNd
 
 from clinometer.gradients.finding import EXPLAINED, FAULT, Severity
 from clinometer.gradients.flow import Event, Flow, Read, largest
@@ -29,6 +28,10 @@ from clinometer.gradients.kinds import (
 from clinometer.gradients.source import definition_of
 from clinometer.gradients.subject import Subject
 from clinometer.gradients.why_none import Reason
+from clinometer.torch_internals.custom_functions import function_of
+from clinometer.torch_internals.modules import Dropout
+from clinometer.torch_internals.nodes import shape_into
+from clinometer.torch_internals.tensors import has_hooks
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def read_clue(
     if name == "IndexPut" and position == 0 and _only_empty_below(node):
         return Clue("absent-rows", "empty", EXPLAINED)
     if is_custom(node):
-        return Clue("zeroed", "function", FAULT, (("function", type(node)._forward_cls.__name__),))
+        return Clue("zeroed", "function", FAULT, (("function", function_of(node).__name__),))
     if _underflows(name, into[position], gradient, size):
         return Clue("underflow", "", FAULT, (("dtype", str(_dtype(into[position])).removeprefix("torch.")),))
     if name in LOSS:
@@ -113,9 +116,9 @@ def _only_empty_below(node: Node) -> bool:
     while below is not None and operation(below) == "IndexPut":
         written = below.next_functions[1][0]
         if written is not None:
-            shapes.append(written._input_metadata[below.next_functions[1][1]].shape)
+            shapes.append(shape_into(written, below.next_functions[1][1]))
         below = below.next_functions[0][0]
-    return below is None and bool(shapes) and all(0 in shape for shape in shapes)
+    return below is None and bool(shapes) and all(shape is not None and 0 in shape for shape in shapes)
 
 
 def _runs_over_one(gradient: Tensor, dim: int | None) -> bool:
@@ -135,7 +138,7 @@ def why_zero(
     if node is None or chosen is None:
         if node is None or not _arrived(node, flow):
             return Reason("zero", "unknown", EXPLAINED, group=0)
-        if subject.tensors[name]._backward_hooks:
+        if has_hooks(subject.tensors[name]):
             return Reason("zero", "zeroed", EXPLAINED, "hook", group=0)
         return Reason("zero", "structural", EXPLAINED, "cancels", group=0)
     event, position = chosen
@@ -149,7 +152,7 @@ def why_zero(
     if variant == "empty":
         group = 0  # the same for every expert that got nothing
     elif cause == "zeroed":
-        where = definition_of(type(event.node)._forward_cls.backward) or where
+        where = definition_of(function_of(event.node).backward) or where
     elif cause == "zero-weight-downstream" and variant == "product":
         factor = _other_factor(event.node, position)
         silent = _silent_below(factor, flow)
@@ -197,7 +200,7 @@ def _masked(event: Event, clue: Clue, flow: Flow, name: str, sizes: Mapping[str,
         path = where.module if where is not None else ""
         module = flow.trace.module_at(path)
         variant, group = "dropout", None
-        if isinstance(module, _DropoutNd) or "dropout" in type(module).__name__.lower():
+        if isinstance(module, Dropout) or "dropout" in type(module).__name__.lower():
             variant, values["module"] = "dropout_module", path
             group = path
     elif variant == "attention":

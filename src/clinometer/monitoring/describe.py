@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from clinometer.monitoring.roster import Watched
+from clinometer.torch_internals.nodes import order_of
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.)")
 
@@ -65,7 +66,9 @@ def order_of_use(
         if node in seen:
             continue
         seen.add(node)
-        number = node._sequence_nr()
+        number = order_of(node)
+        if number is None:  # this torch does not number its nodes
+            return {}
         for place, (following, _) in enumerate(node.next_functions):
             if following is None:
                 continue

@@ -31,6 +31,7 @@ from clinometer.monitoring.shards import Shards
 from clinometer.monitoring.statistics import STATISTICS, Scratch
 from clinometer.monitoring.surroundings import environment, memory_in_use
 from clinometer.sharding import is_sharded, rank
+from clinometer.torch_internals.kernels import scale_of
 
 HISTOGRAMS_EVERY = 16
 
@@ -235,8 +236,8 @@ class Session:
         if (memory := memory_in_use(row.device)) is not None:
             row.scalars["memory"] = memory
         scaler = self._scaler()
-        if scaler is not None and scaler._scale is not None:
-            row.scalars["grad_scale"] = scaler._scale.clone()
+        if scaler is not None and (scale := scale_of(scaler)) is not None:
+            row.scalars["grad_scale"] = scale.clone()
         row.first_square, row.noise_ranks = self._first_part.take()
         self._parts_before = row.parts
         self._scaling, self._unscaled = False, set()
@@ -287,7 +288,7 @@ class Session:
         if self._asking:
             return
         scaler = self._scaler()
-        scale = scaler._scale if scaler is not None and self._scaling else None
+        scale = scale_of(scaler) if scaler is not None and self._scaling else None
         tensors = self.roster.tensors()
         self._chains.backward_ended()
         if not self._losses.ended([*tensors, *self.shards.gathered()], losses, given, scale, len(tensors)):
