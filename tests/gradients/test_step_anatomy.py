@@ -167,9 +167,7 @@ def test_swallowed_steps_of_bfloat16_weights_are_counted():
     assert m.swallowed == pytest.approx(0.7)
     assert m.lost == pytest.approx(0.7**0.5, rel=1e-2)
     assert anatomy.faithful is True
-    assert "70 % of the weights that should move did not move" in " ".join(
-        anatomy.render("en").split()
-    )
+    assert "70 % of the weights that should move did not move" in " ".join(anatomy.render("en").split())
 
 
 def test_several_groups_have_their_own_numbers():

@@ -8,7 +8,6 @@ a forward alone, for in it the others would be waited for.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -19,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clinometer.distributed.sharded_tensors import is_distributed, is_sharded
 from clinometer.messages import InputError
+from clinometer.torch_internals.modules import fsdp_groups, gathered, shard_group, was_gathered
 
 _NOTHING = -1.0
 _NAN = 1e300
@@ -83,12 +83,12 @@ class Ranks:
         for module in self._modules:
             groups = fsdp_groups(module)
             parts = [part for group in groups for part in group.fsdp_params]
-            if any(not hasattr(part, "_unsharded_param") for part in parts):
+            if not all(map(was_gathered, parts)):
                 module.unshard()  # pyright: ignore[reportCallIssue]
                 module.reshard()  # pyright: ignore[reportCallIssue]
             for part in parts:
                 if id(part.sharded_param) in mine:
-                    found[id(part._unsharded_param)] = part.sharded_param
+                    found[id(gathered(part))] = part.sharded_param
         return found
 
     def any(self, flag: bool) -> bool:
@@ -179,20 +179,7 @@ def shard_again(modules: Iterable[nn.Module]) -> None:
     """FSDP's modules hold shards again, as they do between steps; a forward alone leaves some whole."""
     for module in modules:
         for group in fsdp_groups(module):
-            if not group.is_sharded:
-                group._to_sharded()
-
-
-def fsdp_groups(module: nn.Module) -> list[Any]:
-    """The groups of parameters that FSDP2 gathers for this module itself."""
-    if not hasattr(module, "_get_fsdp_state") or "torch.distributed.fsdp" not in sys.modules:
-        return []
-    state: Any = module._get_fsdp_state()  # pyright: ignore[reportCallIssue]
-    groups = getattr(state, "_fsdp_param_groups", None)
-    if groups is None:  # before torch 2.12 there was one
-        one = getattr(state, "_fsdp_param_group", None)
-        groups = [] if one is None else [one]
-    return list(groups)
+            shard_group(group)
 
 
 def _param_sync(replica: DistributedDataParallel) -> bool:

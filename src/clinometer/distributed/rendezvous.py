@@ -16,11 +16,13 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from clinometer.distributed.sharded_tensors import Together, is_distributed, is_sharded, rank
 from clinometer.messages import InputError, say
+from clinometer.torch_internals.modules import default_store
 
 PATIENCE = 300.0
 """Seconds that a rank waits for the others before it says so and goes on without the watch."""
@@ -41,7 +43,9 @@ class Meeting:
         self.place = self.ranks.index(rank()) if rank() in self.ranks else 0
         number = _made[self.ranks] = _made.get(self.ranks, 0) + 1
         self._key = f"clinometer/watch/{'-'.join(map(str, _short(self.ranks)))}/{number}"
-        self._store: Any = dist.distributed_c10d._get_default_store()
+        self._store: Any = default_store()
+        if self._store is None:
+            raise InputError("torch.store", torch=torch.__version__)
         self._generation = 0
         self._confirm(told)
         self.group: Any = dist.new_group(

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clinometer.torch_internals.tensors import version_of
+
 _WHOLE = (Tensor, torch.nn.Parameter)
 
 
@@ -63,10 +65,10 @@ def _part(distributed: Any) -> Tensor:
 def version(tensor: Tensor) -> int:
     """Another number after anybody wrote to the tensor in place; FSDP writes to a DTensor's part."""
     if not is_sharded(tensor):
-        return tensor._version
+        return version_of(tensor)
     distributed: Any = tensor
     with torch.no_grad():
-        return tensor._version + distributed.to_local()._version
+        return version_of(tensor) + version_of(distributed.to_local())
 
 
 def counts_here(tensor: Tensor) -> bool:

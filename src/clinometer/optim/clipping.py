@@ -19,6 +19,7 @@ from clinometer.clip_observers import observers
 from clinometer.distributed.sharded_tensors import Together, is_sharded, local
 from clinometer.messages import InputError
 from clinometer.optim.fused_kernels import refuse_unusual
+from clinometer.torch_internals.kernels import foreach_mul_, foreach_norm
 
 _ROW = (64, 65536)  # entries that are summed in float32 before float64 takes over: error below 1e-5
 _TRUSTED = 1e-15  # a smaller float32 norm may have lost squares to underflow
@@ -131,7 +132,7 @@ def _norm_of_each(tensors: list[Tensor]) -> Tensor:
         return torch.stack([_norm_on_host(tensor) for tensor in tensors])
     # On the device float64 costs little: reading the gradients takes longer than adding them up.
     precision = torch.float32 if device.type == "mps" else torch.float64
-    norms = torch._foreach_norm(tensors, 2, dtype=precision)  # pyright: ignore[reportPrivateImportUsage]
+    norms = foreach_norm(tensors, 2, dtype=precision)
     return torch.stack(norms)
 
 
@@ -169,7 +170,7 @@ def _scale_(grads: list[Tensor], total: Tensor, max_norm: float) -> None:
         # Half precision multiplies in float32: the coefficient itself may be too small for float16.
         factor = coefficient.to(device, torch.promote_types(dtype, torch.float32))
         if dtype == factor.dtype:
-            torch._foreach_mul_(members, factor)  # pyright: ignore[reportPrivateImportUsage]
+            foreach_mul_(members, factor)
         else:
             for member in members:
                 member.copy_(member.to(factor.dtype) * factor)

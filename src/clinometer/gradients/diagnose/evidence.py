@@ -18,6 +18,8 @@ from clinometer.gradients.sandbox.tensors import largest
 from clinometer.gradients.trace.backward_trace import Read
 from clinometer.gradients.trace.graph import Node, is_custom, operation
 from clinometer.gradients.trace.node_kinds import CLAMP, LOSS, MASK, PICK, PRODUCT, RELU, SMOOTH, STEP, SUM
+from clinometer.torch_internals.custom_functions import function_of
+from clinometer.torch_internals.nodes import shape_into
 
 TRAPS = {
     "Sqrt": "sqrt", "Rsqrt": "sqrt", "Pow": "pow", "LinalgVectorNorm": "norm", "Norm": "norm",
@@ -72,7 +74,7 @@ def _why_zero(
     if name == "IndexPut" and position == 0 and _only_empty_below(node):
         return Clue("absent-rows", "empty", EXPLAINED)
     if is_custom(node):
-        return Clue("zeroed", "function", FAULT, (("function", type(node)._forward_cls.__name__),))
+        return Clue("zeroed", "function", FAULT, (("function", function_of(node).__name__),))
     if _underflows(name, into[position], gradient, size):
         return Clue("underflow", "", FAULT, (("dtype", str(_dtype(into[position])).removeprefix("torch.")),))
     if name in LOSS:
@@ -115,7 +117,7 @@ def _why_nonfinite(
         return None
     name = operation(node)
     if is_custom(node):
-        return Clue("backward", "function", FAULT, (("function", type(node)._forward_cls.__name__),))
+        return Clue("backward", "function", FAULT, (("function", function_of(node).__name__),))
     trap = TRAPS.get(name, "")
     if not trap and bool(torch.isinf(bad).any()):
         return Clue("overflow", "backward", FAULT, (("dtype", str(bad.dtype).removeprefix("torch.")),))
@@ -146,9 +148,9 @@ def _only_empty_below(node: Node) -> bool:
     while below is not None and operation(below) == "IndexPut":
         written = below.next_functions[1][0]
         if written is not None:
-            shapes.append(written._input_metadata[below.next_functions[1][1]].shape)
+            shapes.append(shape_into(written, below.next_functions[1][1]))
         below = below.next_functions[0][0]
-    return below is None and bool(shapes) and all(0 in shape for shape in shapes)
+    return below is None and bool(shapes) and all(shape is not None and 0 in shape for shape in shapes)
 
 
 def _runs_over_one(gradient: Tensor, dim: int | None) -> bool:

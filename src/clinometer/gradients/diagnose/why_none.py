@@ -14,6 +14,7 @@ from clinometer.gradients.trace.backward_trace import Flow
 from clinometer.gradients.trace.cuts import Cut, Escape
 from clinometer.gradients.trace.forward_trace import Trace
 from clinometer.gradients.trace.graph import is_custom
+from clinometer.torch_internals.custom_functions import function_of
 
 
 def before_any_run(tensor: Tensor) -> Reason | None:
@@ -70,10 +71,10 @@ def _undefined(node: Any, flow: Flow) -> Reason | None:
     for event, _ in origins:
         where = flow.trace.places.get(event.node)
         if is_custom(event.node):
-            where = definition_of(type(event.node)._forward_cls.backward) or where
+            where = definition_of(function_of(event.node).backward) or where
             return Reason(
                 "none", "undefined-in-backward", FAULT, "", where,
-                {"function": type(event.node)._forward_cls.__name__}, group=event.node,
+                {"function": function_of(event.node).__name__}, group=event.node,
             )  # fmt: skip
         return Reason(
             "none", "undefined-in-backward", FAULT, "built_in", where, {"function": event.node.name()},

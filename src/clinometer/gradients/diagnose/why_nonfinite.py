@@ -19,6 +19,7 @@ from clinometer.gradients.sandbox.subject import Subject
 from clinometer.gradients.sandbox.tensors import largest, plain
 from clinometer.gradients.trace.backward_trace import Event, Flow
 from clinometer.gradients.trace.graph import is_custom, operation
+from clinometer.torch_internals.custom_functions import function_of
 
 _INFINITE = words(
     """
@@ -64,7 +65,7 @@ def backward_reason(event: Event, clue: Clue, flow: Flow) -> Reason:
     """The finding for the node where a finite gradient stopped being finite."""
     where = flow.trace.places.get(event.node) or place_above(event.node, flow)
     if is_custom(event.node):
-        where = definition_of(type(event.node)._forward_cls.backward) or where
+        where = definition_of(function_of(event.node).backward) or where
     values = {"op": where.op if where else operation(event.node).lower(), **dict(clue.values)}
     return Reason("non-finite", clue.cause, FAULT, clue.variant, where, values, group=event.node)
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch.nn.modules.dropout import _DropoutNd
-
 from clinometer.gradients.diagnose.evidence import Clue
 from clinometer.gradients.report.finding import EXPLAINED, FAULT, Reason, Severity
 from clinometer.gradients.report.places import definition_of
@@ -18,6 +16,9 @@ from clinometer.gradients.trace.node_kinds import (
     HINGES,
     PRODUCT,
 )
+from clinometer.torch_internals.custom_functions import function_of
+from clinometer.torch_internals.modules import Dropout
+from clinometer.torch_internals.tensors import has_hooks
 
 
 def why_zero(
@@ -30,7 +31,7 @@ def why_zero(
     if node is None or chosen is None:
         if node is None or not _arrived(node, flow):
             return Reason("zero", "unknown", EXPLAINED, group=0)
-        if subject.tensors[name]._backward_hooks:
+        if has_hooks(subject.tensors[name]):
             return Reason("zero", "zeroed", EXPLAINED, "hook", group=0)
         return Reason("zero", "structural", EXPLAINED, "cancels", group=0)
     event, position = chosen
@@ -44,7 +45,7 @@ def why_zero(
     if variant == "empty":
         group = 0  # the same for every expert that got nothing
     elif cause == "zeroed":
-        where = definition_of(type(event.node)._forward_cls.backward) or where
+        where = definition_of(function_of(event.node).backward) or where
     elif cause == "zero-weight-downstream" and variant == "product":
         factor = _other_factor(event.node, position)
         silent = _silent_below(factor, flow)
@@ -92,7 +93,7 @@ def _masked(event: Event, clue: Clue, flow: Flow, name: str, sizes: Mapping[str,
         path = where.module if where is not None else ""
         module = flow.trace.module_at(path)
         variant, group = "dropout", None
-        if isinstance(module, _DropoutNd) or "dropout" in type(module).__name__.lower():
+        if isinstance(module, Dropout) or "dropout" in type(module).__name__.lower():
             variant, values["module"] = "dropout_module", path
             group = path
     elif variant == "attention":

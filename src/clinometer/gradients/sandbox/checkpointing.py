@@ -13,14 +13,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointFunction
+
+from clinometer.torch_internals.custom_functions import CheckpointFunction, without_modes
+from clinometer.torch_internals.look_up import replace
+from clinometer.torch_support import offers
 
 
 @contextmanager
 def opened_checkpoints(seen: Callable[[Tensor], None] | None = None) -> Iterator[None]:
     """Inside, checkpoints are opened; `seen` is given each output of a block while it has its graph."""
-    forward: Any = vars(CheckpointFunction)["forward"]
+    if not offers("checkpoints"):
+        yield
+        return
+    back = replace(CheckpointFunction, "forward", lambda forward: staticmethod(_opened(forward, seen)))
+    try:
+        yield
+    finally:
+        back()
 
+
+def _opened(forward: Any, seen: Callable[[Tensor], None] | None) -> Callable[..., Any]:
     def opened_forward(ctx: Any, run_function: Any, preserve_rng_state: Any, *args: Any) -> Any:
         def run(*given: Any) -> Any:
             with torch.enable_grad():
@@ -33,11 +45,7 @@ def opened_checkpoints(seen: Callable[[Tensor], None] | None = None) -> Iterator
         ctx.run_function = run_function  # the backward runs the block as it is
         return result
 
-    CheckpointFunction.forward = staticmethod(opened_forward)
-    try:
-        yield
-    finally:
-        CheckpointFunction.forward = forward
+    return opened_forward
 
 
 def _let_go(out: Any, seen: Callable[[Tensor], None] | None) -> Any:
@@ -45,5 +53,5 @@ def _let_go(out: Any, seen: Callable[[Tensor], None] | None) -> Any:
         return out
     if seen is not None:
         seen(out)
-    with torch._C.DisableTorchFunction():  # this detach is ours: no mode should take it for the user's
+    with without_modes():  # this detach is ours: no mode should take it for the user's
         return out.detach()

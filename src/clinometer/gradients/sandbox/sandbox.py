@@ -26,6 +26,7 @@ from clinometer.distributed.ranks import shard_again
 from clinometer.gradients.sandbox.random_state import RandomState
 from clinometer.gradients.sandbox.saved_state import CONTAINERS, KeptBits, KeptContainer, KeptTensor, has_grad
 from clinometer.gradients.sandbox.subject import Subject
+from clinometer.torch_support import offers
 
 _ONE_AT_A_TIME = threading.RLock()
 
@@ -44,6 +45,7 @@ def untouched(subject: Subject, *, closure: Any = None, optimizer: Any = None) -
     tensors, modules and plain containers, hooks on tensors; what other threads draw meanwhile from the
     global random generators. A second thread that asks waits: two at once would put each other's state back.
     """
+    offers("versions")
     with _ONE_AT_A_TIME:
         before = Before(subject, closure, optimizer)
         here = threading.get_ident()

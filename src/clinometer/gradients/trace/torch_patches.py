@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd import Function
 from torch.nn.modules import module as module_hooks
+
+from clinometer.gradients.trace.function_calls import function_calls
+from clinometer.torch_internals.look_up import replace
 
 
 @contextmanager
@@ -27,33 +29,36 @@ def seen_calls(
     `untouched` holds the lock.
     """
     here = threading.get_ident()
-    apply, make = Function.__dict__["apply"], nn.Parameter.__dict__["__new__"]
-    enter = torch.inference_mode.__dict__["__enter__"]
-    leave = torch.inference_mode.__dict__["__exit__"]
 
-    def seen_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        call = apply.__get__(None, cls)
-        if threading.get_ident() != here:
-            return call(*args, **kwargs)
+    def seen_apply(cls: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         return function(cls, lambda: call(*args, **kwargs), args)
 
-    def seen_make(cls: Any, data: Any = None, requires_grad: bool = True) -> Any:
-        made = make(cls, data, requires_grad)
-        if threading.get_ident() == here:
-            parameter(data, made)
-        return made
+    def seen_make(make: Any) -> Any:
+        def made_by(cls: Any, data: Any = None, requires_grad: bool = True) -> Any:
+            made = make.__get__(None, cls)(cls, data, requires_grad)
+            if threading.get_ident() == here:
+                parameter(data, made)
+            return made
 
-    def seen_enter(self: Any) -> None:
-        before = torch.is_grad_enabled()
-        enter(self)
-        if before and not torch.is_grad_enabled() and threading.get_ident() == here:
-            inference(True)
+        return staticmethod(made_by)
 
-    def seen_leave(self: Any, *error: Any) -> None:
-        before = torch.is_grad_enabled()
-        leave(self, *error)
-        if torch.is_grad_enabled() and not before and threading.get_ident() == here:
-            inference(False)
+    def seen_enter(enter: Any) -> Any:
+        def entering(self: Any) -> None:
+            before = torch.is_grad_enabled()
+            enter(self)
+            if before and not torch.is_grad_enabled() and threading.get_ident() == here:
+                inference(True)
+
+        return entering
+
+    def seen_leave(leave: Any) -> Any:
+        def leaving(self: Any, *error: Any) -> None:
+            before = torch.is_grad_enabled()
+            leave(self, *error)
+            if torch.is_grad_enabled() and not before and threading.get_ident() == here:
+                inference(False)
+
+        return leaving
 
     def came(module: nn.Module, args: Any) -> None:
         if threading.get_ident() == here:
@@ -63,19 +68,12 @@ def seen_calls(
         while threading.get_ident() == here and modules and modules.pop() is not module:
             pass  # a forward that raised, caught by the user's code
 
-    hooks = [module_hooks.register_module_forward_pre_hook(came)]
-    try:
-        hooks.append(module_hooks.register_module_forward_hook(went, always_call=True))
-        Function.apply = classmethod(seen_apply)  # pyright: ignore[reportAttributeAccessIssue]
-        nn.Parameter.__new__ = staticmethod(seen_make)
-        torch.inference_mode.__enter__ = seen_enter
-        torch.inference_mode.__exit__ = seen_leave  # pyright: ignore[reportAttributeAccessIssue]
+    with ExitStack() as after:
+        after.callback(modules.clear)
+        after.callback(module_hooks.register_module_forward_pre_hook(came).remove)
+        after.callback(module_hooks.register_module_forward_hook(went, always_call=True).remove)
+        after.enter_context(function_calls(seen_apply))
+        after.callback(replace(nn.Parameter, "__new__", seen_make))
+        after.callback(replace(torch.inference_mode, "__enter__", seen_enter))
+        after.callback(replace(torch.inference_mode, "__exit__", seen_leave))
         yield
-    finally:
-        Function.apply = apply
-        nn.Parameter.__new__ = make
-        torch.inference_mode.__enter__ = enter
-        torch.inference_mode.__exit__ = leave
-        for hook in hooks:
-            hook.remove()
-        modules.clear()

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Any
 
+from clinometer.torch_internals.kernels import scale_of
+
 
 class Scaling(Enum):
     """NOT_SCALED ──scale()──▶ SCALED ──unscale_()──▶ UNSCALED ──the step is complete──▶ NOT_SCALED."""
@@ -47,9 +49,10 @@ class LossScale:
     def of_loss(self) -> Any:
         """The scale in the loss that was differentiated; None if it was not scaled."""
         scaler = self._scaler()
-        return scaler._scale if scaler is not None and self.phase is not Scaling.NOT_SCALED else None
+        return scale_of(scaler) if scaler is not None and self.phase is not Scaling.NOT_SCALED else None
 
     def value(self) -> Any:
         """A copy of the scaler's scale now, on its device; None without a scaler."""
         scaler = self._scaler()
-        return None if scaler is None or scaler._scale is None else scaler._scale.clone()
+        scale = None if scaler is None else scale_of(scaler)
+        return None if scale is None else scale.clone()

@@ -18,6 +18,8 @@ from torch.amp import grad_scaler
 from torch.nn.utils import clip_grad
 
 from clinometer import clip_observers
+from clinometer.torch_internals.kernels import CLIPPING
+from clinometer.torch_internals.look_up import replace
 
 
 class Listener(Protocol):
@@ -61,7 +63,7 @@ def leave(listener: Listener) -> None:
 
 def _wrap_all() -> None:
     _replace(torch.autograd, "backward", _backward)
-    _replace(clip_grad, "_clip_grads_with_norm_", _clip_with_norm)
+    _replace(clip_grad, CLIPPING, _clip_with_norm)
     _replace(torch.nn.utils, "clip_grads_with_norm_", _clip_with_norm)
     for place in (clip_grad, torch.nn.utils):
         _replace(place, "clip_grad_value_", _clip_value)
@@ -74,22 +76,15 @@ def _wrap_all() -> None:
 
 
 def _replace(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
-    original = vars(owner).get(name)
-    if original is None:  # a torch that names it otherwise: what it would have told is not known
-        return
+    def make(original: Any) -> Any:
+        @functools.wraps(original)
+        def passing(*args: Any, **kwargs: Any) -> Any:
+            return wrapper(original, *args, **kwargs)
 
-    @functools.wraps(original)
-    def passing(*args: Any, **kwargs: Any) -> Any:
-        return wrapper(original, *args, **kwargs)
+        return passing
 
-    setattr(owner, name, passing)
-
-    def back() -> None:
-        # Somebody who wrapped it after us keeps theirs; ours then passes through and tells nobody.
-        if vars(owner).get(name) is passing:
-            setattr(owner, name, original)
-
-    _put_back.append(back)
+    # A torch that names it otherwise: what it would have told is not known.
+    _put_back.append(replace(owner, name, make))
 
 
 def _backward(original: Any, tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> Any:

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clinometer.distributed.ranks import fsdp_groups
 from clinometer.distributed.rendezvous import Meeting, any_sharded, told_of
 from clinometer.distributed.sharded_tensors import is_distributed, is_sharded, local
 from clinometer.monitoring.measure.pins import Pins
@@ -23,6 +22,7 @@ from clinometer.monitoring.measure.rank_sums import Exchange
 from clinometer.monitoring.measure.statistics import flat
 from clinometer.monitoring.measure.step_row import StepRow
 from clinometer.monitoring.measure.watched_tensors import Roster
+from clinometer.torch_internals.modules import fsdp_groups, gathered, was_gathered
 
 
 class Gathered:
@@ -35,7 +35,7 @@ class Gathered:
 
     @property
     def parameter(self) -> Tensor:
-        return self._part._unsharded_param
+        return gathered(self._part)
 
     @property
     def sharded(self) -> Tensor:
@@ -45,7 +45,7 @@ class Gathered:
     def grad(self) -> Tensor | None:
         # Kept in the reduction's precision elsewhere, where that is another one.
         kept = getattr(self._part, "unsharded_accumulated_grad", None)
-        return self._part._unsharded_param.grad if kept is None else kept
+        return gathered(self._part).grad if kept is None else kept
 
 
 class Shards:
@@ -96,7 +96,7 @@ class Shards:
         if self._gathered is None:
             model = self._roster.model
             parts = list(_fsdp_params(model)) if isinstance(model, nn.Module) else []
-            found = [Gathered(part) for part in parts if hasattr(part, "_unsharded_param")]
+            found = [Gathered(part) for part in parts if was_gathered(part)]
             if len(found) < len(parts):
                 return found
             self._gathered = found

@@ -19,6 +19,7 @@ from clinometer.distributed.sharded_tensors import local, version
 from clinometer.gradients.sandbox.subject import Subject
 from clinometer.monitoring.measure.small_tensors import Places, Room, is_small
 from clinometer.monitoring.measure.statistics import flat
+from clinometer.torch_internals.nodes import order_of
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.)")
 
@@ -236,7 +237,9 @@ def order_of_use(
         if node in seen:
             continue
         seen.add(node)
-        number = node._sequence_nr()
+        number = order_of(node)
+        if number is None:  # this torch does not number its nodes
+            return {}
         for place, (following, _) in enumerate(node.next_functions):
             if following is None:
                 continue
