@@ -106,6 +106,11 @@ def leaf_through(node: Node | None) -> Tensor | None:
     return None
 
 
+def custom_function(node: Node) -> Any:
+    """Returns the Python autograd.Function that a node belongs to; None for an operation of torch's own."""
+    return getattr(type(node), "_forward_cls", None)
+
+
 def is_custom(node: Node) -> bool:
     """Whether a node belongs to a Python autograd.Function."""
-    return hasattr(type(node), "_forward_cls")
+    return custom_function(node) is not None
