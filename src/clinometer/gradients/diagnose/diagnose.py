@@ -15,10 +15,11 @@ from clinometer.distributed.ranks import Ranks, refuse_flattened
 from clinometer.gradients.diagnose import loop_checks
 from clinometer.gradients.diagnose.evidence import read_clue
 from clinometer.gradients.diagnose.existing_gradients import without_closure
+from clinometer.gradients.diagnose.finiteness import Origin
 from clinometer.gradients.diagnose.second_runs import look_at_values, only_looked_at, used_by_chance
 from clinometer.gradients.diagnose.why_blocks_zero import explain_lines
 from clinometer.gradients.diagnose.why_none import before_any_run, why_none
-from clinometer.gradients.diagnose.why_nonfinite import Origin, why_nonfinite
+from clinometer.gradients.diagnose.why_nonfinite import from_forward, trace_back, why_nonfinite
 from clinometer.gradients.diagnose.why_partly_zero import why_partly
 from clinometer.gradients.diagnose.why_zero import why_zero
 from clinometer.gradients.report.document import BLANK, Document, Line, dim, ok, sentence
@@ -199,7 +200,7 @@ def diagnose(
         nodes = len(result.flow.graph.nodes) if result.flow else 0
     entries, found = collect(subject, reasons)
     if origin is not None and not any(f.status == "non-finite" for f in found):
-        found.append(_finding(origin.reason(), ()))
+        found.append(_finding(from_forward(origin), ()))
     nothing = result.loss.grad_fn is None and not result.own
     if nothing and not any(f.cause == "loss-without-graph" for f in found):
         found.append(_finding(Reason("none", "loss-without-graph", FAULT, "frozen"), ()))
@@ -258,7 +259,7 @@ def explain(
         if reason.cause == "backward" and ranks.alone:  # others would wait for a forward of this rank's own
             with suppress(Exception):  # a closure that cannot be run twice keeps its first answer
                 values = values or look_at_values(subject, closure, before, ranks)[0]
-                reason = values.behind(reason)
+                reason = trace_back(reason, values)
         reasons[name] = reason
     return {name: reasons[name] for name in subject.tensors}, origin
 

@@ -13,7 +13,8 @@ from clinometer.gradients.sandbox.subject import Subject
 from clinometer.gradients.trace.backward_trace import Flow
 from clinometer.gradients.trace.cuts import Cut, Escape
 from clinometer.gradients.trace.forward_trace import Trace
-from clinometer.gradients.trace.graph import is_custom
+from clinometer.gradients.trace.graph import Node
+from clinometer.gradients.trace.graph_search import receives
 from clinometer.torch_internals.custom_functions import function_of
 
 
@@ -64,31 +65,17 @@ def why_none(name: str, subject: Subject, trace: Trace, flow: Flow | None, loss:
     return Reason("none", "unused", FAULT, group=0)
 
 
-def _undefined(node: Any, flow: Flow) -> Reason | None:
-    if _defined(node, flow):
+def _undefined(node: Node, flow: Flow) -> Reason | None:
+    if receives(node, flow, lambda size: size is not None):
         return None
-    origins = flow.origins(node, lambda size: size is None)
-    for event, _ in origins:
-        where = flow.trace.places.get(event.node)
-        if is_custom(event.node):
-            where = definition_of(function_of(event.node).backward) or where
-            return Reason(
-                "none", "undefined-in-backward", FAULT, "", where,
-                {"function": function_of(event.node).__name__}, group=event.node,
-            )  # fmt: skip
-        return Reason(
-            "none", "undefined-in-backward", FAULT, "built_in", where, {"function": event.node.name()},
-            group=event.node,
-        )  # fmt: skip
-    return None
-
-
-def _defined(node: Any, flow: Flow) -> bool:
-    for consumer, position in flow.above(node):
-        event = flow.events.get(consumer)
-        if event is None or (position < len(event.into) and event.into[position] is not None):
-            return True
-    return False
+    event = next((event for event, _ in flow.origins(node, lambda size: size is None)), None)
+    if event is None:
+        return None
+    where, variant, name = flow.trace.places.get(event.node), "built_in", event.node.name()
+    if (function := function_of(event.node)) is not None:
+        where, variant, name = definition_of(function.backward) or where, "", function.__name__
+    values = {"function": name}
+    return Reason("none", "undefined-in-backward", FAULT, variant, where, values, group=event.node)
 
 
 def _cut(cut: Cut) -> Reason:

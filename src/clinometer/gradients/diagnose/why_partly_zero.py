@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from clinometer.gradients.diagnose.why_zero import place_above
 from clinometer.gradients.report.finding import EXPLAINED, Reason
 from clinometer.gradients.sandbox.subject import Subject
 from clinometer.gradients.trace.backward_trace import Flow
 from clinometer.gradients.trace.graph import Node, operation
+from clinometer.gradients.trace.graph_search import place_of
 from clinometer.gradients.trace.node_kinds import PICK, PRODUCT, RELU
 
 
@@ -25,7 +25,7 @@ def why_partly(
     values = {"zero": int(mask.sum()), "all": len(mask), "name": name}
     for consumer, _ in above:
         if operation(consumer) in PICK and rows is not None:
-            where = flow.trace.places.get(consumer) or place_above(consumer, flow)
+            where = place_of(consumer, flow)
             variant = "rows" if operation(consumer).startswith("Embedding") else "picked"
             return Reason("partly-zero", "absent-rows", EXPLAINED, variant, where, values, group=consumer)
     for consumer, _ in above:
@@ -38,7 +38,7 @@ def why_partly(
 
 
 def _dead(node: Node, dead: Tensor, flow: Flow) -> Reason:
-    where = flow.trace.places.get(node) or place_above(node, flow)
+    where = place_of(node, flow)
     values = {"zero": int(dead.sum()), "all": len(dead)}
     return Reason("partly-zero", "dead-activation", EXPLAINED, "units", where, values, group=node)
 
