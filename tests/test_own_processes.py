@@ -73,31 +73,35 @@ def imported(tree):
     return names
 
 
+def meant(part, names):
+    """(module, name) that a name or an attribute stands for; no module for one of the same file."""
+    if isinstance(part, ast.Name):
+        return names.get(part.id, (None, part.id))
+    if isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name) and part.value.id in names:
+        module, name = names[part.value.id]
+        return module if name is None else f"{module}.{name}", part.attr
+    return None
+
+
 def called(node, names):
-    """(module, name) of every function that is named in it; no module for one of the same file."""
-    for part in ast.walk(node):
-        if isinstance(part, ast.Name):
-            yield names.get(part.id, (None, part.id))
-        elif isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name) and part.value.id in names:
-            module, name = names[part.value.id]
-            yield (module if name is None else f"{module}.{name}", part.attr)
+    return {found for part in ast.walk(node) if (found := meant(part, names)) is not None}
 
 
 def forbidden(node, names):
-    found = []
+    found = set()
     for part in ast.walk(node):
-        for module, name in called(part, names) if isinstance(part, ast.Attribute | ast.Name) else ():
-            if name in FORBIDDEN.get(module, ()):
-                found.append(f"{module}.{name}")
+        module, name = meant(part, names) or (None, None)
+        if name in FORBIDDEN.get(module, ()):
+            found.add(f"{module}.{name}")
         if not isinstance(part, ast.Call):
             continue
-        found += ["preexec_fn" for word in part.keywords if word.arg == "preexec_fn"]
+        found |= {"preexec_fn" for word in part.keywords if word.arg == "preexec_fn"}
         if isinstance(part.func, ast.Attribute) and part.func.attr == "get_context":
-            found += ["fork" for given in part.args if getattr(given, "value", None) == "fork"]
-        for module, name in called(part.func, names):
-            if module == "os" and name in OF_ANOTHER and getattr(part.args[0], "attr", None) != "pid":
-                found.append(f"os.{name}")
-    return sorted(set(found))
+            found |= {"fork" for given in part.args if getattr(given, "value", None) == "fork"}
+        module, name = meant(part.func, names) or (None, None)
+        if module == "os" and name in OF_ANOTHER and getattr(part.args[0], "attr", None) != "pid":
+            found.add(f"os.{name}")
+    return sorted(found)
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ class Cut(nn.Module):
         h = Double.apply(self.encoder(inputs))
         for _ in range(3):  # the other thread goes round in the middle of this forward
             self.loader[0].went_round.clear()
-            assert self.loader[0].went_round.wait(30)
+            assert self.loader[0].went_round.wait(300)
         h = h.detach()  # planted
         return self.head(h)
 

@@ -257,12 +257,12 @@ def test_a_large_matrix_is_read_fast(tmp_path):
     found, _ = write(
         tmp_path / "step-00000001", {f"w.{k}": big for k in ("before", "after", "grad")}, {"w": []}
     )
-    began = time.perf_counter()
+    began = time.process_time()
     told = found.matrix("w", "grad", rows=(5_000, 5_200), cols=(100, 300))
-    zoomed = time.perf_counter() - began
+    zoomed = time.process_time() - began
     assert np.array_equal(told["values"], big[5_000:5_200, 100:300])
-    began = time.perf_counter()
+    began = time.process_time()
     found.matrix("w", "update")
-    whole = time.perf_counter() - began
-    assert zoomed < 1.0, zoomed  # milliseconds on an idle machine
+    whole = time.process_time() - began
+    assert zoomed < 1.0, zoomed  # milliseconds of computing
     assert whole < 10.0, whole

@@ -138,7 +138,7 @@ SMALL = [
 def clinometer(tmp_path):
     """Run the command line in an empty folder, as a user would; returns the finished process."""
 
-    def call(*arguments, timeout=300, **options) -> subprocess.CompletedProcess[str]:
+    def call(*arguments, timeout=None, **options) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, **options.pop("env", {}), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
         return subprocess.run(
             [sys.executable, "-m", "clinometer", *map(str, arguments)],

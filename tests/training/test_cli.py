@@ -288,11 +288,11 @@ def test_a_signal_writes_a_checkpoint_and_the_run_goes_on_from_it(tmp_path, corp
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "300"},
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 500
     while time.monotonic() < deadline and len(list(RunFolder(run).metrics())) < 20:
         time.sleep(0.05)
     process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate()
     assert process.returncode == code, out
     step = int(re.search(r"Stopped at step ([\d,]+)", out)[1].replace(",", ""))
     assert checkpoint.step_of(checkpoint.checkpoints(run / "checkpoints")[-1]) == step
@@ -324,5 +324,5 @@ def test_the_page_opens_beside_the_training_and_stays_until_ctrl_c(tmp_path, cor
         assert (run["state"], run["last_step"], run["tensor_count"]) == ("done", 4, 12)
     finally:
         os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to both
-        process.communicate(timeout=60)
+        process.communicate()
     assert process.returncode == 0

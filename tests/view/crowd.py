@@ -22,14 +22,14 @@ NEEDED = 2600
 
 
 @contextlib.contextmanager
-def served(folder: Path) -> Iterator[int]:
-    """The server as `clinometer view` runs it, on a run of 2,000 tensors; gives its port."""
+def served(folder: Path) -> Iterator[tuple[int, uvicorn.Server]]:
+    """The server as `clinometer view` runs it, on a run of 2,000 tensors, and its port."""
     record(folder / "r", [f"layers.{i}.w" for i in range(2000)])
     listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
     server = uvicorn.Server(settings(make_app(folder, language="en")))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
-    yield listener.getsockname()[1]
+    yield listener.getsockname()[1], server
     server.should_exit = True
     thread.join(timeout=300)
     assert not thread.is_alive()
@@ -65,7 +65,7 @@ def main(folder: Path) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, NEEDED), hard))
     timeouts.REQUEST_SECONDS = 3600.0  # it is the number that sends them away
     clients = []
-    with served(folder) as port:
+    with served(folder) as (port, _):
         for i in range(1000):
             client = socket.create_connection(("127.0.0.1", port), timeout=300)
             client.sendall(b"GET /" if i % 2 else b"")
