@@ -29,8 +29,8 @@ from torch.utils.checkpoint import CheckpointFunction
 from clinometer.gradients.check.numerics.float64 import InDouble, is_low, writes
 from clinometer.gradients.check.numerics.frequency_scaling import LOOKUPS, signature, undivided
 from clinometer.gradients.report.places import Where, user_frame
-from clinometer.gradients.sandbox.checkpointing import opened_checkpoints
 from clinometer.gradients.sandbox.random_state import RandomState
+from clinometer.gradients.trace.checkpointing import opened_checkpoints
 
 _DATA = torch.Tensor.data  # pyright: ignore[reportAttributeAccessIssue]
 _CUSTOM = {Function.apply.__func__.__code__, BackwardCFunction.apply.__code__}  # pyright: ignore[reportFunctionMemberAccess]
