@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from clinometer.gradients.diagnose.diagnose import diagnose
-from clinometer.gradients.trace import torch_patches
+from clinometer.gradients.trace import function_calls
 
 
 class Double(torch.autograd.Function):
@@ -109,7 +109,7 @@ def test_only_the_thread_that_asks_is_seen():
     def inference(entered):
         seen.append("inference")
 
-    with torch_patches.seen_calls(function, parameter, modules, inference):
+    with function_calls.seen_calls(function, parameter, modules, inference):
         other = threading.Thread(target=elsewhere)
         other.start()
         other.join()

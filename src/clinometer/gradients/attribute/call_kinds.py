@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -87,7 +88,11 @@ def normalised(name: str, get: Arguments) -> Callable[[], Tensor]:
 
 
 def opened_up(function: Any) -> Any:
-    """The same Python function of torch, not handing itself to the mode, so that its inside is seen."""
+    """The same Python function of torch, not handing itself to the mode, so that its inside is seen.
+
+    If it is wrapped, as torch.autograd.backward is while a watch lives, the function inside the wrapper.
+    """
+    function = inspect.unwrap(function)
     scope = {
         **function.__globals__,
         "has_torch_function": lambda _: False,

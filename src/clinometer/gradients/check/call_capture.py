@@ -6,7 +6,7 @@ import copy
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from clinometer.gradients.report.places import Where, user_frame
-from clinometer.gradients.sandbox.checkpointing import opened_checkpoints
 from clinometer.gradients.sandbox.random_state import RandomState
 from clinometer.gradients.sandbox.tensors import tensors_in
+from clinometer.gradients.trace.checkpointing import opened_checkpoints
 from clinometer.gradients.trace.graph import Node, live_below
+from clinometer.gradients.trace.torch_patches import patched
 from clinometer.torch_internals.custom_functions import (
     Operator,
     OperatorPacket,
@@ -96,28 +97,20 @@ class Capture:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Enter after everything was rewound, for rewinding takes hooks away."""
-        handles = []
-        patched: list[tuple[type, Any]] = []
-        try:
+        with ExitStack() as stack:
+            stack.callback(self._below.clear)
             for module in self._modules:
                 if isinstance(module, torch.jit.ScriptModule):
                     continue
-                handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True))
-                handles.append(module.register_forward_hook(self._leave, always_call=True))
+                before = module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True)
+                stack.callback(before.remove)
+                stack.callback(module.register_forward_hook(self._leave, always_call=True).remove)
             for kind in self._functions:
-                patched.append((kind, vars(kind).get("forward")))
-                kind.forward = staticmethod(self._listening_forward(kind))  # pyright: ignore[reportAttributeAccessIssue]
-            with opened_checkpoints(), _Operators(self) if self._operators else nullcontext():
-                yield
-        finally:
-            for kind, own in patched:
-                if own is None:
-                    del kind.forward  # pyright: ignore[reportAttributeAccessIssue]
-                else:
-                    kind.forward = own  # pyright: ignore[reportAttributeAccessIssue]
-            for handle in handles:
-                handle.remove()
-            self._below.clear()
+                stack.enter_context(patched(kind, "forward", self._around_forward(kind)))
+            stack.enter_context(opened_checkpoints())
+            if self._operators:
+                stack.enter_context(_Operators(self))
+            yield
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         path = self._modules[module]
@@ -128,19 +121,17 @@ class Capture:
     def _leave(self, module: nn.Module, args: Any, out: Any) -> None:
         self._running.pop()
 
-    def _listening_forward(self, kind: Any) -> Callable[..., Any]:
-        forward = kind.forward
+    def _around_forward(self, kind: Any) -> Callable[..., Any]:
         takes_context = not has_setup_context(kind)
+        takes_class = isinstance(inspect.getattr_static(kind, "forward"), classmethod)
+        first = int(takes_context) + int(takes_class)
 
-        def listening(*args: Any, **kwargs: Any) -> Any:
-            given = args[1:] if takes_context else args
+        def around_forward(forward: Any, *args: Any, **kwargs: Any) -> Any:
             path = self._running[-1] if self._running else ""
-            self._note(path, kind, (given, kwargs), 4 * MOST_CALLS)
+            self._note(path, kind, (args[first:], kwargs), 4 * MOST_CALLS)
             return forward(*args, **kwargs)
 
-        # torch reads the signature of a forward to fill in defaults.
-        listening.__signature__ = inspect.signature(forward)  # pyright: ignore[reportFunctionMemberAccess]
-        return listening
+        return around_forward
 
     def note_operator(self, operator: Any, args: Any, kwargs: Any) -> None:
         """A call of an operator, if it has a custom backward and a gradient to hand on."""

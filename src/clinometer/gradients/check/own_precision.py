@@ -16,10 +16,10 @@ from clinometer.gradients.check.numerics.float64 import LIFT, Doubled, in_double
 from clinometer.gradients.check.numerics.frequency_scaling import Undivided
 from clinometer.gradients.check.numerics.perturbation import Probe, backward
 from clinometer.gradients.report.places import Where
-from clinometer.gradients.sandbox.checkpointing import opened_checkpoints
 from clinometer.gradients.sandbox.closure import Closure, evaluate
 from clinometer.gradients.sandbox.random_state import RandomState
 from clinometer.gradients.sandbox.sandbox import Before
+from clinometer.gradients.trace.checkpointing import opened_checkpoints
 
 ROUGH = 0.05
 """Share of ‖g⊙v‖ that differences at low precision may be off before anyone is accused."""

@@ -23,10 +23,10 @@ from clinometer.gradients.sandbox.subject import Subject
 from clinometer.gradients.sandbox.tensors import tensors_in
 from clinometer.gradients.trace import operations
 from clinometer.gradients.trace.cuts import Cell, Cut, Escape, each_bit, nudge
+from clinometer.gradients.trace.function_calls import seen_calls
 from clinometer.gradients.trace.grad_mode import GradOff
 from clinometer.gradients.trace.graph import Node, live_below
 from clinometer.gradients.trace.index_errors import note_range
-from clinometer.gradients.trace.torch_patches import seen_calls
 from clinometer.torch_internals.nodes import packs_saved_tensors
 from clinometer.torch_internals.tensors import base_of
 from clinometer.torch_support import offers

@@ -19,9 +19,9 @@ from clinometer.gradients.sandbox.closure import Closure, evaluate
 from clinometer.gradients.sandbox.sandbox import Before
 from clinometer.gradients.sandbox.tensors import tensors_in
 from clinometer.gradients.trace.forward_trace import Trace
+from clinometer.gradients.trace.function_calls import seen_calls
 from clinometer.gradients.trace.graph import Graph, Node
 from clinometer.gradients.trace.operations import kind_of
-from clinometer.gradients.trace.torch_patches import seen_calls
 from clinometer.torch_internals.nodes import names_saved, packs_saved_tensors
 from clinometer.torch_internals.tensors import memory_of, version_of
 

@@ -27,8 +27,8 @@ from torch.overrides import TorchFunctionMode
 from clinometer.gradients.check.numerics.float64 import InDouble, is_low, writes
 from clinometer.gradients.check.numerics.frequency_scaling import LOOKUPS, signature, undivided
 from clinometer.gradients.report.places import Where, user_frame
-from clinometer.gradients.sandbox.checkpointing import opened_checkpoints
 from clinometer.gradients.sandbox.random_state import RandomState
+from clinometer.gradients.trace.checkpointing import opened_checkpoints
 from clinometer.gradients.trace.function_calls import function_calls, in_custom
 from clinometer.torch_internals.custom_functions import transforms_active
 from clinometer.torch_internals.tensors import memory_of, version_of

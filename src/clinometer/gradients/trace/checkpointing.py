@@ -1,8 +1,8 @@
-"""Reentrant checkpoints, opened: their first run has gradients on, so what happens inside can be seen.
+"""Reentrant checkpoints, opened: gradients are on in their first run, so that calls inside are seen.
 
-torch runs the block without gradients and once more, with them, in the backward. Watchers of the forward
-would take everything in the block for a constant. Opened, the values, the random numbers and the backward
-are what they were; only a graph is built for the block, and let go at its end.
+torch runs the block without gradients, and in the backward once more with them. In the first run a mode that
+watches the forward would take everything in the block for a constant. Opened, the values, the random numbers
+and the backward are what they were; only a graph is built for the block, and freed at its end.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clinometer.gradients.trace.torch_patches import patched
 from clinometer.torch_internals.custom_functions import CheckpointFunction, without_modes
-from clinometer.torch_internals.look_up import replace
 from clinometer.torch_support import offers
 
 
@@ -25,30 +25,24 @@ def opened_checkpoints(seen: Callable[[Tensor], None] | None = None) -> Iterator
     if not offers("checkpoints"):
         yield
         return
-    back = replace(CheckpointFunction, "forward", lambda forward: staticmethod(_opened(forward, seen)))
-    try:
-        yield
-    finally:
-        back()
 
-
-def _opened(forward: Any, seen: Callable[[Tensor], None] | None) -> Callable[..., Any]:
-    def opened_forward(ctx: Any, run_function: Any, preserve_rng_state: Any, *args: Any) -> Any:
+    def around_forward(forward: Any, ctx: Any, run_function: Any, *args: Any) -> Any:
         def run(*given: Any) -> Any:
             with torch.enable_grad():
                 outputs = run_function(*given)
             if isinstance(outputs, Tensor):
-                return _let_go(outputs, seen)
-            return tuple(_let_go(out, seen) for out in outputs)
+                return _without_graph(outputs, seen)
+            return tuple(_without_graph(out, seen) for out in outputs)
 
-        result = forward.__func__(ctx, run, preserve_rng_state, *args)
+        result = forward(ctx, run, *args)
         ctx.run_function = run_function  # the backward runs the block as it is
         return result
 
-    return opened_forward
+    with patched(CheckpointFunction, "forward", around_forward):
+        yield
 
 
-def _let_go(out: Any, seen: Callable[[Tensor], None] | None) -> Any:
+def _without_graph(out: Any, seen: Callable[[Tensor], None] | None) -> Any:
     if not isinstance(out, Tensor) or out.grad_fn is None:
         return out
     if seen is not None:
