@@ -16,7 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from clinometer.distributed.launch import Board, host_name
+from clinometer.distributed.board import Board
+from clinometer.distributed.launch import host_name
 
 LOST = 3
 """Exit code of a rank whose run ended because another rank did."""

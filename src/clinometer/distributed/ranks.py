@@ -7,7 +7,6 @@ a forward alone, for in it the others would be waited for.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,12 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from clinometer.distributed.reduce import Operation, all_reduce, decode_size, encode_size, reduced
 from clinometer.distributed.sharded_tensors import is_distributed, is_sharded
 from clinometer.messages import InputError
-
-_NOTHING = -1.0
-_NAN = 1e300
-"""NaN and infinity as they travel: a reduction of NaN is not the same on every backend."""
 
 
 class Ranks:
@@ -102,12 +98,12 @@ class Ranks:
 
     def largest(self, sizes: Mapping[str, float | None]) -> dict[str, float | None]:
         """The largest absolute value of each over all ranks; None where no rank has any."""
-        found = self._most([_encoded(sizes[name]) for name in self._tensors])
-        return {name: _decoded(value) for name, value in zip(self._tensors, found, strict=True)}
+        found = self._most([encode_size(sizes[name]) for name in self._tensors])
+        return {name: decode_size(value) for name, value in zip(self._tensors, found, strict=True)}
 
     def mean(self, values: Sequence[float]) -> list[float]:
         """The mean over ranks of numbers such as losses."""
-        total = self._reduced([*values, 1.0], "SUM")
+        total = self._reduced([*values, 1.0], "sum")
         return [value / total[-1] for value in total[:-1]]
 
     def average_gradients(self) -> None:
@@ -125,23 +121,20 @@ class Ranks:
             if name in some:
                 grad = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
                 grad = grad.to_dense() if grad.layout is not torch.strided else grad.contiguous()
-                dist.all_reduce(grad, group=group)
+                all_reduce(grad, "sum", group)
                 tensor.grad = grad.div_(count)
 
     def _most(self, values: list[float]) -> list[float]:
-        return self._reduced(values, "MAX")
+        return self._reduced(values, "max")
 
-    def _reduced(self, values: list[float], kind: str) -> list[float]:
+    def _reduced(self, values: list[float], operation: Operation) -> list[float]:
         if self.alone:
             return values
-        import torch.distributed as dist
-
-        groups = self._groups if kind == "MAX" else self._groups[:1]
-        for group, device in groups:
-            kept = torch.tensor(values, dtype=torch.float64, device=device)
-            dist.all_reduce(kept, getattr(dist.ReduceOp, kind), group=group)
-            values = kept.tolist()
-        return values
+        vector = torch.tensor(values, dtype=torch.float64)
+        # A sum over the first group alone: over several, a rank would count more than once.
+        for group, device in self._groups if operation == "max" else self._groups[:1]:
+            vector = reduced(vector, operation, [group], device)
+        return vector.tolist()
 
     def _all_groups(self) -> list[tuple[Any, torch.device]]:
         """Every group of processes that a tensor or a wrapper belongs to, in an order all ranks share."""
@@ -197,13 +190,3 @@ def fsdp_groups(module: nn.Module) -> list[Any]:
 
 def _param_sync(replica: DistributedDataParallel) -> bool:
     return bool(replica.require_forward_param_sync)
-
-
-def _encoded(size: float | None) -> float:
-    return _NOTHING if size is None else _NAN if math.isnan(size) else min(size, _NAN / 10)
-
-
-def _decoded(value: float) -> float | None:
-    if value == _NOTHING:
-        return None
-    return math.nan if value == _NAN else math.inf if value == _NAN / 10 else value

@@ -42,7 +42,13 @@ class Losses:
             self.clean = all(state is None for state in self._before)
 
     def ended(
-        self, tensors: Iterable[Any], losses: Sequence[Tensor], given: Any, scale: Any, own: float = math.inf
+        self,
+        tensors: Iterable[Any],
+        losses: Sequence[Tensor],
+        given: Any,
+        scale: Any,
+        *,
+        own: float = math.inf,
     ) -> bool:
         """Whether this backward, the outermost one, reached a watched tensor; then its loss is added.
         The first `own` tensors are the watched ones themselves."""
