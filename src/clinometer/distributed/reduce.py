@@ -10,7 +10,7 @@ Encodings. A reduction of NaN differs from backend to backend, so no NaN travels
 
     no value                        ABSENT, below every size
     NaN counts as infinity          nan_as_infinity
-    NaN is told from infinity       encode_size, decode_size
+    NaN differs from infinity       encode_size, decode_size
 
 Groups. A process group that holds exactly the ranks, or the groups of a mesh's dimensions, one after the
 other: sums and maxima over all dimensions are those over all ranks. None is the group of all ranks.
@@ -44,7 +44,7 @@ def all_reduce(vector: Tensor, operation: Operation, group: Any = None, *, wait:
     return dist.all_reduce(vector, kind, group=group, async_op=not wait)
 
 
-def reduced(values: Tensor, operation: Operation, groups: Iterable[Any], device: torch.device) -> Tensor:
+def reduce_over(values: Tensor, operation: Operation, groups: Iterable[Any], device: torch.device) -> Tensor:
     """`values` reduced over each group in turn, on their own device; `values` stay as they are."""
     vector = values.to(device).contiguous()
     vector = vector.clone() if vector.data_ptr() == values.data_ptr() else vector
@@ -142,8 +142,8 @@ class ShardReduction:
         found = values.clone()
         for indices, groups, device in self._rounds:
             if indices is None:
-                return reduced(values, operation, groups, device)
-            found[indices] = reduced(values[indices], operation, groups, device)
+                return reduce_over(values, operation, groups, device)
+            found[indices] = reduce_over(values[indices], operation, groups, device)
         return found
 
 

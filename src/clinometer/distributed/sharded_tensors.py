@@ -59,7 +59,7 @@ def _part(distributed: Any) -> Tensor:
 
 
 def version(tensor: Tensor) -> int:
-    """Another number after anybody wrote to the tensor in place; FSDP writes to a DTensor's part."""
+    """A number that changes when the tensor is written in place; FSDP writes to a DTensor's part."""
     if not is_sharded(tensor):
         return tensor._version
     distributed: Any = tensor
@@ -96,7 +96,7 @@ def place_here(tensor: Tensor, index: Sequence[int]) -> tuple[int, ...] | None:
                 placements.append(type(placement)(0, split_factor=placement.split_factor))
             else:
                 placements.append(Shard(0))
-        # Numbered and spread in the same way, without a word to the others.
+        # Numbered and spread in the same way, without communication.
         numbers = distribute_tensor(
             torch.arange(size), distributed.device_mesh, placements, src_data_rank=None
         ).to_local()

@@ -1,7 +1,7 @@
-"""A watch over sharded tensors: when its ranks send their numbers, and what the answer changes in a step.
+"""A watch over sharded tensors: when its ranks send their numbers, and how a row changes by the totals.
 
-Nothing of this happens while no watched tensor is a DTensor: under DDP each rank holds the whole gradient,
-already averaged, and one rank's numbers are right without a word.
+Without a DTensor among the watched tensors nothing is exchanged: under DDP each rank has the full gradient,
+already averaged, and the numbers of one rank are those of all.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from clinometer.monitoring.measure.watched_tensors import Roster
 
 
 class GatheredParameter:
-    """A parameter as FSDP computes with it, whole; its gradient before it is reduced."""
+    """A full parameter as FSDP computes with it, and its gradient before it is reduced."""
 
     is_leaf = True
 
@@ -50,7 +50,7 @@ class GatheredParameter:
 
 
 class Shards:
-    """The sharded side of a session; idle where nothing is sharded."""
+    """The exchange between the ranks of a watch; does nothing if no tensor is sharded."""
 
     def __init__(self, roster: Roster, every: int) -> None:
         self._roster = roster
@@ -68,7 +68,7 @@ class Shards:
 
     @property
     def writes(self) -> bool:
-        """Whether this rank tells the sinks."""
+        """Whether this rank writes to the sinks."""
         return self._ranks is None or self._ranks.writes
 
     def agree(self) -> None:
@@ -88,11 +88,11 @@ class Shards:
         """This rank watches no longer."""
         ranks, self._ranks = self._ranks, None
         if ranks is not None and is_distributed():
-            with suppress(RuntimeError):  # the store's host is gone, and so is everybody who would ask
+            with suppress(RuntimeError):  # the process that holds the store has ended
                 ranks.leave(reason)
 
     def gathered_parameters(self) -> list[GatheredParameter]:
-        """FSDP's whole parameters, as far as it has made them: it does when it first gathers."""
+        """FSDP's full parameters, as far as they exist: FSDP makes them when it first gathers."""
         if self._ranks is None:
             return []
         if self._gathered is None:
@@ -127,7 +127,7 @@ class Shards:
         return "whole", sum(square_of(grad) for grad in waiting)
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so on any rank, if all have a closure and so all ask; a small reduction."""
+        """Whether `flag` is true on any rank: a small reduction. False unless every rank has a closure."""
         ranks = self._ranks
         if ranks is None:
             return flag
@@ -139,7 +139,7 @@ class Shards:
         return bool(on_any)
 
     def send(self, row: StepRow, pins: Pins, closure: Callable[[], Any] | None) -> None:
-        """Send what this rank measured; again without effect."""
+        """Send what this rank measured, once a step."""
         ranks = self._ranks
         if ranks is None or row.exchange is not None or not row.measured:
             return
@@ -185,7 +185,7 @@ class Shards:
         }
 
     def receive(self, row: StepRow, pins: Pins, closure: Callable[[], Any] | None) -> None:
-        """The row becomes that of the whole tensors, the same on every rank."""
+        """The row becomes that of the full tensors, the same on every rank."""
         self.send(row, pins, closure)  # from a GPU, whose numbers have arrived by now
         if row.exchange is None:
             return

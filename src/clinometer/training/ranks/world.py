@@ -91,7 +91,8 @@ class World:
         place = f"{self.launch.address}:{self.launch.port}"
         names = [f"beat/{rank}" for rank in range(self.size)] if self.first else ["beat/0"]
         try:
-            self.heart = Heart(self.board.again(), self.rank, self.size, PATIENCE, self._tell, place)
+            board = self.board.again()
+            self.heart = Heart(board, self.rank, self.size, patience=PATIENCE, tell=self._tell, place=place)
             self._wait(names, OPENING_SECONDS)
         except RuntimeError as error:  # whoever held the board ended before all had met
             self.heart = None  # pyright: ignore[reportAttributeAccessIssue]  (there is nobody to tell)
