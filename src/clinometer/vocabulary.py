@@ -66,7 +66,7 @@ class Statistic:
     @property
     def choice_key(self) -> str:
         """The message with the label in the page's choice of statistics."""
-        return f"page.stat_{self.name}"
+        return f"figure.choice.{self.name}"
 
 
 def _measured(name: str, source: Source, over_ranks: OverRanks, axis: str, **options: object) -> Statistic:

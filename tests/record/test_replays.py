@@ -85,7 +85,7 @@ def test_blocks_are_plain_means_and_single_entries_are_signed(replay, name, kind
         return
     for rows, cols in ((None, None), ((1, 30), (2, 21)), ((0, 1), (0, 1))):
         whole = plain(tensors, name, kind)
-        told = found.matrix(name, kind, rows, cols, height, width)
+        told = found.matrix(name, kind, rows, cols, height=height, width=width)
         r0, r1, c0, c1 = *told["rows"], *told["cols"]
         assert (
             (r0, r1) == (0, whole.shape[0])

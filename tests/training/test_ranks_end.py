@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from clinometer.distributed.launch import Board, Launch, launched
+from clinometer.distributed.board import Board
+from clinometer.distributed.launch import Launch, launched
 from clinometer.messages import InputError
 from clinometer.training.checkpoints.checkpoint import checkpoints, load_checkpoint
 from clinometer.training.run.run_folder import RunFolder

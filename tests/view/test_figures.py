@@ -370,7 +370,7 @@ def test_an_alert_is_said_with_its_values_and_a_strange_one_by_its_name(monkeypa
 
 
 PUT_TOGETHER = ("healthy_", "power_", "source_")
-NAMED_BY_DATA = ("figure.statistic", "figure.unit", "report.states", "view.stage")
+NAMED_BY_DATA = ("figure.statistic", "figure.unit", "figure.choice", "report.states", "view.stage")
 
 
 def test_every_sentence_of_the_room_is_said_somewhere():

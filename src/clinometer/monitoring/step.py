@@ -189,7 +189,7 @@ class StepWatch:
 
     def _begin_row(self) -> StepRow:
         if self.roster.grew():
-            self.shards.meet()
+            self.shards.agree()
         number = self.step + 1
         measured = (number - 1) % self.every == 0
         # The same steps however often the run is stopped and resumed.
@@ -214,7 +214,7 @@ class StepWatch:
         if not row.measured:
             return
         if self.roster.grew():
-            self.shards.meet()
+            self.shards.agree()
             row.widen(self.roster.watched)
         owned, places = self.roster.owned_by(optimizer), self._small_gradients.places
         refresh(owned, places, stepped=id(optimizer) in self._unmeasured)
@@ -308,7 +308,7 @@ class StepWatch:
         if not self._positions:
             self._positions = order_of_use(losses, self.roster.watched, self.shards.stand_ins())
         self._chains.backward_begins()
-        self._losses.begins([*self.roster.tensors(), *self.shards.gathered()])
+        self._losses.begins([*self.roster.tensors(), *self.shards.gathered_parameters()])
 
     def backward_failed(self) -> None:
         self._losses.failed()
@@ -319,7 +319,8 @@ class StepWatch:
         tensors = self.roster.tensors()
         self._chains.backward_ended()
         scale = self._scale.of_loss()
-        if not self._losses.ended([*tensors, *self.shards.gathered()], losses, given, scale, len(tensors)):
+        reached = [*tensors, *self.shards.gathered_parameters()]
+        if not self._losses.ended(reached, losses, given, scale, own=len(tensors)):
             return
         self.shards.backwards += self._losses.reduced
         row = self._open_row()

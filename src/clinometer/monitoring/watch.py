@@ -3,10 +3,10 @@
     watch = watch(model, optimizer, to=sink)
     ...                                          # the loop as it was
 
-It hooks the optimizer's step: gradients are read before it, weights after it, and a step is told to the sinks
-when the next one begins (on a GPU its numbers have arrived by then, and nobody waited). Nothing of the run
-changes: no number, no random state, no hook on a module or a parameter. It holds model and optimizer weakly,
-and a fault of its own ends the watching with one warning, never the training.
+It hooks the optimizer's step: it reads gradients before the step and weights after it, and passes a step to
+the sinks when the next one begins (the numbers of a GPU have arrived by then, so nothing waits). The run
+does not change: not a number, not the random state, no hook on a module or a parameter. The watch holds
+model and optimizer weakly, and an error of its own ends the watch with one warning, never the training.
 """
 
 from __future__ import annotations
@@ -52,22 +52,21 @@ def watch(
 ) -> Watch:
     """Watch each tensor of `model` (a module, or a mapping of names to tensors) at each step of `optimizer`.
 
-    `optimizer`: one, or several that share the model; a wrapper (accelerate's) is looked through. A step of
-    several is a round in which none steps twice. `to`: where the numbers go. `every`: measure each that many
-    steps. `name` and `config`: what should stand in the run's description.
+    `optimizer`: one, or several that share the model; of a wrapper (accelerate's) the optimizer inside. A
+    step of several is a round in which none steps twice. `to`: where the numbers go. `every`: measure one
+    step of so many. `name` and `config` go into the run's description.
 
-    Cost: one pass over gradients, first moments and weights, and a copy of the weights in memory.
-    Of sharded tensors (FSDP2, tensor parallel) the numbers are those of the full ones, the same on every
-    rank, for one reduction of sums and one of maxima a step; every rank makes the watch, and the first
-    writes. Under DDP nothing is exchanged; each rank may watch, and the first writes.
-    Raises InputError for something that is no optimizer, no model or no sink, and if ranks of a sharded model
-    do not come or watch something else.
+    Cost: one pass over gradients, first moments and weights, and a copy of the weights in memory. Of sharded
+    tensors (FSDP2, tensor parallel) the numbers are those of the full ones, the same on every rank, for one
+    reduction of sums and one of maxima a step; every rank makes the watch, and the first writes. Under DDP
+    nothing is exchanged; each rank may watch, and the first writes. Raises InputError if `optimizer`,
+    `model` or `to` is not one, and if ranks of a sharded model do not come or watch something else.
     """
     return Watch(model, optimizer, to, every, {"name": name, **(config or {})})
 
 
 class Watch:
-    """A running watch; `close()` ends it and takes every hook away."""
+    """A running watch; `close()` ends it and removes every hook."""
 
     def __init__(
         self, model: Any, optimizer: Any, to: Sink | Sequence[Sink], every: int, config: dict[str, Any]
@@ -95,14 +94,13 @@ class Watch:
         torch_calls.listen(self)
         _living.add(self)
 
-    # What a loop may say.
+    # What a loop may call.
 
     def log(self, **scalars: Any) -> None:
-        """Numbers of this step, `loss`, `tokens` or any other: `[a-z0-9_./-]`, at most 64 letters.
+        """Log numbers of this step, `loss`, `tokens` or any other name of `[a-z0-9_./-]`, at most 64 letters.
 
-        Whether they belong to the step that was or to the one that comes is seen from the first time: what is
-        first logged before any step belongs, each time, to the step that follows. Raises InputError for a
-        name or a value that cannot be kept.
+        A name that is first logged before any step belongs, each time, to the step that follows; another name
+        to the step before. Raises InputError for a name or a value that cannot be recorded.
         """
         for name, value in scalars.items():
             if not _NAME.fullmatch(name):
@@ -112,29 +110,29 @@ class Watch:
         self._call(self._steps.log, scalars)
 
     def batch(self, identity: dict[str, Any]) -> None:
-        """Which batch the step uses, said before or after it as with `log`; an alert keeps it, so that the
+        """Log which batch the step uses, before or after it as with `log`. An alert records it, so that the
         batch can be found again."""
         self._call(self._steps.log_batch, jsonable(identity))
 
     def clipped(self, norm: Any, max_norm: float) -> None:
-        """The gradients were clipped: the total norm before, and the largest allowed. Not needed for torch's
-        clipping nor for clinometer's, which are seen."""
+        """Log that the gradients were clipped: the total norm before, and the largest allowed. Not needed for
+        torch's clipping or clinometer's, which the watch sees."""
         self._call(self._steps.clipped, norm, float(max_norm))
 
     def skip(self) -> None:
-        """This step is not taken: its gradients, still there, are measured and written down as such."""
+        """Log that this step is not taken; its gradients are measured and recorded."""
         self._call(self._steps.skip)
 
     def pin(self, name: str, index: Iterable[int]) -> None:
-        """Write down every step of one weight in full. Raises InputError for an unknown name or index."""
+        """Record every step of one weight in full. Raises InputError for an unknown name or index."""
         self._steps.pins.add(self._steps.roster, name, tuple(index))
 
     def event(self, kind: str, /, **data: Any) -> None:
-        """Something that happened: "validation", "checkpoint", "note", …"""
+        """Record an event: "validation", "checkpoint", "note", …"""
         self._call(self._steps.event, kind, jsonable(data))
 
     def report(self, result: Result) -> None:
-        """Keep a diagnosis or a check beside the run."""
+        """Record a diagnosis or a check with the run."""
         self.event("report", **report_data(result))
 
     @property
@@ -153,7 +151,7 @@ class Watch:
 
     @property
     def closure(self) -> Callable[[], Any] | None:
-        """Computes the loss of the batch in hand; with it a gradient that is not finite is diagnosed."""
+        """Computes the loss of the current batch; if set, a gradient with NaN or Inf is diagnosed with it."""
         return self._steps.closure
 
     @closure.setter
@@ -171,7 +169,7 @@ class Watch:
 
     @property
     def alerts(self) -> list[dict[str, Any]]:
-        """All alerts so far, as the sinks got them."""
+        """All alerts so far, as the sinks received them."""
         return self._steps.alerts.all()
 
     @property
@@ -189,11 +187,11 @@ class Watch:
         return summary_of(len(self.names), self.step, self.alerts, self.closed)
 
     def flush(self) -> None:
-        """Tell the sinks the last step now, instead of when the next one begins."""
+        """Pass the last step to the sinks now, instead of when the next one begins."""
         self._call(self._steps.flush)
 
     def close(self, state: str = "done") -> None:
-        """Tell the last step, close the sinks ("done", "stopped" or "failed") and take every hook away."""
+        """Pass the last step on, close the sinks ("done", "stopped" or "failed") and remove every hook."""
         if self.closed:
             return
         self._call(self._steps.flush)
@@ -215,7 +213,7 @@ class Watch:
             return None
 
         def watched() -> Any:
-            # The gradients of this step are computed in here; of several rounds (LBFGS) the first counts.
+            # The closure computes the gradients of the step; of several calls (LBFGS) the first counts.
             value = closure()
             self._call(self._steps.closure_ran, optimizer)
             return value
@@ -233,7 +231,7 @@ class Watch:
         if self.closed:
             return
         try:
-            # Two threads may run backward at once; only what we do with it is taken in turns.
+            # Two threads may run backward at once; our handlers run one after the other.
             with self._lock, torch.no_grad(), _plain_arithmetic():
                 handler(*args, **kwargs)
         except InputError as error:
@@ -315,7 +313,7 @@ def _optimizer_gone(reference: weakref.ref[Watch]) -> None:
 
 
 def _how_it_ended() -> str:
-    """The state of a program that ends now: "done", or what the exception that ended it makes of it."""
+    """The state of a program that ends now: "done", or "stopped" or "failed" by an exception."""
     if hasattr(sys, "ps1") or hasattr(builtins, "__IPYTHON__"):
         return "done"  # at a prompt an exception ends a line or a cell, and the program goes on
     error = getattr(sys, "last_value", None)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from clinometer.clip_observers import observers
-from clinometer.distributed.sharded_tensors import Together, is_sharded, local
+from clinometer.distributed.reduce import ShardReduction
+from clinometer.distributed.sharded_tensors import is_sharded, local
 from clinometer.messages import InputError
 from clinometer.optim.fused_kernels import refuse_unusual
 from clinometer.torch_internals.kernels import foreach_mul_, foreach_norm
@@ -102,8 +103,8 @@ def _over_the_ranks(grads: list[Tensor], norms: Tensor, absent: list[tuple[int, 
     had = [False] * len(slots) + [True] * len(places)
     slots += [(place, grads[place], squares[place]) for place in places]
     order = sorted(range(len(slots)), key=lambda number: slots[number][0])  # stable: absent ones come first
-    together = Together([None, *(slots[number][1] for number in order)])
-    sums = together.sums(torch.stack([squares[plain].sum(), *(slots[number][2] for number in order)]))
+    reduction = ShardReduction([None, *(slots[number][1] for number in order)])
+    sums = reduction.sums(torch.stack([squares[plain].sum(), *(slots[number][2] for number in order)]))
     per_tensor = norms.clone()
     for number, total in zip(order, sums[1:].sqrt().unbind(), strict=True):
         if had[number]:

@@ -82,7 +82,7 @@ class Facts:
     learns: np.ndarray
     """(T,) bool: requires_grad."""
     moved_elsewhere: np.ndarray
-    """(T,) bool: somebody else than a watched optimizer wrote to it once."""
+    """(T,) bool: something other than a watched optimizer wrote to it once."""
     first_norm: np.ndarray
     """(T,) float: ‖θ‖ before its first step."""
     lr: np.ndarray

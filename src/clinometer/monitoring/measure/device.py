@@ -1,6 +1,6 @@
-"""The same statistics for tensors that are not on the host: a few kernels for all, and no waiting.
+"""The same statistics for tensors on a GPU: a few kernels for all tensors, without waiting.
 
-What is launched here is read a step later: the caller copies the result without blocking.
+The results are read a step later: the caller copies them without blocking.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def gradients_on_device(grads: list[Tensor], moments: list[Tensor | None]) -> Te
     for (index, moment), norm in zip(known.items(), _norms(list(known.values()), precision), strict=True):
         product = torch.dot(_wide(rows[index]), _wide(moment)).to(precision)
         cosine = (product / norms[index] / norm).clamp(-1, 1)
-        told = (norms[index] > _LOST) & (norm > _LOST) & norms[index].isfinite()
-        cosines[index] = torch.where(told, cosine, nothing)
+        defined = (norms[index] > _LOST) & (norm > _LOST) & norms[index].isfinite()
+        cosines[index] = torch.where(defined, cosine, nothing)
         moment_norms[index] = norm
     bad = torch.stack(nonfinite) > 0
     infinite = torch.full_like(torch.stack(norms), float("inf"))

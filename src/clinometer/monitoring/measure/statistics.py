@@ -111,7 +111,13 @@ def measure_gradient(
             if high > 0:
                 product += _dot(g, part.to(g.dtype), small_is_fine=high >= TRUSTED[0])
     return _finished(
-        size, square, largest, zeros, nonfinite, product, moment_square if m is not None else None
+        size,
+        zeros=zeros,
+        nonfinite=nonfinite,
+        largest=largest,
+        square=square,
+        product=product,
+        moment_square=moment_square if m is not None else None,
     )
 
 
@@ -170,10 +176,11 @@ def _norm(square: float) -> float:
 
 def _finished(
     size: int,
-    square: float,
-    largest: float,
+    *,
     zeros: int,
     nonfinite: int,
+    largest: float,
+    square: float,
     product: float,
     moment_square: float | None,
 ) -> OfGradient:

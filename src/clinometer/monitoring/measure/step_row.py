@@ -186,7 +186,7 @@ class StepRow:
             self._read_later([one.index for one, _, _ in members], WEIGHT_PASS, numbers)
 
     def _is_still(self, one: WatchedTensors, tensor: Tensor) -> bool:
-        """Whether it is frozen and nobody wrote to it: then what was measured before holds."""
+        """Whether the weight has no gradient and was not written to: then the last measurement holds."""
         state = state_of(tensor)
         still = state == one.look and one.index not in self.read and not math.isnan(one.weight_norm)
         one.look = state
@@ -270,9 +270,9 @@ class StepRow:
 
 
 def refresh(watched: Iterable[WatchedTensors], places: Places, *, stepped: bool = False) -> None:
-    """Weights that somebody moved since the last look: their copies follow, for that was not this step.
+    """Copy the weights that changed since the last measurement, other than by this step.
 
-    `stepped`: steps were taken that nobody measured. torch's fused kernels write and leave the version.
+    `stepped`: steps were taken that were not measured. torch's fused kernels write and leave the version.
     """
     give_memory(watched, places)
     for one in watched:

@@ -54,15 +54,15 @@ class WatchedTensors:
         self.room: Room | None = None
         """Where that copy stands beside those of other small tensors."""
         self.look: tuple[int, int] | None = None
-        """Version and address of the tensor at the last look; other ones mean that somebody wrote to it."""
+        """Version and address of the tensor at the last measurement; if they differ, it was written to."""
         self.moved_elsewhere = False
-        """Somebody wrote to it between two steps."""
+        """It was written to between two steps."""
         self.weight_norm = self.first_norm = float("nan")
         """After the last step; and before the first."""
 
 
 def state_of(tensor: Tensor) -> tuple[int, int]:
-    """What changes when somebody writes to a tensor, `tensor.data.add_()` apart."""
+    """A value that changes when a tensor is written to, except by `tensor.data.add_()`."""
     return (-1 if tensor.is_inference() else version(tensor)), local(tensor).data_ptr()
 
 
@@ -142,7 +142,7 @@ class Roster:
             return known
         taken = {w.name for w in self.watched} if any(w.name == name for w in self.watched) else set()
         while name in taken:
-            name += "'"  # it took the place of one that is gone
+            name += "'"  # the tensor that had the name was freed
         new = WatchedTensors(len(self.watched), name, tensor)
         self.watched.append(new)
         self._by_id[id(tensor)] = new
@@ -182,7 +182,7 @@ def _sum_in(dtype: torch.dtype) -> torch.dtype:
 def _weak(model: Any) -> Callable[[], Any]:
     if isinstance(model, nn.Module):
         return weakref.ref(model)
-    return lambda: model  # a mapping of tensors: whoever gives one keeps it alive anyway
+    return lambda: model  # a mapping of tensors: the caller keeps it alive
 
 
 def layer_of(name: str) -> int | None:

@@ -22,12 +22,12 @@ def statistics_of(connection: sqlite3.Connection) -> tuple[str, ...]:
     return tuple(map(str, names))
 
 
-def derived_from(stored: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+def derived_statistics(stored: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     """The derived statistics that can be computed from the `stored` ones, with their operands."""
     return {name: operands for name, operands in DERIVED.items() if set(operands) <= set(stored)}
 
 
-def arranged(rows: np.ndarray, columns: tuple[str, ...]) -> np.ndarray:
+def arrange_columns(rows: np.ndarray, columns: tuple[str, ...]) -> np.ndarray:
     """Rows (T, len(STATISTICS)) of this version as rows (T, len(columns)); NaN for an unknown statistic."""
     if columns == STATISTICS:
         return rows

@@ -1,4 +1,4 @@
-"""Statistics that are computed when somebody reads them: root mean squares and ratios of stored ones."""
+"""Statistics that are computed when they are read: root mean squares and ratios of stored ones."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The tables of a run file, their version, and what makes files of other versions readable.
 
-The format is documented in docs/en/run-file.md; whoever changes it raises VERSION, adds to UPGRADES what
+The format is documented in docs/en/run-file.md. To change it, raise VERSION, add to UPGRADES what
 turns the version before into it, and to VIEWS what lets a reader see the version before as if it were it.
 """
 
@@ -25,7 +25,7 @@ LEVELS = (16, 256, 4096)
 """Steps in one roll-up, level by level; each is 16 of the one before."""
 
 PARTS = ("mean", "low", "high")
-"""What a roll-up keeps of a statistic, a row each: who asks for means reads a third of the bytes."""
+"""What a roll-up keeps of a statistic, a row each: a query for means reads a third of the bytes."""
 
 LAST_STEP = (1 << 40) - 1
 """The last step there is place for in a roll-up's key."""
@@ -95,7 +95,7 @@ VIEWS: dict[int, str] = {}
 
 
 def create(path: Path, identity: str) -> None:
-    """Put an empty run file at `path`, where there is none; made beside it first, so nobody sees half."""
+    """Create an empty run file at `path`, which must not exist; it appears whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     partial.unlink(missing_ok=True)
     try:
@@ -117,7 +117,7 @@ def create(path: Path, identity: str) -> None:
 
 
 def connect(path: Path, *, mode: str = "rwc", wait: float = 5.0) -> sqlite3.Connection:
-    """A connection that commits each statement unless told BEGIN; text is text, whatever its bytes."""
+    """A connection that commits each statement outside BEGIN; in text, bytes not in UTF-8 are replaced."""
     uri = f"{path.absolute().as_uri()}?mode={mode}"
     connection = sqlite3.connect(uri, uri=True, timeout=wait, isolation_level=None, check_same_thread=False)
     connection.text_factory = lambda raw: raw.decode("utf-8", "replace")

@@ -1,4 +1,4 @@
-"""What a reader asks of a range of steps: curves, maps, histogram_codec, a weight's history."""
+"""The answers of a reader about a range of steps: curves, maps, histograms, a weight's history."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from clinometer.foreign_files import parse_json
 from clinometer.messages import InputError
 from clinometer.record.format import cells, histogram_codec
-from clinometer.record.format.columns import derived_from, statistics_of
+from clinometer.record.format.columns import derived_statistics, statistics_of
 from clinometer.record.format.derived_statistics import derive
 from clinometer.record.format.rollups import ABSENT_NUMBER
 from clinometer.record.format.schema import (
@@ -28,7 +28,7 @@ _MOST_CELLS = 1 << 24
 
 
 class Range:
-    """The steps a question means, within what there is; `every`: steps from one record to the next."""
+    """The steps of a query that the run has; `every`: steps from one record to the next."""
 
     def __init__(self, connection: sqlite3.Connection, first: int | None, last: int | None) -> None:
         (lowest,) = connection.execute("SELECT min(step) FROM steps").fetchone()
@@ -80,7 +80,7 @@ def scalars(
         window_bytes=32 * len(known) + 64,
     )
     ids = np.array([known[name] for name in logged], dtype=np.int64)
-    found = cells.scalars(connection, ids, level, *steps.cells(stride), len(known)).combined(stride)
+    found = cells.scalars(connection, ids, level, *steps.cells(stride), width=len(known)).combined(stride)
     counts = found.weights()
     there = counts > 0
     out: dict[str, Any] = {"step": steps.first_steps(found.start, stride), "stride": stride}
@@ -106,7 +106,7 @@ def first_not_finite(connection: sqlite3.Connection, name: str) -> int | None:
     first, last = Range(connection, None, None).cells(LEVELS[-1])
     ids = np.array([known[name]], dtype=np.int64)
     for level in (*reversed(LEVELS), 1):
-        found = cells.scalars(connection, ids, level, first, last, len(known))
+        found = cells.scalars(connection, ids, level, first, last, width=len(known))
         bad = np.flatnonzero((found.weights()[:, 0] > 0) & ~np.isfinite(found.mean[:, 0]))
         if not len(bad):
             return None
@@ -123,6 +123,7 @@ def series(
     statistic: str,
     first: int | None,
     last: int | None,
+    *,
     points: int,
 ) -> dict[str, Any]:
     steps = Range(connection, first, last)
@@ -141,6 +142,7 @@ def grid(
     statistic: str,
     first: int | None,
     last: int | None,
+    *,
     columns: int,
     ids: Sequence[int] | None,
 ) -> dict[str, Any]:
@@ -166,6 +168,7 @@ def histogram(
     kind: str,
     first: int | None,
     last: int | None,
+    *,
     count: int,
 ) -> dict[str, Any]:
     if kind not in HISTOGRAM_KINDS:
@@ -191,6 +194,7 @@ def weight(
     index: Sequence[int],
     first: int | None,
     last: int | None,
+    *,
     points: int,
 ) -> dict[str, Any]:
     steps = Range(connection, first, last)
@@ -245,7 +249,7 @@ def _statistic(
     ends: bool,
 ) -> tuple[cells.Pieces, int]:
     stored = statistics_of(connection)
-    derived = derived_from(stored)
+    derived = derived_statistics(stored)
     if statistic not in stored and statistic not in derived:
         raise InputError("record.no_statistic", name=statistic, known=", ".join((*stored, *derived)))
     width = _must_be_known(connection, ids)
@@ -259,7 +263,9 @@ def _statistic(
     )
     wanted = [stored.index(name) for name in derived.get(statistic, (statistic,))]
     begin, end = steps.cells(stride)
-    parts = cells.statistics(connection, wanted, level, begin, end, ids, width, ends=ends)
+    parts = cells.statistics(
+        connection, wanted, level, first=begin, last=end, ids=ids, width=width, ends=ends
+    )
     found = parts[0]
     if statistic not in stored:
         numel = dict(connection.execute("SELECT id, numel FROM tensors").fetchall())

@@ -1,4 +1,4 @@
-"""The reader of run files: opens without writing, answers within bounds, never holds a writer up."""
+"""The reader of run files: opens without writing, answers within bounds, never blocks a writer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from clinometer.foreign_files import parse_json
 from clinometer.messages import InputError
-from clinometer.record.format.columns import derived_from, statistics_of
+from clinometer.record.format.columns import derived_statistics, statistics_of
 from clinometer.record.format.open_run import damaged, open_for_reading
 from clinometer.record.format.schema import ABSENT, FILE_NAME
 from clinometer.record.read import curves, run_state
@@ -121,7 +121,7 @@ class RunFile:
             "config": _dict(meta.get("config")),
             "environment": _dict(meta.get("environment")),
             "statistics": list(statistics),
-            "derived": list(derived_from(statistics)),
+            "derived": list(derived_statistics(statistics)),
             "model": meta.get("model"),
             "optimizers": meta.get("optimizers") or [],
             "numel": numel,
@@ -186,7 +186,7 @@ class RunFile:
         The file's statistics and those derived from them: root mean squares (`grad_rms`, …), and ratios
         (`update_ratio`), which over several steps are ratios of means with bounds as ends. NaN: no gradient.
         """
-        return curves.series(self._connection, ids, statistic, first, last, points)
+        return curves.series(self._connection, ids, statistic, first, last, points=points)
 
     @_reading
     def grid(
@@ -201,7 +201,7 @@ class RunFile:
 
         The columns are evenly spaced; NaN where no step was recorded or the tensor had no gradient.
         """
-        return curves.grid(self._connection, statistic, first, last, columns, ids)
+        return curves.grid(self._connection, statistic, first, last, columns=columns, ids=ids)
 
     @_reading
     def row(self, step: int) -> dict[str, Any] | None:
@@ -240,13 +240,13 @@ class RunFile:
         Bucket k counts the entries with floor(log2 |x|) = k + low_exponent; bucket 0 exact zeros, 63 what is
         larger or not finite.
         """
-        return curves.histogram(self._connection, tensor_id, kind, first, last, count)
+        return curves.histogram(self._connection, tensor_id, kind, first, last, count=count)
 
     @_reading
     def alerts(
         self, first: int | None = None, last: int | None = None, limit: int = 1000
     ) -> list[dict[str, Any]]:
-        """The newest `limit` alerts that touch a range of steps, the oldest first, as the watch told them."""
+        """The newest `limit` alerts that touch a range of steps, oldest first, as the watch reported them."""
         rows = self._connection.execute(
             "SELECT data, until FROM alerts WHERE step <= ? AND (until IS NULL OR until >= ?)"
             " ORDER BY id DESC LIMIT ?",
@@ -292,7 +292,7 @@ class RunFile:
 
         More than `points` steps are not averaged; one of each cell is taken. Empty if it is not pinned.
         """
-        return curves.weight(self._connection, tensor_id, index, first, last, points)
+        return curves.weight(self._connection, tensor_id, index, first, last, points=points)
 
     def _ends(self) -> tuple[int | None, int | None, float | None]:
         query = self._connection.execute

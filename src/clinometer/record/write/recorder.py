@@ -16,7 +16,7 @@ import numpy as np
 
 from clinometer.messages import InputError
 from clinometer.record.format import histogram_codec, windows
-from clinometer.record.format.columns import arranged, statistics_of
+from clinometer.record.format.columns import arrange_columns, statistics_of
 from clinometer.record.format.plain_json import clean, to_json
 from clinometer.record.format.process import this_process
 from clinometer.record.format.rollups import ABSENT_NUMBER, Rollups
@@ -107,14 +107,14 @@ class Recorder:
             if not self._last < step <= LAST_STEP:
                 self._warn_once("record.order", step=step, last=self._last)
                 return
-            rows = arranged(rows, self._columns)
+            rows = arrange_columns(rows, self._columns)
             numbers = self._numbers(step, scalars)
             closed = self._rollups.close_before(step)
             if closed:
                 self._file.begin()
                 for window in closed:
                     windows.insert(self._file.connection, window)
-            # sqlite3 takes a bytearray as it is; for anything else it first asks who could adapt it.
+            # sqlite3 takes a bytearray as it is; for anything else it first looks for an adapter.
             values = (step, float(time), bytearray(numbers), bytearray(rows))
             self._file.connection.execute("INSERT INTO steps VALUES (?, ?, ?, ?)", values)
             if closed or self._file.connection.in_transaction:
@@ -172,7 +172,7 @@ class Recorder:
     def close(self, state: str | None = "done") -> None:
         """Write how the run ended ("done", "stopped" or "failed") and let go of the file; once is enough.
 
-        None leaves the state as it is, for who only adds an event to a run that has ended.
+        None leaves the state as it is, to add an event to a run that has ended.
         """
         if self._outage is not None:
             self._outage.try_now()
