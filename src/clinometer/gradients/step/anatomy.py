@@ -12,7 +12,7 @@ from clinometer.gradients.report.document import Document, Line, Table, code, di
 from clinometer.gradients.report.formatting import format_count, format_number, shorten
 from clinometer.gradients.report.result import Result
 from clinometer.gradients.sandbox.subject import Subject
-from clinometer.gradients.step.formulas import FORMULAS, SLIPS, WHOLE
+from clinometer.gradients.step.formulas import FORMULAS, SLIPS
 from clinometer.gradients.step.measures import Measures, Moved, constant_ratio, fitting, measure
 from clinometer.gradients.step.weight_step import StepContext, WeightStep, percent, title, ulps
 from clinometer.messages import InputError
@@ -41,7 +41,7 @@ class TensorStep(Result):
     @cached_property
     def measures(self) -> Measures:
         """Ratio, shares, rounding; float64 sums over the entries."""
-        if self._index is not None and self.formula in WHOLE:
+        if self._index is not None and self.formula and FORMULAS[self.formula].of_whole:
             function = FORMULAS[self.formula]
             return measure(self.moved, function, self._whole.replay(function, self._index))
         return measure(self.moved, FORMULAS[self.formula] if self.formula else None)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clinometer.gradients.step.formulas import WHOLE, Formula
+from clinometer.gradients.step.formulas import FORMULAS, Formula
 from clinometer.gradients.step.optimizer_state import OptimizerState, ReplayedUpdate, wide
 
 ULP_ALLOWED = 4.0
@@ -62,7 +62,7 @@ class Moved:
             raise ValueError(f"nothing to replay: {self.status}")
         if index is None:
             return function(self.held)
-        if self.formula not in WHOLE:
+        if self.formula is None or not FORMULAS[self.formula].of_whole:
             return function(self.part(index).held)  # pyright: ignore[reportArgumentType]
         whole = function(self.held)
         chosen = {
