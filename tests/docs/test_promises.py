@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import clinometer
-from clinometer.monitoring.measure.statistics import STATISTICS
+from clinometer.vocabulary import STATISTICS
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [
