@@ -9,7 +9,7 @@ INSTALLING := $(strip $(if $(filter zh%,$(firstword $(CLINOMETER_LANG) $(LC_ALL)
 	正在把 PyTorch 等所需的一切装进 .venv：第一次要几分钟。,\
 	Installing PyTorch and whatever else is needed into .venv: the first time takes some minutes.))
 
-.PHONY: demo test pages browser check docs audit package bench soak coverage clean
+.PHONY: demo test compat pages browser check docs audit package bench soak coverage clean
 
 demo: .venv/.installed
 	$(BIN)/clinometer demo $(DEMO_FLAGS)
@@ -27,6 +27,12 @@ test: .venv/.installed-dev
 # two of these.
 pages: .venv/.installed-dev
 	$(BIN)/python -m tests.docs.stability
+
+# The tests of what meets torch itself with another one: make compat TORCH=2.10.0 (or newest) PYTHON=python3.12
+TORCH ?= newest
+compat:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11"; exit 2; }
+	.ci/compat $(TORCH) $(PYTHON)
 
 # Through every page in Chromium; here a missing browser is a failure and not a skip.
 browser: .venv/.installed-dev

@@ -177,8 +177,8 @@ class SGD(EagerOptimizer):
 
 
 def _kernel(parameter: Tensor, *others: Tensor) -> Hashable | None:
-    # torch 2.13's _fused_sgd_ has no rule for DTensors, and on the CPU it is wrong in half precision (a test
-    # shows it), though not for float32 and float64.
+    # No _fused_sgd_ up to torch 2.15 has a rule for DTensors. On the CPU, those up to 2.13 are wrong in half
+    # precision (a test shows it), though not for float32 and float64.
     half_on_cpu = parameter.device.type == "cpu" and parameter.dtype in (torch.float16, torch.bfloat16)
     if fused_sgd_ is None or half_on_cpu or hasattr(parameter, "device_mesh"):
         return None
