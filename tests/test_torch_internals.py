@@ -29,6 +29,7 @@ ALLOWED = {
     "gradients/trace/operations.py": {"_set_grad_enabled", "_amp"},
     "gradients/attribute/layer_handlers.py": {"_grouped_mm"},
     "gradients/diagnose/finiteness.py": {"_safe_softmax"},
+    "gradients/diagnose/why_nonfinite.py": {"_safe_softmax"},
     # Names in the user's own modules that are looked for there.
     "gradients/diagnose/optional_modules.py": {"_reset_parameters", "_init_weights"},
     # The standard library's: NamedTuple, os._exit.
