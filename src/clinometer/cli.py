@@ -17,7 +17,7 @@ from clinometer.commands.entries import COMMANDS
 from clinometer.commands.helpers.command_help import with_help
 from clinometer.commands.helpers.console import open_console
 from clinometer.commands.helpers.usage_errors import explain_usage
-from clinometer.messages import InputError, say, set_language
+from clinometer.messages import LANGUAGES, InputError, say, set_language
 from clinometer.messages.folding import tell
 from clinometer.training.settings.config import SECTIONS
 from clinometer.training.settings.settings_file import read_toml
@@ -86,7 +86,7 @@ def build_app(only: str | None = None) -> App:
         config=(_layer_configuration,),
         group_commands=Group(say("cli.commands"), sort_key=0),
         group_parameters=Group(say("cli.parameters"), sort_key=1),
-        help_epilogue=say("cli.epilogue"),
+        help_epilogue=say("cli.epilogue", languages="|".join(LANGUAGES)),
         help_format="plaintext",
     )
     apps = {"": app}

@@ -217,8 +217,8 @@ def test_a_kill_while_writing_leaves_no_half_step(call, run, tmp_path):
     killed = tmp_path / "killed.py"
     killed.write_text(
         "import os, signal, sys\n"
-        "from clinometer.training.replay import replay_folder\n"
-        "replay_folder.sync_folder = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "from clinometer import whole_files\n"
+        "whole_files.sync_folder = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
         "from clinometer import cli\n"
         f"sys.argv = ['clinometer', 'explain', {str(run)!r}, '--step', '20']\n"
         "from clinometer.commands.helpers import process_settings\n"

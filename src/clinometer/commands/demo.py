@@ -19,10 +19,11 @@ from clinometer.record.replays.replays import Replay
 from clinometer.record.write.new_folder import next_run_folder
 from clinometer.training.checkpoints.checkpoint import checkpoints, step_of
 from clinometer.training.replay.replay import replay_step
+from clinometer.training.run.computation import batch_of
 from clinometer.training.run.display import RunDisplay
-from clinometer.training.run.loop import batch_of
-from clinometer.training.run.prepare import TrainingSession, start
+from clinometer.training.run.prepare import start
 from clinometer.training.run.recording import add_report
+from clinometer.training.run.session import TrainingSession
 from clinometer.training.settings.config import (
     DataConfig,
     ModelConfig,

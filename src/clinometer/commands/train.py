@@ -17,11 +17,12 @@ from clinometer.record.write.new_folder import next_run_folder
 from clinometer.training.checkpoints.checkpoint import checkpoints, step_of
 from clinometer.training.ranks.world import World
 from clinometer.training.run.display import RunDisplay, clock, short_count
-from clinometer.training.run.loop import Outcome, train
+from clinometer.training.run.loop import train
 from clinometer.training.run.out_of_memory import is_out_of_memory, too_little_memory
-from clinometer.training.run.prepare import TrainingSession, attend, resume, start
+from clinometer.training.run.prepare import attend, resume, start
 from clinometer.training.run.recording import open_record
 from clinometer.training.run.run_folder import RunFolder
+from clinometer.training.run.session import Outcome, TrainingSession
 from clinometer.training.settings.config import RunConfig
 from clinometer.training.settings.precision import matmul_rate
 

@@ -6,9 +6,10 @@ turns the version before into it, and to VIEWS what lets a reader see the versio
 
 from __future__ import annotations
 
-import os
 import sqlite3
 from pathlib import Path
+
+from clinometer.whole_files import whole_file
 
 FILE_NAME = "run.sqlite"
 LOCK_NAME = ".run.sqlite.lock"
@@ -109,9 +110,7 @@ VIEWS: dict[int, str] = {}
 
 def create(path: Path, identity: str) -> None:
     """Put an empty run file at `path`, where there is none; made beside it first, so nobody sees half."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.unlink(missing_ok=True)
-    try:
+    with whole_file(path) as partial:
         connection = connect(partial)
         try:
             connection.execute(f"PRAGMA page_size = {PAGE_SIZE}")
@@ -123,9 +122,6 @@ def create(path: Path, identity: str) -> None:
             connection.execute("COMMIT")
         finally:
             connection.close()
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def connect(path: Path, *, mode: str = "rwc", wait: float = 5.0) -> sqlite3.Connection:

@@ -2,6 +2,7 @@
 
 let sentences = {};
 let current = "en";
+let spoken = {};
 
 export async function loadWords(language) {
   const answer = await fetch(`/api/messages?lang=${language}`);
@@ -9,11 +10,18 @@ export async function loadWords(language) {
   const body = await answer.json();
   sentences = body.messages;
   current = language;
-  document.documentElement.lang = language === "zh" ? "zh-CN" : "en";
+  spoken = body;
+  document.documentElement.lang = body.tag;
 }
 
 export function language() {
   return current;
+}
+
+// The language after the current one, as [code, name]: what the switch offers.
+export function nextLanguage() {
+  const all = Object.entries(spoken.languages);
+  return all[(all.findIndex(([code]) => code === current) + 1) % all.length];
 }
 
 // "{n}", or a word that goes by a number: "{n|step|steps}".
@@ -41,8 +49,7 @@ export function lasting(seconds) {
 }
 
 export function clock(unix) {
-  const locale = current === "zh" ? "zh-CN" : "en-GB";
-  return new Date(unix * 1000).toLocaleString(locale, {
+  return new Date(unix * 1000).toLocaleString(spoken.locale, {
     year: "numeric", month: "short", day: "numeric", hour: "2-digit", minute: "2-digit",
   });
 }

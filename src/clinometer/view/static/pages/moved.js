@@ -1,11 +1,11 @@
 // The tensors that one token of a replayed batch moved most, each a link to its page.
 
-import { get, ofRun } from "./api.js";
-import { h, replace } from "./dom.js";
-import { number, percent } from "./number.js";
+import { get, ofRun } from "../base/api.js";
+import { h, replace } from "../base/dom.js";
+import { number, percent } from "../base/number.js";
 import { replayOffer } from "./replay.js";
-import { address } from "./url.js";
-import { say } from "./words.js";
+import { address } from "../base/url.js";
+import { say } from "../base/words.js";
 
 export class Moved {
   constructor(info, step, signal) {

@@ -1,11 +1,11 @@
 // One tensor at one step as a picture: block means from afar, single entries with their numbers near by.
 
-import { floats, get, ofRun } from "./api.js";
-import { h, oncePerFrame, replace } from "./dom.js";
-import { count, number, percent, signed } from "./number.js";
+import { floats, get, ofRun } from "../base/api.js";
+import { h, oncePerFrame, replace } from "../base/dom.js";
+import { count, number, percent, signed } from "../base/number.js";
 import { cell, download, saveButtons } from "./save.js";
-import { colour, drawScale, rgb, scale } from "./settings.js";
-import { say } from "./words.js";
+import { colour, drawScale, rgb, scale } from "../base/settings.js";
+import { say } from "../base/words.js";
 
 const WIDE = 66;   // a cell this wide and
 const HIGH = 17;   // this high has room for its number

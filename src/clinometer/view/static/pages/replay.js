@@ -1,10 +1,10 @@
 // "Replay step N": starts it, shows how far it is, cancels it.
 
-import { get, ofRun, send } from "./api.js";
-import { h, replace } from "./dom.js";
-import { count } from "./number.js";
-import { notice } from "./states.js";
-import { say } from "./words.js";
+import { get, ofRun, send } from "../base/api.js";
+import { h, replace } from "../base/dom.js";
+import { count } from "../base/number.js";
+import { notice } from "../base/states.js";
+import { say } from "../base/words.js";
 
 const EVERY = 500;
 

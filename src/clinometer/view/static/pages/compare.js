@@ -1,13 +1,13 @@
 // Several runs on the same axes, and where their settings differ.
 
-import { get, ofRun } from "./api.js";
-import { Chart } from "./chart.js";
-import { h, replace } from "./dom.js";
-import { count, size } from "./number.js";
-import { lastLoss, notice, stateMark } from "./states.js";
-import { TimeAxis } from "./timeaxis.js";
-import { address, altered, go } from "./url.js";
-import { say } from "./words.js";
+import { get, ofRun } from "../base/api.js";
+import { Chart } from "../charts/chart.js";
+import { h, replace } from "../base/dom.js";
+import { count, size } from "../base/number.js";
+import { lastLoss, notice, stateMark } from "../base/states.js";
+import { TimeAxis } from "../charts/timeaxis.js";
+import { address, altered, go } from "../base/url.js";
+import { say } from "../base/words.js";
 
 const MOST = 20;
 

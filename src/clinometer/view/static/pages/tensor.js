@@ -1,16 +1,16 @@
 // Tensor: its matrix at a replayed step, its statistics over time, its histograms.
 
-import { ofRun } from "./api.js";
-import { Chart } from "./chart.js";
-import { h, replace } from "./dom.js";
-import { statisticChoice } from "./gradmap.js";
-import { MatrixView } from "./matrix.js";
-import { count, shape } from "./number.js";
+import { ofRun } from "../base/api.js";
+import { Chart } from "../charts/chart.js";
+import { h, replace } from "../base/dom.js";
+import { statisticChoice } from "../charts/gradmap.js";
+import { MatrixView } from "../charts/matrix.js";
+import { count, shape } from "../base/number.js";
 import { replayOffer, stepChooser } from "./replay.js";
-import { broken, notice } from "./states.js";
-import { TimeAxis } from "./timeaxis.js";
-import { address, altered, go } from "./url.js";
-import { say } from "./words.js";
+import { broken, notice } from "../base/states.js";
+import { TimeAxis } from "../charts/timeaxis.js";
+import { address, altered, go } from "../base/url.js";
+import { say } from "../base/words.js";
 
 const KINDS = ["grad", "weight", "update", "exp_avg", "exp_avg_sq"];
 const RIDGES = ["grad", "weight", "update"];

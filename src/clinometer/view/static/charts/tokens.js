@@ -1,8 +1,8 @@
 // A batch's text, each token tinted by a number. Blanks that matter are made visible.
 
-import { h, oncePerFrame } from "./dom.js";
-import { tint } from "./settings.js";
-import { say } from "./words.js";
+import { h, oncePerFrame } from "../base/dom.js";
+import { tint } from "../base/settings.js";
+import { say } from "../base/words.js";
 
 export function visible(piece) {
   return piece.replace(/\n/g, "⏎\n").replace(/\t/g, "⇥\t") || "∅";

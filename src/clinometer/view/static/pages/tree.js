@@ -1,11 +1,11 @@
 // The parameter tree: filter, groups that fold, and for each parameter its line and latest value.
 
-import { h, oncePerFrame, replace } from "./dom.js";
-import { grouped, matcher } from "./groups.js";
-import { LongList } from "./longlist.js";
-import { number, shape } from "./number.js";
-import { drawSpark, sparkline } from "./spark.js";
-import { say } from "./words.js";
+import { h, oncePerFrame, replace } from "../base/dom.js";
+import { grouped, matcher } from "../base/groups.js";
+import { LongList } from "../base/longlist.js";
+import { number, shape } from "../base/number.js";
+import { drawSpark, sparkline } from "../charts/spark.js";
+import { say } from "../base/words.js";
 
 const narrow = matchMedia("(max-width: 720px)");
 const close = matchMedia("(max-width: 1100px)");

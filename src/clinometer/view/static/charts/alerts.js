@@ -1,10 +1,10 @@
 // Alerts: ticks on the time axis, and the sentences behind them.
 
 import { gutter } from "./chart.js";
-import { h, replace } from "./dom.js";
-import { count } from "./number.js";
-import { address, altered, go } from "./url.js";
-import { say } from "./words.js";
+import { h, replace } from "../base/dom.js";
+import { count } from "../base/number.js";
+import { address, altered, go } from "../base/url.js";
+import { say } from "../base/words.js";
 
 const RIGHT = 24;
 const TOLD = 4;   // alerts of one tick that are read at once

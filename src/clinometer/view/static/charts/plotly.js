@@ -11,7 +11,7 @@ export function plotly() {
   loading ??= new Promise((resolve, reject) => {
     tame();
     const script = document.createElement("script");
-    script.src = new URL("./plotly.min.js", import.meta.url).href;
+    script.src = new URL("../plotly.min.js", import.meta.url).href;
     script.onload = () => resolve(globalThis.Plotly);
     script.onerror = () => { loading = null; script.remove(); reject(new Error("plotly.min.js")); };
     document.head.append(script);

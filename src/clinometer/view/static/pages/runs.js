@@ -1,13 +1,13 @@
 // Runs: which there are, how they are, and which to compare.
 
-import { get } from "./api.js";
-import { h, replace } from "./dom.js";
-import { matcher } from "./groups.js";
-import { count, number, size } from "./number.js";
-import { drawSpark, sparkline } from "./spark.js";
-import { lastLoss, notice, stateMark } from "./states.js";
-import { address, altered, go } from "./url.js";
-import { ago, clock, say } from "./words.js";
+import { get } from "../base/api.js";
+import { h, replace } from "../base/dom.js";
+import { matcher } from "../base/groups.js";
+import { count, number, size } from "../base/number.js";
+import { drawSpark, sparkline } from "../charts/spark.js";
+import { lastLoss, notice, stateMark } from "../base/states.js";
+import { address, altered, go } from "../base/url.js";
+import { ago, clock, say } from "../base/words.js";
 
 export async function runsPage({ main, state, signal }) {
   let answer = await get("/api/runs", {}, signal);

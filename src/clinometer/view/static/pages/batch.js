@@ -1,15 +1,15 @@
 // Batch: the text of a step, by loss and by gradient norm of each token.
 
-import { get, ofRun } from "./api.js";
-import { Chart } from "./chart.js";
-import { h, replace } from "./dom.js";
-import { number } from "./number.js";
+import { get, ofRun } from "../base/api.js";
+import { Chart } from "../charts/chart.js";
+import { h, replace } from "../base/dom.js";
+import { number } from "../base/number.js";
 import { Moved } from "./moved.js";
 import { replayOffer, stepChooser } from "./replay.js";
-import { notice } from "./states.js";
-import { TokenText, pager, quoted } from "./tokens.js";
-import { altered, go } from "./url.js";
-import { say } from "./words.js";
+import { notice } from "../base/states.js";
+import { TokenText, pager, quoted } from "../charts/tokens.js";
+import { altered, go } from "../base/url.js";
+import { say } from "../base/words.js";
 
 const ROWS = 8;
 

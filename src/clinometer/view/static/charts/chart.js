@@ -1,13 +1,13 @@
 // One chart: title, its one line, the plot, and what it is worth at the cursor. The figure comes from the server.
 
-import { get } from "./api.js";
-import { h, replace } from "./dom.js";
-import { number, percent } from "./number.js";
+import { get } from "../base/api.js";
+import { h, replace } from "../base/dom.js";
+import { number, percent } from "../base/number.js";
 import { numbers, plotly } from "./plotly.js";
 import { saveButtons, saveFigure } from "./save.js";
-import { colour, drawScale, theme } from "./settings.js";
+import { colour, drawScale, theme } from "../base/settings.js";
 import { timePointer } from "./timeaxis.js";
-import { say } from "./words.js";
+import { say } from "../base/words.js";
 
 const RIGHT = 24;
 

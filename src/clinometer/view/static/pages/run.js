@@ -1,19 +1,19 @@
 // Run: four numbers, the curves, the gradient map, the alerts, and the parameters at the side.
 
-import { get, ofRun } from "./api.js";
-import { AlertList, AlertStrip } from "./alerts.js";
-import { Chart, gutter } from "./chart.js";
-import { h, replace } from "./dom.js";
-import { GradientMap, statisticChoice } from "./gradmap.js";
-import { matcher } from "./groups.js";
-import { MapData } from "./mapdata.js";
-import { count, size } from "./number.js";
-import { died, notice, stateMark } from "./states.js";
-import { drawStrip } from "./strip.js";
-import { TimeAxis } from "./timeaxis.js";
+import { get, ofRun } from "../base/api.js";
+import { AlertList, AlertStrip } from "../charts/alerts.js";
+import { Chart, gutter } from "../charts/chart.js";
+import { h, replace } from "../base/dom.js";
+import { GradientMap, statisticChoice } from "../charts/gradmap.js";
+import { matcher } from "../base/groups.js";
+import { MapData } from "../charts/mapdata.js";
+import { count, size } from "../base/number.js";
+import { died, notice, stateMark } from "../base/states.js";
+import { drawStrip } from "../charts/strip.js";
+import { TimeAxis } from "../charts/timeaxis.js";
 import { Tree } from "./tree.js";
-import { address, altered, go } from "./url.js";
-import { clock, say } from "./words.js";
+import { address, altered, go } from "../base/url.js";
+import { clock, say } from "../base/words.js";
 
 export async function runPage({ main, state, info, signal, frame, told, again }) {
   const api = (what) => ofRun(info.id, what);

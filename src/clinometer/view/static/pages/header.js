@@ -1,10 +1,10 @@
 // Breadcrumb, the pages beside it, language and theme.
 
-import { h, replace } from "./dom.js";
-import { count } from "./number.js";
-import { remember, theme } from "./settings.js";
-import { address, altered, go } from "./url.js";
-import { language, say } from "./words.js";
+import { h, replace } from "../base/dom.js";
+import { count } from "../base/number.js";
+import { remember, theme } from "../base/settings.js";
+import { address, altered, go } from "../base/url.js";
+import { nextLanguage, say } from "../base/words.js";
 
 export function drawHeader(state, run, help) {
   const crumbs = [[h("span", { class: "brand" }, say("page.runs")), address({})]];
@@ -28,11 +28,11 @@ export function drawHeader(state, run, help) {
     [["run", say("page.run"), {}], ["batch", say("page.batch"), { step: state.step }], ["check", say("page.checks"), {}],
       ["diagnosis", say("page.diagnoses"), {}]].map(([page, text, more]) => h("a", {
       href: address({ run: state.run, page, ...more }), "aria-current": state.page === page ? "page" : null }, text))) : null;
-  const other = language() === "zh" ? "en" : "zh";
+  const [other, name] = nextLanguage();
   const opposite = theme() === "dark" ? "light" : "dark";
   const tools = h("div", { class: "tools" },
     h("button", { type: "button", "data-tool": "language", lang: other, title: say("page.switch_language"), onclick: switchLanguage },
-      other === "zh" ? "中文" : "English"),
+      name),
     h("button", { type: "button", "data-tool": "theme", title: say("page.switch_theme"), onclick: switchTheme },
       opposite === "dark" ? say("page.dark") : say("page.light")),
     h("button", { type: "button", "data-tool": "help", title: say("page.help"), "aria-label": say("page.help"), onclick: help }, "?"));
@@ -43,7 +43,7 @@ export function drawHeader(state, run, help) {
 }
 
 export function switchLanguage() {
-  const next = language() === "zh" ? "en" : "zh";
+  const [next] = nextLanguage();
   remember("lang", next);
   go(altered({ lang: next }), { quietly: true });
 }

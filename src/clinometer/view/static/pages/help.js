@@ -1,7 +1,7 @@
 // The help overlay: the keys, and how to read the page.
 
-import { h } from "./dom.js";
-import { say } from "./words.js";
+import { h } from "../base/dom.js";
+import { say } from "../base/words.js";
 
 export function openHelp() {
   const layer = document.getElementById("layer");

@@ -1,6 +1,6 @@
 // The gradient map as numbers: rows are tensors, columns are stretches of steps.
 
-import { bytes, floats } from "./api.js";
+import { bytes, floats } from "../base/api.js";
 
 export class MapData {
   constructor(answer) {

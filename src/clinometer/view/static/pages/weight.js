@@ -1,15 +1,15 @@
 // Weight: what one step did to it and why, its history, and the tokens that pushed it.
 
-import { get, ofRun } from "./api.js";
-import { Chart } from "./chart.js";
-import { h, replace } from "./dom.js";
-import { number, percent, shape, signed } from "./number.js";
+import { get, ofRun } from "../base/api.js";
+import { Chart } from "../charts/chart.js";
+import { h, replace } from "../base/dom.js";
+import { number, percent, shape, signed } from "../base/number.js";
 import { replayOffer, stepChooser } from "./replay.js";
-import { notice } from "./states.js";
-import { TimeAxis } from "./timeaxis.js";
-import { TokenText, pager, quoted } from "./tokens.js";
-import { address, altered, go } from "./url.js";
-import { say } from "./words.js";
+import { notice } from "../base/states.js";
+import { TimeAxis } from "../charts/timeaxis.js";
+import { TokenText, pager, quoted } from "../charts/tokens.js";
+import { address, altered, go } from "../base/url.js";
+import { say } from "../base/words.js";
 
 export async function weightPage({ main, state, info, signal, frame }) {
   const tensor = info.tensors.find((one) => one.name === state.tensor);

@@ -1,14 +1,14 @@
 // The gradient map: parameters in the order of the forward × steps, the newest at the right.
 
 import { gutter } from "./chart.js";
-import { h, oncePerFrame, replace } from "./dom.js";
+import { h, oncePerFrame, replace } from "../base/dom.js";
 import { layRows, paintMap } from "./mappaint.js";
-import { count, number } from "./number.js";
+import { count, number } from "../base/number.js";
 import { download, cell, saveButtons } from "./save.js";
-import { colour, drawScale } from "./settings.js";
+import { colour, drawScale } from "../base/settings.js";
 import { timePointer } from "./timeaxis.js";
-import { altered, go } from "./url.js";
-import { say } from "./words.js";
+import { altered, go } from "../base/url.js";
+import { say } from "../base/words.js";
 
 const RIGHT = 24;
 

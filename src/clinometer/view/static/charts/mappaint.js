@@ -1,9 +1,9 @@
 // How the map is put on its canvas: where the rows stand, cells, hatching, labels, rules between layers.
 
-import { grouped } from "./groups.js";
-import { count } from "./number.js";
+import { grouped } from "../base/groups.js";
+import { count } from "../base/number.js";
 import { escaped } from "./save.js";
-import { colour, rgb, scale } from "./settings.js";
+import { colour, rgb, scale } from "../base/settings.js";
 import { ticks } from "./timeaxis.js";
 
 const NAMED = 14;      // a row with its name beside it

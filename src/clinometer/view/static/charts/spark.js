@@ -1,7 +1,7 @@
 // A line the size of a word. Gaps stay gaps; what is not finite is a mark in the alarming colour.
 
-import { h } from "./dom.js";
-import { colour } from "./settings.js";
+import { h } from "../base/dom.js";
+import { colour } from "../base/settings.js";
 
 export function sparkline(width, height) {
   const canvas = h("canvas", { class: "spark", "aria-hidden": "true" });

@@ -1,9 +1,9 @@
 // What is on screen, as a file: PNG, SVG, CSV.
 
-import { h } from "./dom.js";
+import { h } from "../base/dom.js";
 import { numbers, plotly } from "./plotly.js";
-import { colour } from "./settings.js";
-import { say } from "./words.js";
+import { colour } from "../base/settings.js";
+import { say } from "../base/words.js";
 
 export function saveButtons(kinds) {
   return h("span", { class: "save" }, Object.entries(kinds).map(([name, make]) =>

@@ -2,7 +2,8 @@
 
 import { get } from "./api.js";
 
-const served = document.documentElement.lang.startsWith("zh") ? "zh" : "en";
+const languages = document.documentElement.dataset.languages.split(" ");
+const served = document.documentElement.lang;
 const dark = matchMedia("(prefers-color-scheme: dark)");
 let colours = null;
 
@@ -24,7 +25,7 @@ export function remember(name, value) {
 
 export function chosenLanguage(state) {
   const asked = state.lang ?? remembered("lang") ?? served;
-  return asked === "zh" ? "zh" : "en";
+  return languages.includes(asked) ? asked : served;
 }
 
 export function chosenTheme(state) {

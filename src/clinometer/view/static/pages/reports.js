@@ -1,12 +1,12 @@
 // Check and Diagnosis: the reports a run keeps, each as it was said, with its tensors as links.
 
-import { get, ofRun } from "./api.js";
-import { h, replace } from "./dom.js";
-import { count } from "./number.js";
-import { download, saveButtons } from "./save.js";
-import { notice } from "./states.js";
-import { address, altered, go } from "./url.js";
-import { clock, say } from "./words.js";
+import { get, ofRun } from "../base/api.js";
+import { h, replace } from "../base/dom.js";
+import { count } from "../base/number.js";
+import { download, saveButtons } from "../charts/save.js";
+import { notice } from "../base/states.js";
+import { address, altered, go } from "../base/url.js";
+import { clock, say } from "../base/words.js";
 
 export async function reportsPage({ main, state, info, signal, frame }) {
   const kind = state.page;

@@ -1,7 +1,7 @@
 // The four numbers at the top of a run, each with its last hundred steps.
 
-import { h, replace } from "./dom.js";
-import { number } from "./number.js";
+import { h, replace } from "../base/dom.js";
+import { number } from "../base/number.js";
 import { drawSpark, sparkline } from "./spark.js";
 
 export function drawStrip(element, numbers) {
