@@ -29,6 +29,9 @@ WANTED = (
     "lessons/en/1-what-a-gradient-is.md",
     "lessons/zh/8-your-own-model.md",
     "view/static/index.html",
+    "view/static/pages/run.js",
+    "view/static/charts/chart.js",
+    "view/static/base/base.css",
 )
 UNWANTED = ("tests/", "docs/", "benchmarks/")
 

@@ -320,7 +320,7 @@ def prepare_characters(checkout: Path, text: Path) -> None:
 
 def our_settings() -> dict[str, str]:
     """What `clinometer train` sets for its own process; see clinometer.cli."""
-    from clinometer.cli import PROCESS_SETTINGS
+    from clinometer.commands.helpers.process_settings import PROCESS_SETTINGS
 
     return PROCESS_SETTINGS
 

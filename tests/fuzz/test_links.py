@@ -15,7 +15,8 @@ from clinometer.training.checkpoints import checkpoint
 from clinometer.training.replay.replay import replay_step
 from clinometer.training.run import prepare
 from clinometer.training.run.loop import train
-from clinometer.training.run.run_folder import RunFolder, write_whole
+from clinometer.training.run.run_folder import RunFolder
+from clinometer.whole_files import write_whole
 from tests.record.synthetic import synthetic
 from tests.training.conftest import SENTENCES, Silent, small_config
 

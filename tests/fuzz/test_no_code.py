@@ -42,7 +42,7 @@ METHODS = {
     ("dcp", "load"),
 }
 OURS = {
-    ("commands/diagnose.py", "spec_from_file_location"),
+    ("commands/helpers/targets.py", "spec_from_file_location"),
     ("lessons/page_session.py", "compile"),
     ("lessons/page_session.py", "InteractiveInterpreter"),
 }

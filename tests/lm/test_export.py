@@ -251,7 +251,7 @@ def test_an_export_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
 
     export_llama(small_weights(), CONFIG, tmp_path / "model")
     before = (tmp_path / "model" / "model.safetensors").read_bytes()
-    for name in ("save_file", "_write_json", "_commit"):
+    for name in ("save_file", "_write_json", "commit_folder"):
         with monkeypatch.context() as patch:
             patch.setattr(llama_files, name, full_disk)
             for target in ("new", "model"):

@@ -134,7 +134,7 @@ def test_every_plain_sentence_is_said_somewhere():
 def test_every_sentence_of_the_page_is_said_there_and_none_is_missing():
     """The page's modules name their keys in full, so that a text search finds them."""
     static = Path(clinometer.__file__).parent / "view" / "static"
-    modules = "\n".join(path.read_text(encoding="utf-8") for path in static.glob("*.js"))
+    modules = "\n".join(path.read_text(encoding="utf-8") for path in static.rglob("*.js"))
     said = set(re.findall(r'"(page\.[a-z0-9_]+)"', modules))
     known = {key for key in sentences("en") if key.startswith("page.")}
     assert len(known) > 150

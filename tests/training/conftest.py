@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from clinometer import cli
+from clinometer.commands.helpers.process_settings import PROCESS_SETTINGS
 from clinometer.messages import set_language
 from clinometer.training.run.stop_signals import StopRequest
 from clinometer.training.settings.config import (
@@ -158,7 +159,7 @@ def call(tmp_path, monkeypatch, capsys):
     """Run a command in this process, in an empty folder: (exit code, standard output, standard error)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "300")
-    for name, value in cli.PROCESS_SETTINGS.items():  # set already: no restart
+    for name, value in PROCESS_SETTINGS.items():  # set already: no restart
         monkeypatch.setenv(name, value)
 
     def run(*arguments):

@@ -17,7 +17,7 @@ from clinometer.optim.make_optimizers import make_optimizers
 from clinometer.training.ranks.world import World
 from clinometer.training.run import prepare
 from clinometer.training.run.loop import Outcome, train
-from clinometer.training.run.prepare import TrainingSession
+from clinometer.training.run.session import TrainingSession
 from clinometer.training.settings.config import OptimConfig, RunConfig
 from tests.training.conftest import Silent, small_config
 

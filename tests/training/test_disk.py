@@ -8,7 +8,8 @@ from functools import cache
 
 import pytest
 
-from clinometer.training.run.run_folder import Lines, RunFolder
+from clinometer.training.run.json_lines import JsonLines
+from clinometer.training.run.run_folder import RunFolder
 from tests.training.conftest import SMALL, assert_refused
 
 
@@ -46,7 +47,7 @@ def test_on_a_disk_of_its_own(tmp_path, cases):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 def test_rows_that_a_full_disk_does_not_take_are_written_when_it_does(tmp_path):
-    lines = Lines(tmp_path / "metrics.jsonl")
+    lines = JsonLines(tmp_path / "metrics.jsonl")
     lines.append(step=1)
     kept = os.dup(lines._file.fileno())
     with open("/dev/full", "ab") as full:

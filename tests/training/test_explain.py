@@ -192,7 +192,8 @@ def test_a_signal_stops_it_and_leaves_nothing(run, tmp_path, number, code):
         "replay.take_step = lambda *a, **k: (time.sleep(0.3), take(*a, **k))[1]\n"
         "from clinometer import cli\n"
         f"sys.argv = ['clinometer', 'explain', {str(run)!r}, '--step', '20', '--machine']\n"
-        "cli._restart_with_settings = lambda: None\n"
+        "from clinometer.commands.helpers import process_settings\n"
+        "process_settings.restart_with_settings = lambda: None\n"
         "cli.main()\n"
     )
     process = subprocess.Popen(
@@ -216,11 +217,12 @@ def test_a_kill_while_writing_leaves_no_half_step(call, run, tmp_path):
     killed = tmp_path / "killed.py"
     killed.write_text(
         "import os, signal, sys\n"
-        "from clinometer.training.replay import replay_folder\n"
-        "replay_folder.sync_folder = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "from clinometer import whole_files\n"
+        "whole_files.sync_folder = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
         "from clinometer import cli\n"
         f"sys.argv = ['clinometer', 'explain', {str(run)!r}, '--step', '20']\n"
-        "cli._restart_with_settings = lambda: None\n"
+        "from clinometer.commands.helpers import process_settings\n"
+        "process_settings.restart_with_settings = lambda: None\n"
         "cli.main()\n"
     )
     assert subprocess.run([sys.executable, str(killed)], check=False).returncode == -signal.SIGKILL

@@ -12,8 +12,9 @@ import pytest
 from clinometer.messages import InputError
 from clinometer.training.run import prepare
 from clinometer.training.run.display import printable
+from clinometer.training.run.json_lines import JsonLines
 from clinometer.training.run.loop import Outcome, train
-from clinometer.training.run.run_folder import Lines, RunFolder
+from clinometer.training.run.run_folder import RunFolder
 from clinometer.training.settings.config import DataConfig, OptimConfig, TrainingConfig
 from tests.training.conftest import SMALL, Silent, assert_refused, small, small_config, stopped_after
 
@@ -56,7 +57,7 @@ def test_a_damaged_checkpoint_does_not_cost_the_rows_after_it(config, tmp_path):
     session = prepare.start(config, tmp_path / "run", Silent())
     train(session, Silent())
     session.close()
-    lines = Lines(tmp_path / "run" / "metrics.jsonl")
+    lines = JsonLines(tmp_path / "run" / "metrics.jsonl")
     lines.append(note="later")
     lines.close()
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()

@@ -79,7 +79,7 @@ def test_a_step_that_really_does_not_fit_says_what_does(corpus):
         "taken = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
         "resource.setrlimit(resource.RLIMIT_AS, (taken + (1 << 30),) * 2)\n"
         "sys.argv = ['clinometer', *sys.argv[1:]]\n"
-        "clinometer.cli._restart_with_settings = lambda: None\n"
+        "clinometer.commands.helpers.process_settings.restart_with_settings = lambda: None\n"
         "clinometer.cli.main()\n"
     )
     settings = [s for s in SMALL if "batch" not in s and "context" not in s]

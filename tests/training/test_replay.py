@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from clinometer import whole_files
 from clinometer.messages import InputError
 from clinometer.record.replays.replays import Replay, replay_places, replayed_steps
 from clinometer.training.checkpoints import checkpoint
@@ -447,7 +448,6 @@ def test_a_read_only_run_folder_is_replayed(config, tmp_path):
 
 @pytest.mark.parametrize("at", ["replay", "write"])
 def test_an_interrupted_replay_leaves_nothing(config, tmp_path, monkeypatch, at):
-    from clinometer.training.replay import replay_folder
 
     run = trained(config, tmp_path / "run")
 
@@ -455,7 +455,7 @@ def test_an_interrupted_replay_leaves_nothing(config, tmp_path, monkeypatch, at)
         raise KeyboardInterrupt
 
     if at == "write":
-        monkeypatch.setattr(replay_folder, "sync_folder", interrupt)
+        monkeypatch.setattr(whole_files, "sync_folder", interrupt)
     threads = torch.get_num_threads()
     with pytest.raises(KeyboardInterrupt):
         replay_step(run, 18, interrupt if at == "replay" else unheard)

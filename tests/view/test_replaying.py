@@ -72,7 +72,7 @@ def calls(tmp_path):
 
 def test_the_worker_is_told_run_step_and_weight_and_tells_progress(worker, tmp_path):
     says = '{"progress": 3, "total": 9, "stage": "replay"}|no json|[1]|{"done": "x"}'
-    job, new = worker(says).start("r", tmp_path, 7, "-a b", (1, 2), "zh")
+    job, new = worker(says).start("r", tmp_path, 7, "-a b", (1, 2), language="zh")
     assert new
     assert wait(lambda: job.state) == "done"
     told = job.to_dict("zh")
@@ -93,23 +93,23 @@ def test_the_worker_is_told_run_step_and_weight_and_tells_progress(worker, tmp_p
 
 def test_one_runs_at_a_time_and_the_same_wish_gets_the_same_job(worker, tmp_path):
     replays = worker(sleeps=60)
-    job, _ = replays.start("r", tmp_path, 7, None, None, "en")
-    again, new = replays.start("r", tmp_path, 7, None, None, "en")
+    job, _ = replays.start("r", tmp_path, 7, None, None, language="en")
+    again, new = replays.start("r", tmp_path, 7, None, None, language="en")
     assert again is job
     assert not new
     with pytest.raises(ApiError) as busy:
-        replays.start("r", tmp_path, 8, None, None, "en")
+        replays.start("r", tmp_path, 8, None, None, language="en")
     assert busy.value.status == 409
     assert busy.value.body("en")["job"]["id"] == job.id
     replays.cancel(job.id)
-    other, new = replays.start("r", tmp_path, 8, None, None, "en")
+    other, new = replays.start("r", tmp_path, 8, None, None, language="en")
     assert new
     replays.cancel(other.id)
 
 
 def test_a_cancelled_worker_is_asked_to_stop(worker, tmp_path):
     replays = worker(sleeps=60)
-    job, _ = replays.start("r", tmp_path, 7, None, None, "en")
+    job, _ = replays.start("r", tmp_path, 7, None, None, language="en")
     wait(lambda: (tmp_path / "called").exists(), (True,))
     assert replays.cancel(job.id).state == "cancelled"
     wait(lambda: (tmp_path / "stopped").exists(), (True,))
@@ -120,7 +120,7 @@ def test_a_cancelled_worker_is_asked_to_stop(worker, tmp_path):
 def test_a_deaf_worker_is_ended(worker, tmp_path, monkeypatch):
     monkeypatch.setattr("clinometer.view.jobs.GRACE_SECONDS", 0.2)
     replays = worker(sleeps=60, deaf="1")
-    job, _ = replays.start("r", tmp_path, 7, None, None, "en")
+    job, _ = replays.start("r", tmp_path, 7, None, None, language="en")
     wait(lambda: (tmp_path / "called").exists(), (True,))
     process = job.process
     replays.cancel(job.id)
@@ -129,25 +129,25 @@ def test_a_deaf_worker_is_ended(worker, tmp_path, monkeypatch):
 
 def test_the_worker_ends_with_the_server(worker, tmp_path):
     replays = worker(sleeps=60)
-    job, _ = replays.start("r", tmp_path, 7, None, None, "en")
+    job, _ = replays.start("r", tmp_path, 7, None, None, language="en")
     wait(lambda: (tmp_path / "called").exists(), (True,))
     process = job.process
     replays.close()
     assert process.wait(PATIENCE) is not None
     with pytest.raises(ApiError):
-        replays.start("r", tmp_path, 8, None, None, "en")
+        replays.start("r", tmp_path, 8, None, None, language="en")
 
 
 def test_the_workers_error_is_told_in_its_words(worker, tmp_path):
     says = '{"error": "no such step", "key": "view.no_step"}'
-    job, _ = worker(says, code=2).start("r", tmp_path, 7, None, None, "en")
+    job, _ = worker(says, code=2).start("r", tmp_path, 7, None, None, language="en")
     assert wait(lambda: job.state) == "failed"
     assert job.to_dict("en")["error"] == {"key": "view.no_step", "text": "no such step"}
 
 
 @pytest.mark.parametrize("says", ["", '{"progress": "x", "total": -1, "stage": "odd"}', "x" * 100_000])
 def test_a_worker_that_dies_is_a_failure_with_its_last_words(worker, tmp_path, says):
-    job, _ = worker(says, code=3).start("r", tmp_path, 7, None, None, "en")
+    job, _ = worker(says, code=3).start("r", tmp_path, 7, None, None, language="en")
     assert wait(lambda: job.state) == "failed"
     assert "a warning" in job.to_dict("en")["error"]["text"]
     assert (job.progress, job.total, job.stage) == (0, 0, "start")
@@ -155,7 +155,7 @@ def test_a_worker_that_dies_is_a_failure_with_its_last_words(worker, tmp_path, s
 
 def test_a_worker_that_cannot_start_is_a_failure(tmp_path):
     replays = Replays([str(tmp_path / "nothing")])
-    job, _ = replays.start("r", tmp_path, 7, None, None, "zh")
+    job, _ = replays.start("r", tmp_path, 7, None, None, language="zh")
     assert wait(lambda: job.state) == "failed"
     assert job.to_dict("zh")["error"]["text"].startswith("重放失败")
 
@@ -163,7 +163,7 @@ def test_a_worker_that_cannot_start_is_a_failure(tmp_path):
 def test_old_jobs_are_forgotten(worker, tmp_path):
     replays = worker('{"done": "x"}')
     for step in range(3):
-        job, _ = replays.start("r", tmp_path, step, None, None, "en")
+        job, _ = replays.start("r", tmp_path, step, None, None, language="en")
         wait(lambda job=job: job.state)
     for step in range(30):
         replays._keep(type(job)("r", tmp_path, step, None, None))

@@ -8,7 +8,8 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from clinometer.commands.view import report_command, view_command
+from clinometer.commands.report import report_command
+from clinometer.commands.view import view_command
 from clinometer.messages import InputError, set_language
 from clinometer.record.read.reader import RunFile
 from clinometer.record.write.recorder import Recorder

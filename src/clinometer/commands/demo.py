@@ -10,18 +10,20 @@ from pathlib import Path
 from rich.console import Console
 
 from clinometer.commands.explain import explain_command
-from clinometer.commands.train import next_run_folder, run_session
+from clinometer.commands.train import run_session
 from clinometer.gradients.check.check_gradients import check_gradients
 from clinometer.gradients.diagnose.diagnose import diagnose
 from clinometer.messages import say
 from clinometer.messages.folding import tell
 from clinometer.record.replays.replays import Replay
+from clinometer.record.write.new_folder import next_run_folder
 from clinometer.training.checkpoints.checkpoint import checkpoints, step_of
 from clinometer.training.replay.replay import replay_step
+from clinometer.training.run.computation import batch_of
 from clinometer.training.run.display import RunDisplay
-from clinometer.training.run.loop import batch_of
-from clinometer.training.run.prepare import TrainingSession, start
+from clinometer.training.run.prepare import start
 from clinometer.training.run.recording import add_report
+from clinometer.training.run.session import TrainingSession
 from clinometer.training.run.stop_signals import stop_on_signal
 from clinometer.training.settings.config import (
     DataConfig,

@@ -51,6 +51,7 @@ def export_command(
     run: Path,
     to: Path,
     table: str = "steps",
+    *,
     first: int | None = None,
     last: int | None = None,
     overwrite: bool = False,

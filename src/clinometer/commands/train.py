@@ -1,10 +1,8 @@
-"""What the commands do, once their arguments are read."""
+"""`clinometer train`: trains a new run or continues one, and says how it went."""
 
 from __future__ import annotations
 
 import os
-import secrets
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,23 +11,21 @@ import torch
 from rich.console import Console
 
 from clinometer.distributed.launch import launched
-from clinometer.lm.generate import fit_prompt, generate
-from clinometer.lm.llama_files import export_llama
-from clinometer.messages import InputError, say
+from clinometer.messages import say
 from clinometer.messages.folding import tell
+from clinometer.record.write.new_folder import next_run_folder
 from clinometer.training.checkpoints.checkpoint import checkpoints, step_of
 from clinometer.training.ranks.world import World
-from clinometer.training.run.display import RunDisplay, clock, printable, short_count
-from clinometer.training.run.load_run import import_run, load_run
-from clinometer.training.run.loop import Outcome, train
+from clinometer.training.run.display import RunDisplay, clock, short_count
+from clinometer.training.run.loop import train
 from clinometer.training.run.out_of_memory import is_out_of_memory, too_little_memory
-from clinometer.training.run.prepare import TrainingSession, attend, resume, start
+from clinometer.training.run.prepare import attend, resume, start
 from clinometer.training.run.recording import open_record
 from clinometer.training.run.run_folder import RunFolder
-from clinometer.training.run.run_tokens import begin_with
+from clinometer.training.run.session import Outcome, TrainingSession
 from clinometer.training.run.stop_signals import ECHO_SECONDS, StopRequest, stop_on_signal
-from clinometer.training.settings.config import LARGEST_SEED, DataConfig, RunConfig
-from clinometer.training.settings.precision import choose_device, matmul_rate
+from clinometer.training.settings.config import RunConfig
+from clinometer.training.settings.precision import matmul_rate
 
 
 def configuration_of(run: Path) -> RunConfig:
@@ -50,7 +46,7 @@ def train_command(
     world = World(launched())
     code = 0
     with world.guarded():
-        code = _train(console, config, run, again, began if world.first else None, world)
+        code = _train(console, config, run, again, began=began if world.first else None, world=world)
         world.leave()
     return code
 
@@ -60,6 +56,7 @@ def _train(
     config: RunConfig | None,
     run: Path | None,
     again: bool,
+    *,
     began: Callable[[Path], None] | None,
     world: World,
 ) -> int:
@@ -76,7 +73,7 @@ def _train(
             config = config or RunConfig()
             if config.data.corpus == "python":  # the default: somebody may have meant to name a text
                 display.notice("train.python")
-            session = start(config, run or next_run_folder(config.data.corpus), display, world)
+            session = start(config, run or next_run_folder(Path(config.data.corpus).stem), display, world)
     except KeyboardInterrupt:
         if run is not None and world.first and os.path.exists(run / "config.toml"):
             tell(console, say("train.interrupted_early", run=run))
@@ -219,94 +216,3 @@ def _say_outcome(
         )
     else:
         display.notice("train.interrupted", step=session.step, path=saved, run=path)
-
-
-def next_run_folder(corpus: str) -> Path:
-    """runs/<corpus>-<n>, the first number that is free."""
-    name = "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(corpus).stem) or "run"
-    number = 1
-    while Path("runs", f"{name}-{number}").exists():
-        number += 1
-    return Path("runs", f"{name}-{number}")
-
-
-def generate_command(
-    console: Console,
-    run: Path,
-    *,
-    prompt: str,
-    tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int | None,
-    checkpoint: str,
-    device: str,
-) -> int:
-    """Stream a continuation of the prompt to standard output; what is said about it to standard error."""
-    undecoded = next((i for i, sign in enumerate(prompt) if 0xDC80 <= ord(sign) <= 0xDCFF), None)
-    if undecoded is not None:  # how Python hands on a byte of the command line that is not UTF-8
-        raise InputError("cli.prompt_bytes", at=undecoded)
-    where = choose_device(device)
-    trained = load_run(run, checkpoint, where)
-    seed = secrets.randbits(32) if seed is None else seed
-    if not 0 <= seed <= LARGEST_SEED:
-        raise InputError("config.seed", field="--seed", value=seed, largest=LARGEST_SEED)
-    ids = trained.tokenizer.encode(prompt) or begin_with(trained.tokenizer, trained.separated, "")
-    window, dropped = fit_prompt(torch.tensor([ids], device=where), trained.model.config)
-    generator = torch.Generator(device=where).manual_seed(seed)
-    continuation = generate(  # made before anything is printed: it refuses wrong settings
-        trained.model,
-        window,
-        tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        generator=generator,
-        stop_id=trained.tokenizer.end_of_text_id,
-    )
-    tell(console, say("cli.from_checkpoint", step=trained.step, path=run, seed=seed), "dim")
-    if dropped:
-        kept = window.shape[-1]
-        told = say("cli.prompt_cut", dropped=dropped, kept=kept)
-        tell(console, told, "yellow")
-    on_terminal = sys.stdout.isatty()
-    out = sys.stdout
-    stream = trained.tokenizer.decode_stream()
-
-    def write(text: str) -> None:
-        out.write(printable(text) if on_terminal else text)
-        out.flush()
-
-    write(prompt)
-    try:
-        for token in continuation:
-            if int(token[0]) != trained.tokenizer.end_of_text_id:
-                write(stream.push(int(token[0])))
-        write(stream.finish())
-    finally:
-        write("\n")
-    return 0
-
-
-def export_command(console: Console, run: Path, to: Path, checkpoint: str, overwrite: bool) -> int:
-    """Write a folder that transformers opens."""
-    trained = load_run(run, checkpoint)
-    eot = trained.tokenizer.end_of_text_id if trained.separated else None
-    export_llama(
-        trained.model,
-        trained.model.config,
-        to,
-        end_of_text_id=eot,
-        overwrite=overwrite,
-        also=trained.tokenizer.save,
-    )
-    tell(console, say("cli.exported", path=to, step=trained.step))
-    return 0
-
-
-def import_command(console: Console, source: Path, run: Path, corpus: str) -> int:
-    """Make a run of a Llama-type model that somebody else trained."""
-    folder = import_run(source, run, RunConfig(data=DataConfig(corpus=corpus)))
-    tell(console, say("cli.imported", path=folder.path))
-    return 0

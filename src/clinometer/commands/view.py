@@ -1,4 +1,4 @@
-"""`clinometer view` and `clinometer report`."""
+"""`clinometer view`: serves the microscope until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from rich.console import Console
 from clinometer.messages import InputError, current_language, say
 from clinometer.messages.folding import tell
 from clinometer.record.read.reader import RunFile, find_runs
-from clinometer.view.report import write_report
 
 
 def view_command(
@@ -54,16 +53,4 @@ def view_command(
         announce=announce,
         path=start,
     )
-    return 0
-
-
-def report_command(console: Console, run: Path, to: Path) -> int:
-    """Write a run's report; 0."""
-    opened = RunFile.open(run)
-    try:
-        size = write_report(opened, to, current_language())
-    finally:
-        opened.close()
-    said = say("view.report_written", path=to, size=f"{size / 1e6:.1f} MB")
-    console.print(said, markup=False, highlight=False, soft_wrap=True)
     return 0

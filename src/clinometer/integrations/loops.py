@@ -19,6 +19,7 @@ from clinometer.messages import InputError, say
 from clinometer.monitoring.alerts.alerts import render
 from clinometer.monitoring.watch import Sink, Watch
 from clinometer.monitoring.watch import watch as watch_into
+from clinometer.record.write.new_folder import next_run_folder
 from clinometer.record.write.recorder import Recorder
 
 Target = str | PathLike[str] | Sink
@@ -72,7 +73,7 @@ def watch(
 
 def _sink(target: Any) -> Any:
     if target is None:
-        return Recorder(next_folder())
+        return Recorder(next_run_folder(_script_name()))
     if isinstance(target, str | PathLike):
         return Recorder(Path(target))
     if isinstance(target, Sink):
@@ -80,14 +81,8 @@ def _sink(target: Any) -> Any:
     raise InputError("watch.not_a_sink", type=type(target).__name__)
 
 
-def next_folder() -> Path:
-    """`runs/SCRIPT-N`, the first number that is free."""
-    stem = Path(sys.argv[0]).stem if sys.argv and sys.argv[0] not in ("", "-", "-c", "-m") else ""
-    name = "".join(sign if sign.isalnum() or sign in "-_" else "-" for sign in stem) or "run"
-    number = 1
-    while Path("runs", f"{name}-{number}").exists():
-        number += 1
-    return Path("runs", f"{name}-{number}")
+def _script_name() -> str:
+    return Path(sys.argv[0]).stem if sys.argv and sys.argv[0] not in ("", "-", "-c", "-m") else ""
 
 
 class _Printer:

@@ -105,9 +105,10 @@ def pieces(text: str) -> list[Piece]:
 
 
 def folder(language: str) -> Path:
-    """Where the lessons of a language are: in the package, or, of a checkout, in its docs."""
+    """The lessons of a language, or the English ones: in the package, or, of a checkout, in its docs."""
     packed = Path(__file__).parent / language
-    return packed if packed.is_dir() else Path(__file__).parents[3] / "docs" / language / "lessons"
+    found = packed if packed.is_dir() else Path(__file__).parents[3] / "docs" / language / "lessons"
+    return found if found.is_dir() or language == "en" else folder("en")
 
 
 def images() -> Path:

@@ -206,6 +206,7 @@ class Generation(Iterator[Tensor]):
         model: LanguageModel,
         prompt: Tensor,
         max_new_tokens: int,
+        *,
         stop_id: int | None,
         cache: bool,
         sampling: dict[str, Any],
@@ -303,7 +304,9 @@ def generate(
 
     Raises `InputError` for settings or ids out of range at once, for logits that are not finite when met.
     """
-    _check_settings(max_new_tokens, temperature, top_k, top_p, seed, generator)
+    _check_settings(max_new_tokens, temperature, top_k, top_p)
+    if seed is not None and generator is not None:
+        raise InputError("generate.two_sources", seed=seed)
     V = model.config.vocab_size
     if stop_id is not None and not (_is_whole(stop_id) and 0 <= stop_id < V):
         raise InputError("generate.stop_id", value=stop_id, vocab_size=V, last=V - 1)
@@ -313,7 +316,7 @@ def generate(
     if seed is not None:
         generator = torch.Generator(prompt.device).manual_seed(seed)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
-    return Generation(model, prompt, max_new_tokens, stop_id, cache, sampling)
+    return Generation(model, prompt, max_new_tokens, stop_id=stop_id, cache=cache, sampling=sampling)
 
 
 def _check_settings(
@@ -321,8 +324,6 @@ def _check_settings(
     temperature: float,
     top_k: int | None,
     top_p: float | None,
-    seed: int | None,
-    generator: torch.Generator | None,
 ) -> None:
     if not _is_whole(max_new_tokens) or max_new_tokens < 0:
         raise InputError("generate.max_new_tokens", value=max_new_tokens)
@@ -332,8 +333,6 @@ def _check_settings(
         raise InputError("generate.top_k", value=top_k)
     if top_p is not None and not 0 < top_p <= 1:
         raise InputError("generate.top_p", value=top_p)
-    if seed is not None and generator is not None:
-        raise InputError("generate.two_sources", seed=seed)
 
 
 def _check_prompt(prompt: Tensor, vocab_size: int) -> Tensor:

@@ -24,6 +24,7 @@ from clinometer.lm import llama
 from clinometer.lm.functional import check_weights
 from clinometer.lm.transformer_config import RMS_NORM_EPS, TransformerConfig
 from clinometer.messages import InputError
+from clinometer.whole_files import commit_folder, sync_file
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -93,7 +94,9 @@ def export_llama(
         (unfinished / WEIGHTS_FILE).chmod((unfinished / CONFIG_FILE).stat().st_mode & 0o777)
         if also is not None:
             also(unfinished)
-        _commit(unfinished, folder)
+        for file in filter(Path.is_file, unfinished.rglob("*")):
+            sync_file(file)
+        commit_folder(unfinished, folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError("export.cannot_write", path=folder, reason=reason) from error
@@ -183,31 +186,6 @@ def _is_export(folder: Path) -> bool:
             return (file.metadata() or {}).get("written_by") == WRITTEN_BY["written_by"]
     except (OSError, SafetensorError):
         return False
-
-
-def _commit(unfinished: Path, folder: Path) -> None:
-    """Give the finished folder its name; what had it before is deleted last."""
-    for path in filter(Path.is_file, unfinished.rglob("*")):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    replaced = None
-    if folder.exists():
-        replaced = unfinished.with_suffix(".replaced")
-        folder.rename(replaced)
-    try:
-        unfinished.rename(folder)
-    except OSError:
-        if replaced is not None:
-            replaced.rename(folder)
-        raise
-    if os.name == "posix":  # the name itself is on the disk only when its folder is
-        parent = os.open(folder.parent, os.O_RDONLY)
-        try:
-            os.fsync(parent)
-        finally:
-            os.close(parent)
-    if replaced is not None:
-        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:

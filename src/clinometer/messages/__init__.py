@@ -1,7 +1,8 @@
-"""Every sentence Clinometer shows to a person, in English and Chinese.
+"""Every sentence that Clinometer shows to a person, in each language.
 
-The sentences are data (`en.toml`, `zh.toml`: the same keys, the same placeholders). Code raises or
-reports a *key* with values, and the sentence is made when somebody reads it:
+A language is a file of this folder: `en.toml`, `zh.toml`, and any other `<code>.toml`, with the same keys and
+the same placeholders; its table [language] has its name and locale. A sentence that a file lacks is shown in
+English. Code raises or reports a *key* with values, and the sentence is made when it is read:
 
     raise InputError("model.heads", d_model=100, num_heads=3)
     say("run.done", steps=2000)
@@ -20,7 +21,9 @@ from importlib.resources import files
 from string import Formatter
 from typing import Any
 
-LANGUAGES = ("en", "zh")
+_FILES = [file.name for file in files(__name__).iterdir() if file.name.endswith(".toml")]
+LANGUAGES = ("en", *sorted({name.removesuffix(".toml") for name in _FILES} - {"en"}))
+"""The codes of the languages that have a file, English first."""
 
 _chosen: str | None = None
 
@@ -40,14 +43,26 @@ def current_language() -> str:
     for variable in ("CLINOMETER_LANG", "LC_ALL", "LC_MESSAGES", "LANG"):
         value = os.environ.get(variable)
         if value:
-            return "zh" if value.lower().startswith("zh") else "en"
+            return _nearest(value)
     return "en"
+
+
+def _nearest(locale: str) -> str:
+    """The language of a locale such as zh_CN.UTF-8: the longest code that it begins with, else "en"."""
+    wanted = locale.lower().replace("_", "-")
+    fitting = [code for code in LANGUAGES if re.match(rf"{re.escape(code.lower())}(?![a-z])", wanted)]
+    return max(fitting, key=len, default="en")
 
 
 @cache
 def sentences(language: str) -> dict[str, str]:
     """All sentences of one language, by dotted key."""
-    return {key: text for first in _tables(language) for key, text in _below(language, first).items()}
+    return {key: text for first in _tables("en") for key, text in _below(language, first).items()}
+
+
+def language_value(language: str, name: str) -> str:
+    """The `name`, `tag` (of HTML) or `locale` in the file of a language; its code if there is none."""
+    return _own(language, "language").get(f"language.{name}", language)
 
 
 def say(key: str, language: str | None = None, /, **values: Any) -> str:
@@ -69,6 +84,13 @@ def _tables(language: str) -> dict[str, str]:
 
 @cache
 def _below(language: str, first: str) -> dict[str, str]:
+    """The sentences of a table; English where the language has none."""
+    own = _own(language, first)
+    return own if language == "en" else {**_own("en", first), **own}
+
+
+@cache
+def _own(language: str, first: str) -> dict[str, str]:
     return dict(_flatten(tomllib.loads(_tables(language).get(first, ""))))
 
 

@@ -33,7 +33,7 @@ class BulkEncoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, *, fast: bool | None = None) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._special = re.compile(
             "|".join(re.escape(token) for token in sorted(tokenizer.special_tokens, key=len, reverse=True))
             or r"(?!)"
@@ -53,7 +53,7 @@ class BulkEncoder:
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text (uint32); special tokens in it become their ids."""
         if not self.fast:
-            return [np.array(ids, dtype=np.uint32) for ids in self._tokenizer.encode_batch(texts)]
+            return [np.array(ids, dtype=np.uint32) for ids in self.tokenizer.encode_batch(texts)]
         return [self._encode_fast(text) for text in texts]
 
     def encode_checked(self, texts: Sequence[str], characters: int = 1 << 16) -> list[np.ndarray]:
@@ -69,7 +69,7 @@ class BulkEncoder:
                 room -= len(beginnings[-1])
                 if not room:
                     break
-            both = zip(self.encode(beginnings), self._tokenizer.encode_batch(beginnings), strict=True)
+            both = zip(self.encode(beginnings), self.tokenizer.encode_batch(beginnings), strict=True)
             if not all(np.array_equal(ids, np.array(right, dtype=np.uint32)) for ids, right in both):
                 raise IdsDiffer
         return self.encode(texts)
@@ -83,7 +83,7 @@ class BulkEncoder:
             parts.append(
                 self._encoding.encode_to_numpy(text[position : match.start()], disallowed_special=())
             )
-            parts.append(np.array(self._tokenizer.encode(match.group()), dtype=np.uint32))
+            parts.append(np.array(self.tokenizer.encode(match.group()), dtype=np.uint32))
             position = match.end()
         parts.append(self._encoding.encode_to_numpy(text[position:], disallowed_special=()))
         return np.concatenate(parts)

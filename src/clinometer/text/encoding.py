@@ -23,6 +23,7 @@ from clinometer.text.corpus import Corpus
 from clinometer.text.token_shards import FORMAT, HEADER_FILE, Header, Shard, TokenData
 from clinometer.text.tokenizer import Tokenizer
 from clinometer.text.validation_split import Side, Split, split
+from clinometer.whole_files import commit_folder, write_whole
 
 # Called with (characters done, characters in all).
 Progress = Callable[[int, int], None]
@@ -64,7 +65,8 @@ def encode_corpus(
             if (finished := _finished(folder / key)) is not None:
                 return finished
             workers = max(1, workers or os.cpu_count() or 1)
-            _build(corpus, chosen, tokenizer, folder / key, workers, shard_tokens, progress)
+            sizes = {"workers": workers, "shard_tokens": shard_tokens}
+            _build(corpus, chosen, tokenizer, folder / key, progress, **sizes)
     except OSError as error:
         raise InputError("text.cannot_write", path=folder, reason=error.strerror or error) from error
     return TokenData.open(folder / key)
@@ -93,32 +95,26 @@ def _build(
     chosen: Split,
     tokenizer: Tokenizer,
     target: Path,
-    workers: int,
-    shard_tokens: int,
     progress: Progress | None,
+    **sizes: int,
 ) -> None:
     """Encode under a temporary name and rename: the rename is what makes the tokens exist."""
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.building-", dir=target.parent))
     try:
         try:
             encoder = BulkEncoder(tokenizer)
-            header = _write(corpus, chosen, tokenizer, encoder, temporary, workers, shard_tokens, progress)
+            header = _write(corpus, chosen, encoder, temporary, progress, **sizes)
         except IdsDiffer:
             encoder = BulkEncoder(tokenizer, fast=False)
-            header = _write(corpus, chosen, tokenizer, encoder, temporary, workers, shard_tokens, progress)
-        with (temporary / HEADER_FILE).open("w", encoding="utf-8") as stream:
-            stream.write(header.to_json())
-            stream.flush()
-            os.fsync(stream.fileno())
+            header = _write(corpus, chosen, encoder, temporary, progress, **sizes)
+        write_whole(temporary / HEADER_FILE, header.to_json())
         temporary.chmod(0o755)  # mkdtemp's folders are private
-        _sync_folder(temporary)
         try:
-            temporary.rename(target)
+            commit_folder(temporary, target, replace=False)
         except OSError:
             # Without locks (some network file systems) another process may have been faster.
             if _finished(target) is None:
                 raise
-        _sync_folder(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -126,13 +122,14 @@ def _build(
 def _write(
     corpus: Corpus,
     chosen: Split,
-    tokenizer: Tokenizer,
     encoder: BulkEncoder,
     folder: Path,
+    progress: Progress | None,
+    *,
     workers: int,
     shard_tokens: int,
-    progress: Progress | None,
 ) -> Header:
+    tokenizer = encoder.tokenizer
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     end = tokenizer.end_of_text_id if chosen.documents > 1 else None
     writers: dict[Side, _Writer] = {
@@ -304,13 +301,3 @@ def _locked(file: Path, *, wait: bool = True) -> Iterator[bool]:
         except OSError:
             held = False
         yield held
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -22,6 +22,7 @@ from clinometer.foreign_files import parse_json
 from clinometer.messages import InputError
 from clinometer.text.corpus import END_OF_TEXT
 from clinometer.text.safe_cuts import last_safe_cut, safe_pieces
+from clinometer.whole_files import write_whole
 
 if TYPE_CHECKING:
     import tokenizers
@@ -135,9 +136,9 @@ class Tokenizer:
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _write(folder / TOKENIZER_FILE, self.to_json())
-            _write(folder / "tokenizer_config.json", json.dumps(config, indent=2))
-            _write(folder / "special_tokens_map.json", json.dumps(end, indent=2))
+            write_whole(folder / TOKENIZER_FILE, self.to_json() + "\n")
+            write_whole(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+            write_whole(folder / "special_tokens_map.json", json.dumps(end, indent=2) + "\n")
         except OSError as error:
             raise InputError("text.cannot_write", path=folder, reason=error.strerror or error) from error
 
@@ -370,12 +371,3 @@ def _read(file: Path) -> str:
     if not text.strip():
         raise InputError("text.tokenizer_broken", path=file, reason="0 bytes")
     return text
-
-
-def _write(file: Path, text: str) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -98,6 +98,7 @@ class Replays:
         step: int,
         tensor: str | None,
         index: tuple[int, ...] | None,
+        *,
         language: str,
     ) -> tuple[Job, bool]:
         """The job, and whether it is new. Raises `Busy` while another replay runs."""

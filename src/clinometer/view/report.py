@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from clinometer import __version__
-from clinometer.messages import InputError, current_language, say
+from clinometer.messages import InputError, current_language, language_value, say
 from clinometer.record.read.reader import RunFile
 from clinometer.view import figures
 from clinometer.view.figures.colours import THEMES, stylesheet
@@ -25,6 +25,7 @@ from clinometer.view.figures.words import alert_sentences
 from clinometer.view.http.answers import plain
 from clinometer.view.http.api_runs import in_language
 from clinometer.view.http.static_files import plotly_script
+from clinometer.whole_files import write_whole
 
 MARK = "<!-- Clinometer's report -->"
 MAX_ALERTS = 100
@@ -44,16 +45,11 @@ def write_report(run: RunFile, to: Path, language: str | None = None) -> int:
     if to.suffix.lower() not in (".html", ".htm"):
         raise InputError("view.report_not_html", path=to)
     page = report(run, language).encode()
-    partial = to.with_name(f".{to.name}.tmp")
     try:
         if to.exists() and not _is_report(to):
             raise InputError("view.report_exists", path=to)
         to.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_bytes(page)
-            partial.replace(to)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(to, page)
     except OSError as error:
         raise InputError("view.report_not_written", path=to, reason=error.strerror or error) from None
     return len(page)
@@ -87,7 +83,7 @@ def report(run: RunFile, language: str | None = None) -> str:
     script = files("clinometer.view").joinpath("report.js").read_text(encoding="utf-8")
     return "\n".join(
         (
-            f'<!doctype html>\n{MARK}\n<html lang="{"zh-CN" if language == "zh" else "en"}">',
+            f'<!doctype html>\n{MARK}\n<html lang="{language_value(language, "tag")}">',
             '<head><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
             # Not a server's header, but enough: whatever gets into this page, it loads and sends nothing.
             f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',

@@ -7,11 +7,11 @@ turns the version before into it, and to VIEWS what lets a reader see the versio
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
 from pathlib import Path
 
 from clinometer.vocabulary import STATISTICS
+from clinometer.whole_files import whole_file
 
 FILE_NAME = "run.sqlite"
 LOCK_NAME = ".run.sqlite.lock"
@@ -96,9 +96,7 @@ VIEWS: dict[int, str] = {}
 
 def create(path: Path, identity: str) -> None:
     """Create an empty run file at `path`, which must not exist; it appears whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.unlink(missing_ok=True)
-    try:
+    with whole_file(path) as partial:
         connection = connect(partial)
         try:
             connection.execute(f"PRAGMA page_size = {PAGE_SIZE}")
@@ -111,9 +109,6 @@ def create(path: Path, identity: str) -> None:
             connection.execute("COMMIT")
         finally:
             connection.close()
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def connect(path: Path, *, mode: str = "rwc", wait: float = 5.0) -> sqlite3.Connection:

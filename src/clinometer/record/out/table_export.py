@@ -20,6 +20,7 @@ import numpy as np
 from clinometer.messages import InputError
 from clinometer.record.format.schema import WEIGHT_FIELDS
 from clinometer.record.read.reader import RunFile
+from clinometer.whole_files import whole_file
 
 TABLES = ("steps", "tensors", "alerts", "events", "weights")
 _STEPS_AT_ONCE = 512
@@ -49,14 +50,11 @@ def export(
     if path.exists() and (path.is_dir() or not overwrite):
         raise InputError("record.export_exists", path=path)
     write = _write_csv if path.suffix == ".csv" else _parquet_writer()
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        rows = write(partial, table, _batches(run, table, first, last))
-        partial.replace(path)
+        with whole_file(path) as partial:
+            rows = write(partial, table, _batches(run, table, first, last))
     except OSError as error:
         raise InputError("record.not_writable", path=path, reason=error.strerror or error) from None
-    finally:
-        partial.unlink(missing_ok=True)
     return rows
 
 

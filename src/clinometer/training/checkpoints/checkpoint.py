@@ -17,9 +17,7 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +33,7 @@ from clinometer.messages import InputError
 from clinometer.training.checkpoints.checkpoint_parts import Stored, split_shapes
 from clinometer.training.checkpoints.checkpoint_state import group_names, require_state
 from clinometer.training.checkpoints.generator_state import random_state
+from clinometer.whole_files import commit_folder, remove_folder, sync_file, temporary_name, write_whole
 
 FORMAT = 1
 IN_PARTS = 2
@@ -80,10 +79,6 @@ class Snapshot:
     def folder_name(self) -> str:
         return f"step-{self.step:08d}"
 
-    @property
-    def partial_name(self) -> str:
-        return f".{self.folder_name}.{os.getpid()}.tmp"
-
     def copied(self) -> Snapshot:
         """The same in memory of its own on the host, while training changes the tensors."""
         files = {
@@ -98,6 +93,7 @@ def take_snapshot(
     model: nn.Module,
     optimizers: Iterable[torch.optim.Optimizer],
     more: Mapping[str, Any],
+    *,
     rank: int = 0,
     size: int = 1,
 ) -> Snapshot:
@@ -122,7 +118,8 @@ def take_snapshot(
 
 def write_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
     """Write `folder/step-…` whole or not at all, and return it. Raises as `save_checkpoint` does."""
-    final, partial = folder / snapshot.folder_name, folder / snapshot.partial_name
+    final = folder / snapshot.folder_name
+    partial = temporary_name(final)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         # `folder` is not made here: a run folder that was deleted must not come back as half of one.
@@ -148,22 +145,11 @@ def commit(final: Path, partial: Path, snapshot: Snapshot, files: Mapping[str, A
     """Once every file is there: state.json, and the rename."""
     state = {"format": snapshot.state["format"], "step": snapshot.step, "files": files} | snapshot.state
     state["sha256"] = digest(state)
-    with (partial / "state.json").open("w", encoding="utf-8") as file:
-        json.dump(state, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    sync_folder(partial)
-    doomed = None
-    if final.exists():
-        if _holds(final, files):  # the same step again: whole already, and never away for an instant
-            shutil.rmtree(partial)
-            return
-        doomed = partial.with_name(f"{partial.name}.old.tmp")
-        final.rename(doomed)
-    partial.rename(final)
-    sync_folder(final.parent)
-    if doomed is not None:
-        shutil.rmtree(doomed, ignore_errors=True)
+    write_whole(partial / "state.json", json.dumps(state, indent=1))
+    if final.exists() and _holds(final, files):  # the same step again: whole already, and never away
+        shutil.rmtree(partial)
+        return
+    commit_folder(partial, final)
 
 
 def _holds(path: Path, files: Mapping[str, Any]) -> bool:
@@ -241,11 +227,7 @@ def prune(folder: Path, keep: int, best_step: int | None) -> None:
     """
     for path in checkpoints(folder)[:-keep]:
         if step_of(path) not in (0, best_step):
-            # Renamed first: a kill in the middle of the removal must not leave half a checkpoint.
-            doomed = folder / f".{path.name}.{os.getpid()}.tmp"
-            with suppress(OSError):
-                path.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            remove_folder(path)
 
 
 def sweep(folder: Path) -> None:
@@ -255,16 +237,6 @@ def sweep(folder: Path) -> None:
     """
     for leftover in folder.glob(".step-*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut (a folder cannot be opened so on Windows)."""
-    if sys.platform != "win32":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def flatten(optimizers: Iterable[torch.optim.Optimizer]) -> tuple[dict[str, Tensor], list[Any]]:
@@ -350,8 +322,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     mode = path.stat().st_mode  # safetensors replaces the file by one that only its owner may read
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     path.chmod(mode)
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+    sync_file(path)
 
 
 def digest(state: Mapping[str, Any]) -> str:

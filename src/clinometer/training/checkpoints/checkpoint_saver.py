@@ -22,6 +22,7 @@ from clinometer.messages import InputError
 from clinometer.training.checkpoints import checkpoint
 from clinometer.training.checkpoints.checkpoint import Snapshot
 from clinometer.training.ranks.world import Ended, World
+from clinometer.whole_files import temporary_name
 
 
 class Saver:
@@ -98,7 +99,7 @@ def write_together(folder: Path, snapshot: Snapshot, world: World, board: Board,
     """
     final = folder / snapshot.folder_name
     if world.first:
-        board.post(f"{name}/outcome", json.dumps(_lead(final, folder, snapshot, world, board, name)))
+        board.post(f"{name}/outcome", json.dumps(_lead(final, snapshot, world, board, name)))
     else:
         _wait(board, [f"{name}/folder"])
         partial = folder / (board.read(f"{name}/folder") or "")
@@ -112,11 +113,9 @@ def write_together(folder: Path, snapshot: Snapshot, world: World, board: Board,
     return final
 
 
-def _lead(
-    final: Path, folder: Path, snapshot: Snapshot, world: World, board: Board, name: str
-) -> dict[str, Any]:
+def _lead(final: Path, snapshot: Snapshot, world: World, board: Board, name: str) -> dict[str, Any]:
     """Make the folder, gather what the ranks say, and commit; returns what went wrong, if anything did."""
-    partial = folder / snapshot.partial_name
+    partial = temporary_name(final)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()

@@ -316,7 +316,7 @@ class World:
             sys.stderr.flush()
             os._exit(code)
         self.heart.take()
-        speak_once(self.board, self.rank, text, code, verdict, self.heart)
+        speak_once(self.board, self.rank, text, code, verdict)
         if self.launch is not None and self.launch.holds_board:
             time.sleep(2 * self.heart.interval)  # for the others to read it
         self.heart.stop()
@@ -332,9 +332,7 @@ class World:
         os._exit(int((self.heart.verdict or {}).get("code", LOST)))
 
 
-def speak_once(
-    board: Board, rank: int, text: str, code: int, verdict: dict[str, Any], heart: Heart | None = None
-) -> None:
+def speak_once(board: Board, rank: int, text: str, code: int, verdict: dict[str, Any]) -> None:
     """Print `text` unless a rank has said already why the run ends; rank 0 goes first where all know it."""
     until = time.monotonic() + (0 if rank == 0 else _DEFERENCE_SECONDS)
     while board.read("verdict") is None and time.monotonic() < until:

@@ -27,8 +27,8 @@ from clinometer.training.checkpoints import checkpoint
 from clinometer.training.checkpoints.generator_state import restore_random_state
 from clinometer.training.replay.by_token import by_token, piece_size
 from clinometer.training.replay.replay_folder import save_replay
-from clinometer.training.run.computation import Computation, first_model, first_optimizers
-from clinometer.training.run.loop import batch_of, forward_backward, learning_rate, take_step
+from clinometer.training.run.computation import Computation, batch_of, first_model, first_optimizers
+from clinometer.training.run.loop import forward_backward, learning_rate, take_step
 from clinometer.training.run.run_folder import RunFolder, describe_environment
 from clinometer.training.run.run_tokens import cache_folder, encode
 from clinometer.training.settings.config import RunConfig, config_from
@@ -92,7 +92,9 @@ def replay_step(path: Path, step: int, progress: Progress, *, inexact: bool = Fa
         computation, from_start = _restored(folder, step, progress)
         progress("restore", 1, 1)
         base = computation.step
-        record = _Record(folder, rows, base, from_start, inexact, computation.choices)
+        record = _RecordedRows(
+            folder, rows, base, computation.choices, from_start=from_start, inexact=inexact
+        )
         total = step - base + (step + 1 in rows)
         for done in range(step - base - 1):
             progress("replay", done, total)
@@ -151,7 +153,7 @@ CLOSE = {"float32": 1e-3, "bfloat16": 5e-2}
 """Relative: how near a loss or norm must come that several ranks have added up in another order."""
 
 
-class _Record:
+class _RecordedRows:
     """What the run wrote down, to hold each replayed step against."""
 
     def __init__(
@@ -159,9 +161,10 @@ class _Record:
         folder: RunFolder,
         rows: dict[int, MetricsRow],
         base: int,
+        choices: Choices,
+        *,
         from_start: bool,
         inexact: bool,
-        choices: Choices,
     ) -> None:
         self._folder, self._rows, self._inexact = folder, rows, inexact
         self._choices = choices
@@ -276,7 +279,9 @@ def _configurations(folder: RunFolder) -> list[RunConfig]:
     return found
 
 
-def _take(computation: Computation, record: _Record) -> tuple[dict[str, Any], dict[str, Tensor], Tensor]:
+def _take(
+    computation: Computation, record: _RecordedRows
+) -> tuple[dict[str, Any], dict[str, Tensor], Tensor]:
     """Take the next step; returns what step.json says of it, its tensors, and each token's share of them."""
     model, config, choices = computation.model, computation.config, computation.choices
     step = computation.step + 1

@@ -35,9 +35,8 @@ from clinometer.training.checkpoints.checkpoint import (
     fingerprint,
     reason_of,
     save_tensors,
-    sync_folder,
 )
-from clinometer.training.run.run_folder import write_whole
+from clinometer.whole_files import commit_folder, remove_folder, temporary_name, write_whole
 
 KEPT = 3
 _LEFTOVER_SECONDS = 3600.0
@@ -54,7 +53,7 @@ def save_replay(
     """
     place = _place(run)
     final = place / f"step-{step:08d}"
-    partial = place / f".{final.name}.{os.getpid()}.tmp"
+    partial = temporary_name(final)
     try:
         partial.mkdir()
         save_tensors(partial / TENSORS_FILE, {name: t.detach().cpu() for name, t in tensors.items()})
@@ -63,10 +62,7 @@ def save_replay(
         told = jsonable({"format": FORMAT, **info, "files": files})
         told["sha256"] = digest(told)
         write_whole(partial / STEP_FILE, json.dumps(told, ensure_ascii=False))
-        sync_folder(partial)
-        _remove(final)
-        partial.rename(final)
-        sync_folder(place)
+        commit_folder(partial, final)
     except (OSError, SafetensorError) as error:
         raise InputError("explain.not_written", path=final, reason=reason_of(error)) from error
     finally:
@@ -136,7 +132,7 @@ def _prune(place: Path) -> None:
         except OSError:  # another process prunes too
             continue
     for _, path in sorted(dated)[:-KEPT]:
-        _remove(path)
+        remove_folder(path)
     for leftover in place.glob(".step-*.tmp"):
         try:
             if time.time() - leftover.stat().st_mtime > _LEFTOVER_SECONDS:
@@ -145,13 +141,3 @@ def _prune(place: Path) -> None:
             continue
     with contextlib.suppress(OSError):
         place.rmdir()
-
-
-def _remove(path: Path) -> None:
-    """Renamed first: a kill in the middle must not leave half a folder under its name."""
-    doomed = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
-    try:
-        path.rename(doomed)
-    except OSError:
-        return
-    shutil.rmtree(doomed, ignore_errors=True)

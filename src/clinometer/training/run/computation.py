@@ -6,9 +6,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from clinometer.lm.model import TransformerLM
 from clinometer.optim.make_optimizers import make_optimizers
+from clinometer.text import sampler
 from clinometer.text.token_shards import TokenData
 from clinometer.text.tokenizer import Tokenizer
 from clinometer.training.ranks.fsdp import sharded_model
@@ -79,3 +81,22 @@ def first_optimizers(config: RunConfig, model: TransformerLM) -> list[torch.opti
         momentum=optim.momentum,
         embedding_lr=optim.embedding_lr,
     )
+
+
+def batch_of(computation: Computation, step: int) -> tuple[Tensor, Tensor]:
+    """Token ids and targets of a step, (B, S) each: a pure function of the seed and the step.
+
+    Of several ranks, this one's windows of the same batch.
+    """
+    config, world = computation.config, computation.world
+    arrays = sampler.batch(
+        computation.data.train,
+        context_length=config.model.context_length,
+        batch_size=config.training.batch_size,
+        seed=config.training.seed,
+        step=step,
+        rank=world.rank,
+        world_size=world.size,
+    )
+    token_ids, targets = (torch.from_numpy(a).to(computation.choices.device) for a in arrays)
+    return token_ids, targets

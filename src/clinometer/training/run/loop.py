@@ -7,12 +7,9 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from enum import Enum
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from clinometer.lm.generate import generate
 from clinometer.messages import InputError
@@ -20,48 +17,20 @@ from clinometer.optim.clipping import clip_grad_norm_
 from clinometer.optim.make_optimizers import set_lr
 from clinometer.optim.schedule import constant_schedule, cosine_schedule, warmup_stable_decay_schedule
 from clinometer.text import sampler
-from clinometer.training.run.computation import Computation
+from clinometer.training.run.computation import Computation, batch_of
 from clinometer.training.run.finite_checks import NotFinite
-from clinometer.training.run.prepare import TrainingSession
-from clinometer.training.run.run_folder import write_whole
+from clinometer.training.run.recording import RunRecord
 from clinometer.training.run.run_tokens import begin_with
+from clinometer.training.run.session import Display, Outcome, TrainingSession
 from clinometer.training.run.stop_signals import ECHO_SECONDS, StopRequest, stop_on_signal
 from clinometer.training.settings.config import RunConfig
-
-
-class Display(Protocol):
-    """What the loop tells whoever is watching (display.py has the two forms)."""
-
-    def step(self, row: dict[str, Any]) -> None: ...
-    def validation(self, step: int, loss: float, best: bool) -> None: ...
-    def sample(self, step: int, text: str) -> None: ...
-    def notice(self, key: str, /, **values: Any) -> None: ...
-
-
-class Record:
-    """What the loop tells the run file; this one writes nothing down (recording.py has the one that does)."""
-
-    def before_step(self, loss: float, norm: float, taken: bool) -> None: ...
-    def step(self) -> None: ...
-    def validation(self, loss: float, best: bool) -> None: ...
-    def sample(self, text: str) -> None: ...
-    def checkpoint(self, path: Path) -> None: ...
-    def close(self, outcome: Outcome | None) -> None: ...
-
-
-class Outcome(Enum):
-    """How a run ended, and the exit code that says so."""
-
-    DONE = 0
-    NOT_FINITE = 1
-    INTERRUPTED = 130
-    TERMINATED = 143
+from clinometer.whole_files import write_whole
 
 
 def train(
     session: TrainingSession,
     display: Display,
-    record: Record | None = None,
+    record: RunRecord | None = None,
     request: StopRequest | None = None,
 ) -> Outcome:
     """Take the steps that are left: batch → loss → backward → clip → step, with what comes between them.
@@ -71,7 +40,7 @@ def train(
     leaves the optimizer as it was; after `max_skipped` of them the run stops, and at once, without a
     checkpoint, when it is the weights or moments themselves that are not finite.
     """
-    record = record or Record()
+    record = record or RunRecord()
     try:
         return _train(session, display, record, request)
     except NotFinite as found:
@@ -81,7 +50,7 @@ def train(
 
 
 def _train(
-    session: TrainingSession, display: Display, record: Record, request: StopRequest | None
+    session: TrainingSession, display: Display, record: RunRecord, request: StopRequest | None
 ) -> Outcome:
     config, world = session.config, session.world
     last_step = config.training.steps
@@ -179,25 +148,6 @@ def forward_backward(
     return world.agree(total, clip_grad_norm_(model.parameters(), config.optim.max_norm))
 
 
-def batch_of(computation: Computation, step: int) -> tuple[Tensor, Tensor]:
-    """Token ids and targets of a step, (B, S) each: a pure function of the seed and the step.
-
-    Of several ranks, this one's windows of the same batch.
-    """
-    config, world = computation.config, computation.world
-    arrays = sampler.batch(
-        computation.data.train,
-        context_length=config.model.context_length,
-        batch_size=config.training.batch_size,
-        seed=config.training.seed,
-        step=step,
-        rank=world.rank,
-        world_size=world.size,
-    )
-    token_ids, targets = (torch.from_numpy(a).to(computation.choices.device) for a in arrays)
-    return token_ids, targets
-
-
 def learning_rate(config: RunConfig, step: int) -> float:
     """The rate of step 1 … steps: the first step is 1/warmup of the way up, the last has the lowest rate."""
     warmup, steps, lr = config.warmup_steps, config.training.steps, config.optim.lr
@@ -234,7 +184,7 @@ def evaluate(session: TrainingSession) -> float | None:
     return world.sum([total])[0] / (len(starts) * config.model.context_length)
 
 
-def validate(session: TrainingSession, display: Display, record: Record) -> bool:
+def validate(session: TrainingSession, display: Display, record: RunRecord) -> bool:
     """Measure and record the validation loss; true if it is the best so far."""
     loss = evaluate(session)
     if loss is None:
@@ -244,11 +194,11 @@ def validate(session: TrainingSession, display: Display, record: Record) -> bool
     if best:
         session.best_loss, session.best_step = loss, session.step
     display.validation(session.step, loss, best)
-    record.validation(loss, best)
+    record.event("validation", loss=loss, best=best)
     return best
 
 
-def write_sample(session: TrainingSession, display: Display, record: Record) -> None:
+def write_sample(session: TrainingSession, display: Display, record: RunRecord) -> None:
     """Let the model continue the sample prompt, into samples/ and onto the screen."""
     training = session.config.training
     begin = begin_with(session.tokenizer, session.data.header.documents > 1, training.sample_prompt)
@@ -287,10 +237,10 @@ def write_sample(session: TrainingSession, display: Display, record: Record) -> 
     except OSError as error:
         display.notice("train.sample_unkept", path=session.folder.samples, reason=error.strerror)
     display.sample(session.step, text)
-    record.sample(text)
+    record.event("sample", text=text)
 
 
-def save(session: TrainingSession, display: Display, record: Record, *, must: bool) -> None:
+def save(session: TrainingSession, display: Display, record: RunRecord, *, must: bool) -> None:
     """Write a checkpoint. One that fails in the middle of a run is reported and the run goes on; the last
     one is an error, because its work would be lost."""
     session.world.reach(session.step)
@@ -300,19 +250,19 @@ def save(session: TrainingSession, display: Display, record: Record, *, must: bo
             collect(session, display, record, wait=True)
         path = session.checkpoint(must=must)
         if path is not None:
-            record.checkpoint(path)
+            record.event("checkpoint", path=path.name)
     except InputError as error:
         if must or isinstance(error, NotFinite):
             raise
         display.notice("train.checkpoint_failed", reason=str(error))
 
 
-def collect(session: TrainingSession, display: Display, record: Record, *, wait: bool = False) -> None:
+def collect(session: TrainingSession, display: Display, record: RunRecord, *, wait: bool = False) -> None:
     """Look after the checkpoint that is being written beside the training, if there is one."""
     try:
         path = session.written(wait)
         if path is not None:
-            record.checkpoint(path)
+            record.event("checkpoint", path=path.name)
     except InputError as error:
         display.notice("train.checkpoint_failed", reason=str(error))
 
@@ -322,7 +272,7 @@ def note(session: TrainingSession, display: Display, **row: Any) -> None:
     before = session.metrics.trouble
     session.metrics.append(**row)
     if before is None and (trouble := session.metrics.trouble) is not None:
-        display.notice("train.rows_wait", path=session.metrics.path, reason=trouble.strerror)
+        display.notice("train.rows_wait", path=session.folder.metrics_file, reason=trouble.strerror)
 
 
 def record_skipped(session: TrainingSession, loss: float, norm: float, display: Display) -> None:

@@ -7,8 +7,7 @@ import json
 import os
 import shutil
 import sys
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,130 +20,21 @@ from clinometer.text.sampler import windows_per_epoch
 from clinometer.text.token_shards import TokenData, find_tokens
 from clinometer.text.tokenizer import Tokenizer
 from clinometer.training.checkpoints import checkpoint
-from clinometer.training.checkpoints.checkpoint_saver import Saver
 from clinometer.training.checkpoints.generator_state import restore_random_state
 from clinometer.training.ranks.world import World
-from clinometer.training.run.computation import Computation, first_model, first_optimizers
-from clinometer.training.run.finite_checks import NotFinite, first_spoilt
+from clinometer.training.run.computation import first_model, first_optimizers
+from clinometer.training.run.finite_checks import first_spoilt
+from clinometer.training.run.json_lines import JsonLines
 from clinometer.training.run.run_folder import (
-    Lines,
-    NoLines,
     RunFolder,
     describe_environment,
     with_full_paths,
-    write_whole,
 )
 from clinometer.training.run.run_tokens import Notices, cache_folder, encode_saying, tokenizer_of
+from clinometer.training.run.session import TrainingSession
 from clinometer.training.settings.config import FREE_ON_RESUME, RunConfig, config_from, differences
 from clinometer.training.settings.precision import Choices, choose
-
-
-@dataclass(kw_only=True)
-class TrainingSession(Computation):
-    """A run in memory, with the folder it is written to."""
-
-    folder: RunFolder
-    metrics: Lines
-    skipped: Lines
-    skipped_in_a_row: int = 0
-    best_loss: float | None = None
-    best_step: int | None = None
-    spoilt: bool = False
-    """Whether it ended because a weight or a moment is not finite."""
-
-    def checkpoint(self, *, must: bool = False) -> Path | None:
-        """Write everything the run needs to go on bit for bit.
-
-        With `training.async_checkpoints` that is begun here and told by `written`, unless it `must` be done.
-        Raises `NotFinite`, and writes nothing, if a weight or a moment is not a finite number.
-        """
-        self.must_be_there()
-        self.must_be_finite()
-        self._sync_rows()
-        more = {
-            "config": self.config.to_dict(),
-            "model": dataclasses.asdict(self.model.config),
-            "choices": dataclasses.asdict(self.choices),
-            "data": {"content": self.data.header.content_hash, "tokenizer": self.tokenizer.hash},
-            "separated": self.data.header.documents > 1,
-            "metrics_bytes": self.metrics.size,
-            "skipped_bytes": self.skipped.size,
-            "skipped_in_a_row": self.skipped_in_a_row,
-            "best_loss": self.best_loss,
-            "best_step": self.best_step,
-        }
-        beside = self.config.training.async_checkpoints and not must
-        if self.world.alone and not beside:
-            path = checkpoint.save_checkpoint(
-                self.folder.checkpoints, self.step, self.model, self.optimizers, more
-            )
-            return self._pruned(path)
-        snapshot = checkpoint.take_snapshot(
-            self.step, self.model, self.optimizers, more, self.world.rank, self.world.size
-        )
-        if beside:
-            # What was there before is pruned first: afterwards a half-written one is no leftover.
-            before = self.written(wait=True)
-            self._saver.begin(snapshot)
-            return before
-        return self._pruned(self._saver.save(snapshot))
-
-    def _sync_rows(self) -> None:
-        """A checkpoint says how many rows there are; of several ranks all must know if they are not."""
-        reason = ""
-        try:
-            self.metrics.sync()
-            self.skipped.sync()
-        except OSError as error:
-            reason = checkpoint.reason_of(error)
-        if self.world.sum([float(bool(reason))])[0]:
-            name = self.folder.checkpoints / f"step-{self.step:08d}"
-            raise InputError("checkpoint.not_written", path=name, reason=reason)
-
-    def written(self, wait: bool = False) -> Path | None:
-        """The checkpoint that was begun, when it is there. Raises `InputError` if it could not be written."""
-        return self._pruned(self._saver.written(wait))
-
-    def _pruned(self, path: Path | None) -> Path | None:
-        if path is not None and self.world.first:
-            checkpoint.prune(self.folder.checkpoints, self.config.training.keep, self.best_step)
-        return path
-
-    def __post_init__(self) -> None:
-        self._saver = Saver(self.folder.checkpoints, self.world)
-
-    def must_be_there(self) -> None:
-        """Raise `InputError` if the run folder was deleted or replaced under us."""
-        if self.metrics.vanished or not self.folder.config_file.exists():
-            raise InputError("run.vanished", path=self.folder.path, step=self.step)
-
-    def must_be_finite(self) -> None:
-        """Raise `NotFinite` if there is nothing left to go on with: what is spoilt, and from where to resume.
-
-        Of several ranks every one calls, and every one raises.
-        """
-        spoilt = first_spoilt(self.model.named_parameters(), self.optimizers, self.world)
-        if spoilt is None:
-            return
-        if not self.world.alone or self.config.training.async_checkpoints:
-            with suppress(InputError):  # one that is being written is good, and the one to go on from
-                self.written(wait=True)
-        saved = checkpoint.checkpoints(self.folder.checkpoints)
-        if spoilt.key:
-            key = "train.spoilt_moment" if saved else "train.spoilt_moment_from_start"
-        else:
-            key = "train.spoilt_weight" if saved else "train.spoilt_weight_from_start"
-        values = {"step": self.step, "tensor": spoilt.described, "run": self.folder.path}
-        if saved:
-            values |= {"path": saved[-1], "good": checkpoint.step_of(saved[-1])}
-        raise NotFinite(key, **values)
-
-    def close(self) -> None:
-        with suppress(BaseException):  # told already, or the run has ended by something worse
-            self._saver.written(wait=True)
-        self.metrics.close()
-        self.skipped.close()
-        self.folder.unlock()
+from clinometer.whole_files import write_whole
 
 
 def start(config: RunConfig, path: Path, notices: Notices, world: World | None = None) -> TrainingSession:
@@ -205,9 +95,8 @@ def attend(notices: Notices, world: World) -> TrainingSession:
         raise InputError("resume.data", path=path, corpus=config.data.corpus)
     last = None if told["last"] is None else Path(told["last"])
     state = None if last is None else checkpoint.read_state(last)
-    return _assemble(
-        config, folder, tokenizer, data, Choices(**told["choices"]), world, state=state, last=last
-    )
+    choices = Choices(**told["choices"])
+    return _assemble(config, folder, tokenizer, data, choices=choices, world=world, state=state, last=last)
 
 
 def _resume(folder: RunFolder, changed: RunConfig | None, notices: Notices, world: World) -> TrainingSession:
@@ -284,7 +173,7 @@ def _prepare(
             "last": None if last is None else str(last.absolute()),
         }
     )
-    return _assemble(config, folder, tokenizer, data, choices, world, state=state, last=last)
+    return _assemble(config, folder, tokenizer, data, choices=choices, world=world, state=state, last=last)
 
 
 def _assemble(
@@ -292,9 +181,9 @@ def _assemble(
     folder: RunFolder,
     tokenizer: Tokenizer,
     data: TokenData,
+    *,
     choices: Choices,
     world: World,
-    *,
     state: dict[str, Any] | None,
     last: Path | None,
 ) -> TrainingSession:
@@ -312,10 +201,11 @@ def _assemble(
         checkpoint.load_checkpoint(last, model, held, world.rank, world.size)
         if (spoilt := first_spoilt(model.named_parameters(), optimizers, world)) is not None:
             raise InputError("checkpoint.not_finite", path=last, tensor=spoilt.described)
-    metrics, skipped = NoLines(), NoLines()
-    if world.first:
-        metrics = Lines(folder.metrics_file, state["metrics_bytes"] if state else 0)
-        skipped = Lines(folder.skipped_file, state["skipped_bytes"] if state else 0)
+    sizes = (state["metrics_bytes"], state["skipped_bytes"]) if state else (0, 0)
+    metrics, skipped = (
+        JsonLines(path if world.first else None, size)
+        for path, size in zip((folder.metrics_file, folder.skipped_file), sizes, strict=True)
+    )
     session = TrainingSession(
         config=config,
         folder=folder,

@@ -12,12 +12,10 @@ samples/            text the model wrote
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import platform
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from clinometer.foreign_files import parse_json, refuse_links
 from clinometer.messages import InputError
 from clinometer.training.settings.config import RunConfig, config_from
 from clinometer.training.settings.settings_file import read_toml
+from clinometer.whole_files import write_whole
 
 _WRITTEN = (".lock", "checkpoints", "metrics.jsonl", "skipped.jsonl", "samples", "corpus.txt", "tokens")
 
@@ -122,98 +121,6 @@ def _is_unused(path: Path) -> bool:
         and not (entry.is_dir() and any(entry.iterdir()))
         for entry in path.iterdir()
     )
-
-
-class Lines:
-    """A file of JSON lines that grows, and can be cut back to where a checkpoint saw it."""
-
-    def __init__(self, path: Path, size: int | None = None) -> None:
-        """Continue at byte `size`, dropping what came later; None to keep all there is.
-
-        Raises `InputError` if there is less: somebody has cut the file or taken it away.
-        """
-        found = path.stat().st_size if path.exists() else 0
-        if size is not None and found < size:
-            raise InputError("run.lines_lost", path=path, found=found, size=size)
-        self.path = path
-        self.trouble: OSError | None = None
-        """Why rows are waiting in memory; None while each goes to the file at once."""
-        self._waiting = bytearray()
-        self._file = path.open("ab", buffering=0)
-        if size is not None:
-            self._file.truncate(size)
-
-    def append(self, **row: Any) -> None:
-        """Add a row. One that the disk does not take, because it is full, is kept for when it does."""
-        self._waiting += json.dumps(row, ensure_ascii=False).encode() + b"\n"
-        try:
-            self._write()
-        except OSError as error:
-            self.trouble = error
-
-    def _write(self) -> None:
-        while self._waiting:
-            del self._waiting[: self._file.write(self._waiting)]
-        self.trouble = None
-
-    @property
-    def size(self) -> int:
-        return os.fstat(self._file.fileno()).st_size
-
-    @property
-    def vanished(self) -> bool:
-        """Whether the file has been deleted under us: what is written goes nowhere."""
-        return os.fstat(self._file.fileno()).st_nlink == 0
-
-    def sync(self) -> None:
-        """Wait until every row is on the disk. Raises OSError if it does not take them."""
-        self._write()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        with suppress(OSError):
-            self._write()
-        self._file.close()
-
-
-class NoLines(Lines):
-    """Of a rank that writes none: rank 0 does."""
-
-    trouble = None
-
-    def __init__(self) -> None:
-        pass
-
-    @property
-    def size(self) -> int:
-        return 0
-
-    @property
-    def vanished(self) -> bool:
-        return False
-
-    def append(self, **row: Any) -> None:
-        pass
-
-    def sync(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        partial.unlink(missing_ok=True)
-        with partial.open("x", encoding="utf-8") as file:  # never through a link that lay there
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def with_full_paths(config: RunConfig) -> RunConfig:

@@ -82,6 +82,7 @@ def read_map(
     statistic: str = "grad_norm",
     first: int | None = None,
     last: int | None = None,
+    *,
     columns: int = 1280,
     ids: Sequence[int] | None = None,
 ) -> Map:
@@ -96,19 +97,19 @@ def read_map(
     if statistic == "grad_norm":
         alarm = np.isposinf(values)
     else:
-        alarm = _alarm(run, grid["step"], first, last, columns, rows)
+        alarm = _alarm(run, grid["step"], (first, last), columns, rows)
     return Map(statistic, tensors, grid["step"], int(grid["stride"]), values, alarm)
 
 
 def _alarm(
-    run: RunFile, step: np.ndarray, first: int | None, last: int | None, columns: int, rows: Sequence[int]
+    run: RunFile, step: np.ndarray, span: tuple[int | None, int | None], columns: int, rows: Sequence[int]
 ) -> np.ndarray:
     """Where gradients were not finite: looked for coarsely, then finely in the tensors that had any."""
     alarm = np.zeros((len(rows), len(step)), dtype=bool)
-    coarse = run.grid("grad_nonfinite", first, last, points_for(run, first, last, columns), rows)["values"]
+    coarse = run.grid("grad_nonfinite", *span, points_for(run, *span, columns), rows)["values"]
     found = np.flatnonzero((np.nan_to_num(coarse, nan=0.0) > 0).any(1))
     if len(found):
-        fine = run.grid("grad_nonfinite", first, last, columns, [rows[i] for i in found.tolist()])
+        fine = run.grid("grad_nonfinite", *span, columns, [rows[i] for i in found.tolist()])
         # A live run may have grown since: its newest column is then in one of the two only.
         both = min(len(step), fine["values"].shape[1])
         alarm[found, :both] = np.nan_to_num(fine["values"][:, :both], nan=0.0) > 0
@@ -128,7 +129,7 @@ def gradient_map(
 ) -> Figure:
     """The map as a Plotly heat map (the page draws the same cells itself)."""
     say = style(language, theme)
-    cells = read_map(run, stat, first, last, columns, tensors)
+    cells = read_map(run, stat, first, last, columns=columns, ids=tensors)
     if not len(cells.step) or not cells.tensors:
         return say.empty("map")
     names = [escaped(t["name"]) for t in cells.tensors]

@@ -53,8 +53,9 @@ class Style:
         return colours.series(self.theme)
 
     def join(self, *parts: str | None) -> str:
-        """Sentences one after the other; Chinese puts no space between them."""
-        return ("" if self.language == "zh" else " ").join(part for part in parts if part)
+        """Sentences one after the other, with the space between them that the language has."""
+        space = say("messages.two_sentences", self.language, first="", second="")
+        return space.join(part for part in parts if part)
 
     def names(self, names: list[str], keep: int = 3) -> str:
         """The first names and how many more there are."""

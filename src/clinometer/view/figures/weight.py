@@ -164,13 +164,14 @@ def weight_history(
     )
     if root is None:
         del layout["yaxis3"]
-    return Figure(data, layout, _history_caption(say, step, found, grad, momentum, root))
+    return Figure(data, layout, _history_caption(say, step, found, grad=grad, momentum=momentum, root=root))
 
 
 def _history_caption(
     say: Style,
     step: np.ndarray,
     found: Mapping[str, Any],
+    *,
     grad: np.ndarray | None,
     momentum: np.ndarray | None,
     root: np.ndarray | None,

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 from starlette.requests import Request
-from starlette.routing import Route
 
 from clinometer.record.read.reader import RunFile
 from clinometer.view import figures
@@ -14,7 +13,7 @@ from clinometer.view.errors import ApiError
 from clinometer.view.figures.compare import METRICS
 from clinometer.view.figures.gradient_map import map_answer, read_map
 from clinometer.view.figures.style import style
-from clinometer.view.http.calls import RouteCall, route, version_of
+from clinometer.view.http.calls import RUN, RouteCall, Routes, version_of
 from clinometer.vocabulary import HISTOGRAM_KINDS
 
 MAX_POINTS = 4_000
@@ -23,19 +22,34 @@ MAX_COMPARED = 20
 MAX_STATISTICS = 4
 MAX_TENSORS = 1_000
 
-
-def routes() -> list[Route]:
-    return [
-        route("/api/runs/{id}/figure/{name}", figure, versioned=_of_the_file_alone),
-        route("/api/runs/{id}/map", cells, versioned=True),
-        route("/api/compare", compared),
-    ]
+routes = Routes()
 
 
 def _of_the_file_alone(request: Request) -> bool:
     return request.path_params["name"] not in _OF_REPLAYS
 
 
+@routes.add(
+    RUN + "/figure/{name}",
+    "a Plotly figure and its caption",
+    (
+        "lang",
+        "theme",
+        "from",
+        "to",
+        "points",
+        "smooth",
+        "stat",
+        "columns",
+        "tensors",
+        "tensor",
+        "kind",
+        "count",
+        "step",
+        "index",
+    ),
+    versioned=_of_the_file_alone,
+)
 def figure(call: RouteCall) -> Any:
     name = call.request.path_params["name"]
     run = call.run()
@@ -45,12 +59,19 @@ def figure(call: RouteCall) -> Any:
     return {"name": name, **drawn.to_dict(), "version": version_of(run)}
 
 
+@routes.add(
+    RUN + "/map",
+    "cells of the gradient map",
+    ("lang", "theme", "from", "to", "stat", "columns", "tensors"),
+    versioned=True,
+)
 def cells(call: RouteCall) -> Any:
     run = call.run()
     found = read_map(run, **_map_values(call, run))
     return {**map_answer(found, style(call.language, call.query.theme())), "version": version_of(run)}
 
 
+@routes.add("/api/compare", "a figure of several runs", ("lang", "theme", "from", "to", "ids", "metric"))
 def compared(call: RouteCall) -> Any:
     ids = call.query.texts("ids", MAX_COMPARED)
     if not ids:

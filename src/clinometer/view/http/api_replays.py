@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
 from clinometer.foreign_files import parse_json
 from clinometer.record.read.reader import RunFile
@@ -20,8 +19,8 @@ from clinometer.view.figures.batch import matrix as as_matrix
 from clinometer.view.figures.style import packed
 from clinometer.view.figures.weight import pinned_row
 from clinometer.view.http.answers import json_answer
-from clinometer.view.http.calls import RouteCall, route
-from clinometer.view.http.query import LAST_STEP, Query
+from clinometer.view.http.calls import RUN, RouteCall, Routes
+from clinometer.view.http.query import LAST_STEP, WHOLE, Query
 from clinometer.view.jobs import Replays
 
 MAX_BODY = 4_096
@@ -33,28 +32,30 @@ MAX_CELLS = 65_536
 """Tokens in one answer, whatever the context length."""
 BODY_SECONDS = 10.0
 _WORDS = ("NaN", "Infinity", "-Infinity")
+REPLAY_BODY = {
+    "type": "object",
+    "required": ["step"],
+    "properties": {
+        "step": WHOLE,
+        "tensor": {"type": ["string", "null"]},
+        "index": {"type": ["array", "null"], "items": WHOLE},
+    },
+}
+
+routes = Routes()
 
 
-def routes() -> list[Route]:
-    return [
-        route("/api/runs/{id}/replays", replays),
-        route("/api/runs/{id}/matrix", matrix),
-        route("/api/runs/{id}/entry", entry),
-        route("/api/runs/{id}/weight", weight),
-        route("/api/runs/{id}/batch", batch),
-        route("/api/runs/{id}/token", token),
-        Route("/api/runs/{id}/replay", start, methods=["POST"]),
-        route("/api/jobs", jobs),
-        route("/api/jobs/{job}", job),
-        route("/api/jobs/{job}", cancel, methods=("DELETE",)),
-    ]
-
-
+@routes.add(RUN + "/replays", "the replayed steps", ("lang",))
 def replays(call: RouteCall) -> Any:
     run = call.run()
     return {"steps": replayed_steps(run.folder), "replayable": run.info()["replayable"]}
 
 
+@routes.add(
+    RUN + "/matrix",
+    "a part of a tensor at a replayed step, block-averaged",
+    ("step", "tensor", "kind", "rows", "cols", "height", "width", "lang"),
+)
 def matrix(call: RouteCall) -> Any:
     run, query = call.run(), call.query
     tensor = call.tensor(run)
@@ -89,6 +90,7 @@ def matrix(call: RouteCall) -> Any:
     }
 
 
+@routes.add(RUN + "/entry", "one weight's numbers at a replayed step", ("step", "tensor", "index", "lang"))
 def entry(call: RouteCall) -> Any:
     run = call.run()
     tensor = call.tensor(run)
@@ -97,6 +99,11 @@ def entry(call: RouteCall) -> Any:
     return _entry(replay, tensor["name"], index)
 
 
+@routes.add(
+    RUN + "/weight",
+    "a weight's anatomy and who pushed it",
+    ("step", "tensor", "index", "row", "rows", "lang"),
+)
 def weight(call: RouteCall) -> Any:
     run = call.run()
     tensor = call.tensor(run)
@@ -136,6 +143,7 @@ def weight(call: RouteCall) -> Any:
     }
 
 
+@routes.add(RUN + "/batch", "a replayed batch, token by token", ("step", "row", "rows", "lang"))
 def batch(call: RouteCall) -> Any:
     run = call.run()
     step = call.query.needed("step")
@@ -168,6 +176,7 @@ def batch(call: RouteCall) -> Any:
     }
 
 
+@routes.add(RUN + "/token", "the tensors that a token moved most", ("step", "position", "lang"))
 def token(call: RouteCall) -> Any:
     """The tensors that one token of a replayed batch moved most."""
     run = call.run()
@@ -190,6 +199,7 @@ def token(call: RouteCall) -> Any:
     return {**told, "state": "ready", "tensors": tensors}
 
 
+@routes.add(RUN + "/replay", "starts a replay", ("lang",), method="post", body=REPLAY_BODY, raw=True)
 async def start(request: Request) -> Response:
     """POST: replay a step, and explain one weight of it."""
     state = request.app.state
@@ -206,7 +216,7 @@ async def start(request: Request) -> Response:
                 raise ApiError(409, "view.not_replayable")
             if info["last_step"] is None or step > info["last_step"]:
                 raise ApiError(404, "view.no_step", step=step)
-            found, new = state.replays.start(run.id, run.folder, step, tensor, index, query.language)
+            found, new = state.replays.start(run.id, run.folder, step, tensor, index, language=query.language)
         except ApiError as error:
             return json_answer(request, error.body(query.language), error.status)
         return json_answer(request, {"job": found.to_dict(query.language)}, 202 if new else 200)
@@ -214,14 +224,17 @@ async def start(request: Request) -> Response:
     return await asyncio.get_running_loop().run_in_executor(state.pool, work)
 
 
+@routes.add("/api/jobs", "the last replays", ("lang",))
 def jobs(call: RouteCall) -> Any:
     return {"jobs": [found.to_dict(call.language) for found in _jobs(call).all()]}
 
 
+@routes.add("/api/jobs/{job}", "one replay's progress", ("lang",))
 def job(call: RouteCall) -> Any:
     return {"job": _jobs(call).get(call.request.path_params["job"]).to_dict(call.language)}
 
 
+@routes.add("/api/jobs/{job}", "cancels a replay", ("lang",), method="delete")
 def cancel(call: RouteCall) -> Any:
     return {"job": _jobs(call).cancel(call.request.path_params["job"]).to_dict(call.language)}
 
@@ -342,4 +355,4 @@ def _bounded(attribution: dict[str, Any]) -> dict[str, Any]:
 
 
 def _said(text: Any, language: str) -> str | None:
-    return text.get(language) if isinstance(text, dict) else text
+    return text.get(language, text.get("en")) if isinstance(text, dict) else text

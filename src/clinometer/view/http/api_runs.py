@@ -6,16 +6,17 @@ from contextlib import suppress
 from typing import Any
 
 import numpy as np
-from starlette.routing import Route
+from starlette.requests import Request
+from starlette.responses import Response
 
-from clinometer.messages import InputError, sentences
+from clinometer.messages import LANGUAGES, InputError, language_value, sentences
 from clinometer.record.read.reader import RunFile
 from clinometer.record.replays.replays import replayed_steps
 from clinometer.view.errors import ApiError
 from clinometer.view.figures.order import in_order
 from clinometer.view.figures.strip import last_values, strip
 from clinometer.view.figures.words import alert_sentences, statistic_choices
-from clinometer.view.http.calls import RouteCall, route, version_of
+from clinometer.view.http.calls import RUN, RouteCall, Routes, version_of
 from clinometer.view.library import MAX_RUNS, Library
 
 MAX_ALERTS = 1_000
@@ -23,26 +24,33 @@ MAX_EVENTS = 1_000
 MAX_REPORTS = 50
 NAMES_IN_ALERT = 1_000
 
-
-def routes() -> list[Route]:
-    return [
-        route("/api/messages", messages),
-        route("/api/theme", theme),
-        route("/api/runs", runs),
-        route("/api/runs/{id}", run),
-        route("/api/runs/{id}/strip", numbers, versioned=True),
-        route("/api/runs/{id}/alerts", alerts, versioned=True),
-        route("/api/runs/{id}/events", events, versioned=True),
-        route("/api/runs/{id}/reports", reports, versioned=True),
-        route("/api/runs/{id}/step", step, versioned=True),
-    ]
+routes = Routes()
 
 
+@routes.add(
+    "/api/live",
+    "server-sent events: runs that have something new",
+    ("run",),
+    content="text/event-stream",
+    raw=True,
+)
+async def live(request: Request) -> Response:
+    return await request.app.state.live.answer(request)
+
+
+@routes.add("/api/messages", "the page's sentences", ("lang",))
 def messages(call: RouteCall) -> Any:
     said = {key: text for key, text in sentences(call.language).items() if key.startswith("page.")}
-    return {"lang": call.language, "messages": said}
+    return {
+        "lang": call.language,
+        "tag": language_value(call.language, "tag"),
+        "locale": language_value(call.language, "locale"),
+        "languages": {code: language_value(code, "name") for code in LANGUAGES},
+        "messages": said,
+    }
 
 
+@routes.add("/api/theme", "colours of both themes and the map's scale")
 def theme(call: RouteCall) -> Any:
     from clinometer.view.figures import colours
 
@@ -52,6 +60,7 @@ def theme(call: RouteCall) -> Any:
     }
 
 
+@routes.add("/api/runs", "the runs, newest first", ("lang",))
 def runs(call: RouteCall) -> Any:
     library = call.library
     listed = [_summary(library, run) for run in library.runs()]
@@ -62,6 +71,7 @@ def runs(call: RouteCall) -> Any:
     }
 
 
+@routes.add(RUN, "one run with its tensors and alerts", ("lang",))
 def run(call: RouteCall) -> Any:
     run = call.run()
     tensors = in_order(run.tensors())
@@ -84,16 +94,21 @@ def run(call: RouteCall) -> Any:
     }
 
 
+@routes.add(
+    RUN + "/strip", "loss, gradient norm, speed and alerts over the last 100 steps", ("lang",), versioned=True
+)
 def numbers(call: RouteCall) -> Any:
     run = call.run()
     return {"numbers": strip(run, call.language), "version": version_of(run)}
 
 
+@routes.add(RUN + "/alerts", "alerts that touch a range of steps", ("from", "to", "lang"), versioned=True)
 def alerts(call: RouteCall) -> Any:
     first, last = call.query.steps()
     return {"alerts": _alerts(call.run(), call.language, first, last)}
 
 
+@routes.add(RUN + "/events", "events, newest first", ("kind", "from", "to", "limit", "lang"), versioned=True)
 def events(call: RouteCall) -> Any:
     first, last = call.query.steps()
     limit = call.query.whole("limit", 1, MAX_EVENTS, 100) or 100
@@ -102,6 +117,7 @@ def events(call: RouteCall) -> Any:
     return {"events": [_without_document(event) for event in found]}
 
 
+@routes.add(RUN + "/reports", "diagnoses and checks, newest first", ("lang",), versioned=True)
 def reports(call: RouteCall) -> Any:
     found = call.run().events("report", limit=MAX_REPORTS, newest=True)
     return {"reports": [report(event, call.language) for event in found]}
@@ -121,6 +137,7 @@ def report(event: dict[str, Any], language: str) -> dict[str, Any]:
     }
 
 
+@routes.add(RUN + "/step", "the recorded row of one step", ("step", "lang"), versioned=True)
 def step(call: RouteCall) -> Any:
     run = call.run()
     wanted = call.query.needed("step")
@@ -155,9 +172,9 @@ def states(library: Library, wanted: set[str] | None) -> dict[str, dict[str, Any
 
 
 def in_language(value: Any, language: str) -> str:
-    """A text stored as {"en", "zh"} or plain."""
+    """A text stored by language, or plain; English if it was stored without this language."""
     if isinstance(value, dict):
-        value = value.get(language) or next(iter(value.values()), "")
+        value = value.get(language) or value.get("en") or next(iter(value.values()), "")
     return str(value)
 
 

@@ -1,14 +1,17 @@
-"""How a route reads: in one of a few threads, errors as sentences, an ETag of the run's version."""
+"""A route of the API: its registration, and how it answers, in one of a few reading threads.
+
+Errors become sentences; a versioned answer carries an ETag of the run's version.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -22,6 +25,9 @@ from clinometer.view.http.query import Query
 from clinometer.view.library import Library
 
 READERS = 4
+RUN = "/api/runs/{id}"
+
+Handler = TypeVar("Handler", bound=Callable[..., Any])
 
 
 @dataclass
@@ -60,44 +66,88 @@ def make_pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(READERS, thread_name_prefix="clinometer-read")
 
 
-def route(
-    path: str,
-    handler: Callable[[RouteCall], Any],
-    *,
-    versioned: bool | Callable[[Request], bool] = False,
-    methods: tuple[str, ...] = ("GET",),
-) -> Route:
-    """`handler` returns what becomes JSON, or a Response.
+@dataclass(frozen=True, kw_only=True)
+class ApiRoute:
+    """One operation of the API: what the server answers and what the OpenAPI document says come from here."""
 
-    A versioned answer depends on nothing but the run file's version and the URL.
-    """
+    path: str
+    summary: str
+    handler: Callable[..., Any]
+    query: tuple[str, ...]
+    method: str
+    versioned: bool | Callable[[Request], bool]
+    content: str
+    body: Mapping[str, Any] | None
+    raw: bool
 
-    def answer(request: Request) -> Response:
-        library: Library = request.app.state.library
+    def served(self) -> Route:
+        """The route for Starlette."""
+        return Route(self.path, self.handler if self.raw else self._endpoint, methods=[self.method.upper()])
+
+    async def _endpoint(self, request: Request) -> Response:
+        pool: ThreadPoolExecutor = request.app.state.pool
+        return await asyncio.get_running_loop().run_in_executor(pool, self._answer, request)
+
+    def _answer(self, request: Request) -> Response:
         query = Query(request.query_params, request.app.state.language)
-        call = RouteCall(request, query, library)
+        call = RouteCall(request, query, request.app.state.library)
         try:
             tag = None
-            if versioned(request) if callable(versioned) else versioned:
+            if self.versioned(request) if callable(self.versioned) else self.versioned:
                 tag = etag(version_of(call.run()), request.url.path, request.url.query, query.language)
                 if (known := not_modified(request, tag)) is not None:
                     return known
-            data = handler(call)
+            data = self.handler(call)
             return data if isinstance(data, Response) else json_answer(request, data, tag=tag)
         except ApiError as error:
             return json_answer(request, error.body(query.language), error.status)
         except InputError as error:
             return json_answer(request, body_of(error, query.language), 422)
         except Exception:
-            # One broken run must not take the page down; whoever started the server sees where it broke.
+            # One broken run must not take the page down; the terminal of the server shows where it broke.
             traceback.print_exc(file=sys.stderr)
             return json_answer(request, ApiError(500, "view.failed").body(query.language), 500)
 
-    async def endpoint(request: Request) -> Response:
-        pool: ThreadPoolExecutor = request.app.state.pool
-        return await asyncio.get_running_loop().run_in_executor(pool, answer, request)
 
-    return Route(path, endpoint, methods=list(methods))
+class Routes(list[ApiRoute]):
+    """The routes of a module, registered by `add` above each function."""
+
+    def add(
+        self,
+        path: str,
+        summary: str,
+        query: tuple[str, ...] = (),
+        *,
+        method: str = "get",
+        versioned: bool | Callable[[Request], bool] = False,
+        content: str = "application/json",
+        body: Mapping[str, Any] | None = None,
+        raw: bool = False,
+    ) -> Callable[[Handler], Handler]:
+        """Registers a function that takes a `RouteCall` and returns what becomes JSON, or a Response.
+
+        `query`: the names that it reads; `openapi.py` has the schema of each. A `versioned` answer depends on
+        nothing but the run file's version and the URL. `body`: the JSON schema of a request's body. A `raw`
+        function is a coroutine that takes the Request.
+        """
+
+        def register(handler: Handler) -> Handler:
+            self.append(
+                ApiRoute(
+                    path=path,
+                    summary=summary,
+                    handler=handler,
+                    query=query,
+                    method=method,
+                    versioned=versioned,
+                    content=content,
+                    body=body,
+                    raw=raw,
+                )
+            )
+            return handler
+
+        return register
 
 
 def version_of(run: RunFile) -> str:

@@ -11,6 +11,8 @@ from clinometer.view.errors import ApiError
 
 LAST_STEP = 2**53
 """JavaScript counts no further."""
+WHOLE = {"type": "integer", "minimum": 0}
+"""The JSON schema of a whole number."""
 
 
 class Query:

@@ -23,10 +23,10 @@ from starlette.routing import Route
 
 from clinometer.messages import LANGUAGES, InputError, current_language
 from clinometer.view.errors import ApiError, body_of
-from clinometer.view.http import api_figures, api_replays, api_runs
+from clinometer.view.http import api_runs
 from clinometer.view.http.answers import json_answer
 from clinometer.view.http.calls import make_pool
-from clinometer.view.http.openapi import description
+from clinometer.view.http.openapi import all_routes
 from clinometer.view.http.safety import Guard, hosts_for, is_loopback
 from clinometer.view.http.static_files import Pages
 from clinometer.view.http.timeouts import Patience
@@ -65,20 +65,10 @@ def make_app(
         await run_in_threadpool(pool.shutdown)
         library.close()
 
-    async def openapi(request: Request) -> Response:
-        return json_answer(request, description())
-
-    async def stream(request: Request) -> Response:
-        return await live.answer(request)
-
     routes = [
         Route("/", pages.page),
-        Route("/static/{hash}/{name}", pages.file),
-        Route("/api/openapi.json", openapi),
-        Route("/api/live", stream),
-        *api_runs.routes(),
-        *api_figures.routes(),
-        *api_replays.routes(),
+        Route("/static/{hash}/{name:path}", pages.file),
+        *(route.served() for route in all_routes()),
     ]
 
     def answer_error(request: Request, error: Exception) -> Response:

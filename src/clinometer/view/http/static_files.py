@@ -5,13 +5,16 @@ from __future__ import annotations
 import gzip
 import hashlib
 import re
+from collections.abc import Iterator
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 
 import plotly
 from starlette.requests import Request
 from starlette.responses import Response
 
+from clinometer.messages import LANGUAGES
 from clinometer.view.figures.colours import stylesheet
 
 TYPES = {
@@ -32,15 +35,20 @@ def plotly_script() -> bytes:
     return (Path(plotly.__file__).parent / "package_data" / "plotly.min.js").read_bytes()
 
 
+def _files(folder: Traversable, prefix: str = "") -> Iterator[tuple[str, bytes]]:
+    """The static files of a folder and the folders in it: ("pages/run.js", its bytes)."""
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            yield from _files(entry, f"{prefix}{entry.name}/")
+        elif Path(entry.name).suffix in TYPES:
+            yield prefix + entry.name, entry.read_bytes()
+
+
 class Pages:
     """index.html and the static files by name; names that are not in the table do not exist."""
 
     def __init__(self, language: str) -> None:
-        self.files = {
-            file.name: file.read_bytes()
-            for file in files("clinometer.view").joinpath("static").iterdir()
-            if Path(file.name).suffix in TYPES and file.is_file()
-        }
+        self.files = dict(_files(files("clinometer.view").joinpath("static")))
         self.files["tokens.css"] = stylesheet().encode()
         # Plotly writes its rules into the sheet with this id; an inline one the policy forbids.
         self.files["plotly.css"] = b"/* plotly.js writes its rules here */\n"
@@ -56,8 +64,10 @@ class Pages:
         for name in sorted(set(re.findall(rb'getElementById\("([0-9a-f]{64})"\)', script))):
             head += f'\n<meta id="{name.decode()}">'
         index = self.files.get("index.html", b"").decode()
-        for place, value in (("{{static}}", prefix), ("{{lang}}", language), ("{{plotly}}", head)):
-            index = index.replace(place, value)
+        codes = " ".join(LANGUAGES)
+        places = {"static": prefix, "lang": language, "languages": codes, "plotly": head}
+        for place, value in places.items():
+            index = index.replace("{{" + place + "}}", value)
         self.index = index.encode()
 
     async def page(self, request: Request) -> Response:

@@ -1,23 +1,23 @@
 // From the address to a page, and back: which page is open, its keys, its live updates.
 
-import { get, ofRun } from "./api.js";
-import { replace } from "./dom.js";
-import { drawHeader, switchLanguage, switchTheme } from "./header.js";
-import { openHelp } from "./help.js";
-import { setKeys } from "./keys.js";
-import { follow, unfollow } from "./live.js";
-import { batchPage } from "./page_batch.js";
-import { comparePage } from "./page_compare.js";
-import { reportsPage } from "./page_reports.js";
-import { runPage } from "./page_run.js";
-import { runsPage } from "./page_runs.js";
-import { tensorPage } from "./page_tensor.js";
-import { weightPage } from "./page_weight.js";
-import { plotly } from "./plotly.js";
-import { chosenLanguage, chosenTheme, loadColours, onSystemTheme, theme, wear } from "./settings.js";
-import { broken, notice, skeleton } from "./states.js";
-import { address, go, here, onMove } from "./url.js";
-import { language, loadWords, say } from "./words.js";
+import { get, ofRun } from "./base/api.js";
+import { replace } from "./base/dom.js";
+import { drawHeader, switchLanguage, switchTheme } from "./pages/header.js";
+import { openHelp } from "./pages/help.js";
+import { setKeys } from "./base/keys.js";
+import { follow, unfollow } from "./base/live.js";
+import { batchPage } from "./pages/batch.js";
+import { comparePage } from "./pages/compare.js";
+import { reportsPage } from "./pages/reports.js";
+import { runPage } from "./pages/run.js";
+import { runsPage } from "./pages/runs.js";
+import { tensorPage } from "./pages/tensor.js";
+import { weightPage } from "./pages/weight.js";
+import { plotly } from "./charts/plotly.js";
+import { chosenLanguage, chosenTheme, loadColours, onSystemTheme, theme, wear } from "./base/settings.js";
+import { broken, notice, skeleton } from "./base/states.js";
+import { address, go, here, onMove } from "./base/url.js";
+import { language, loadWords, say } from "./base/words.js";
 
 const PAGES = {
   runs: runsPage, run: runPage, tensor: tensorPage, weight: weightPage, batch: batchPage, check: reportsPage,
