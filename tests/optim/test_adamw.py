@@ -10,6 +10,8 @@ from torch import Tensor
 from clinometer.optim import adamw
 from clinometer.optim.adamw import AdamW
 
+UNFUSED = float(torch.backends.cpu.get_cpu_capability() == "DEFAULT")
+"""1 where torch's kernels round a product before they add it: processors without AVX2."""
 PATHS = pytest.mark.parametrize("fused", [None, False], ids=["fast", "reference"])
 
 
@@ -73,6 +75,11 @@ def test_a_thousand_steps_agree_with_the_float64_replay_to_4_ulp(setting: str, f
     Where it is, and the gradient happens to cancel the momentum, what is left in θ is the rounding of the old
     momentum (2.4 ulp of it), which max(|θ_old|, |θ_new|) does not see: under heavy decay, torch's own AdamW
     was 93 ulp from its own replay. There the bound is 4 ulp of the weight and 2.4 of the update.
+
+    The moment m' = m + (1−β)(g−m) is within 2.5 ulp where multiplication and addition are fused.
+    Elsewhere the product is rounded, too. It is m' − m, at most 2·max(|m|, |m'|), so half of its ulp is
+    at most one ulp more. Through the update this reaches θ, which was 4.25 ulp away under heavy decay;
+    one more is allowed there, too.
     """
     options, size = SETTINGS[setting]
     generator = torch.Generator().manual_seed(7)
@@ -116,9 +123,9 @@ def test_a_thousand_steps_agree_with_the_float64_replay_to_4_ulp(setting: str, f
     moved = max(moved).item()
     print(setting, fused, worst)
     assert moved > 1e-5
-    assert worst["theta beyond an update"] <= 4.0
-    assert worst["of the bound"] <= 1.0
-    assert max(worst["exp_avg"], worst["exp_avg_sq"]) <= 2.5
+    assert worst["theta beyond an update"] <= 4.0 + UNFUSED
+    assert worst["of the bound"] <= 1.0 + UNFUSED / 4
+    assert max(worst["exp_avg"], worst["exp_avg_sq"]) <= 2.5 + UNFUSED
     if fused is False:
         assert max(worst.values()) <= 0.51
 
