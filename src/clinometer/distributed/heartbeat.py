@@ -3,7 +3,7 @@
 A rank that waits for another waits inside a collective, where it can say nothing; so a thread speaks for it.
 Rank 0 listens to all others and every other rank to rank 0: two messages a rank and interval, whatever
 their number. Time is counted in the listener's own rounds, so that a machine that was stopped as a whole (a
-suspended laptop, a debugger) accuses nobody when it goes on.
+suspended laptop, a debugger) accuses no rank when it continues.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _CLOSING_SECONDS = 20.0
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank last said: which beat it is, how many places it has passed, and its step."""
+    """The last message of a rank: the number of the beat, of places it has passed, and of its step."""
 
     number: int = 0
     passed: int = 0
@@ -54,7 +54,7 @@ class RankTrouble:
 
 
 class Judge:
-    """Who of `ranks` is silent, behind, or stuck, from what each last said. `clock` counts seconds awake."""
+    """Which of `ranks` is silent, behind or stuck, by its last message. `clock` counts seconds awake."""
 
     def __init__(self, ranks: list[int], patience: float) -> None:
         self.patience = patience
@@ -65,7 +65,7 @@ class Judge:
     def look(
         self, clock: float, beats: dict[int, Beat], own: Beat | None = None, patience: float | None = None
     ) -> RankTrouble | None:
-        """`own` is the listener's place; None before the first step, when nobody can be behind.
+        """`own` is the listener's place; None before the first step, when no rank can be behind.
 
         `patience` is shorter than usual once a connection has broken: then a silent rank is a dead one.
         """
@@ -129,7 +129,7 @@ class Heart:
         self._training = False
         self._stopped, self._taken = threading.Event(), threading.Event()
         self.verdict: dict[str, Any] | None = None
-        """Why the run ends, once some rank has said so."""
+        """Why the run ends, once a rank has posted it."""
         self._beat()
         self._thread = threading.Thread(target=self._run, name="clinometer heartbeat", daemon=True)
 
@@ -156,11 +156,11 @@ class Heart:
         self._passed += 1
 
     def rest(self) -> None:
-        """Until the next place, work of any length may be done: nobody is behind, though all must answer."""
+        """Until the next place, work of any length may be done: no rank is behind, but all must answer."""
         self._training = False
 
     def stop(self) -> None:
-        """Nobody shall wait for this rank: it has ended well, or has said why not."""
+        """Tells the other ranks not to wait for this one: it has ended, or has posted why it failed."""
         self._stopped.set()
         if self._thread.is_alive():  # not before all had met
             self._thread.join(5)
@@ -187,7 +187,7 @@ class Heart:
                 text = self._board.read("verdict")
                 if text is None:
                     text = self._look(clock)
-            except RuntimeError:  # whoever holds the board has gone
+            except RuntimeError:  # the process that holds the board has ended
                 finding = RankTrouble("parallel.board", {"rank": self._rank, "place": self._place})
                 text = json.dumps({"key": finding.key, "code": LOST})
                 if not self._stopped.is_set():

@@ -81,7 +81,7 @@ class Board:
 
     @classmethod
     def open(cls, launch: Launch, seconds: float = OPENING_SECONDS) -> Board:
-        """Raises `InputError` if nobody answers at the launcher's address."""
+        """Raises `InputError` if no process answers at the launcher's address."""
         from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
         try:
@@ -120,7 +120,7 @@ class Board:
         return [text.decode() for text in self._store.multi_get(names)]
 
     def first(self, name: str, text: str) -> str:
-        """Post it unless somebody has; returns what stands there now."""
+        """Posts it unless another rank has; returns what is posted now."""
         return self._store.compare_set(name, "", text).decode()
 
     def wait(self, names: list[str], seconds: float) -> bool:
@@ -136,8 +136,10 @@ class Board:
 
 
 def _wait_for_answer(launch: Launch, seconds: float) -> None:
-    """Until somebody listens there; raises the last OSError. torch's own wait lasts twice as long, and ends
-    with a page of C++ frames."""
+    """Waits until a process listens there; raises the last OSError.
+
+    torch's own wait lasts twice as long, and ends with a page of C++ frames.
+    """
     until = time.monotonic() + seconds
     while True:
         try:

@@ -37,7 +37,7 @@ class Ranks:
 
     @property
     def alone(self) -> bool:
-        """Whether there is nobody to agree with."""
+        """Whether no other rank takes part."""
         return not self._groups
 
     @property

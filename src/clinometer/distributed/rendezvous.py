@@ -23,7 +23,7 @@ from clinometer.distributed.sharded_tensors import Together, is_distributed, is_
 from clinometer.messages import InputError, say
 
 PATIENCE = 300.0
-"""Seconds that a rank waits for the others before it says so and goes on without the watch."""
+"""Seconds that a rank waits for the others before it reports them and continues without the watch."""
 _SPEAK = 15.0
 _LOOK_AROUND = 0.1
 _made: dict[tuple[int, ...], int] = {}
@@ -97,7 +97,7 @@ class Meeting:
             passed = time.monotonic() - begun
             names = ", ".join(map(str, absent[:8]))
             if passed > PATIENCE:
-                self._store.delete_key(f"{base}/{rank()}")  # nobody shall count on this rank
+                self._store.delete_key(f"{base}/{rank()}")  # the other ranks must not wait for this one
                 _made[self.ranks] -= 1
                 raise InputError("watch.ranks.absent", ranks=names, seconds=int(passed))
             if passed > _SPEAK and not spoken:

@@ -151,7 +151,7 @@ class Together:
 
     @property
     def alone(self) -> bool:
-        """Whether there is nobody to add up with."""
+        """Whether this is the only rank."""
         return not self._rounds
 
     @property

@@ -19,7 +19,7 @@ _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "
 
 
 class UnknownName(InputError, KeyError):
-    """A name that none of the tensors has; a KeyError too, as `result[name]` should raise."""
+    """Raised for a name that no tensor has; also a KeyError, as `result[name]` should raise."""
 
     def __init__(self, name: object, known: Iterable[str]) -> None:
         known = list(known)

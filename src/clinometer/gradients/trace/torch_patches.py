@@ -1,9 +1,9 @@
-"""Wrapping torch's functions: one stack a function, whoever listens to it and in whatever order they leave.
+"""Wrapping torch's functions: one stack a function, with any number of users in any order.
 
 `patched(owner, name, around)` puts `around` in the way of every call of `owner.name`. The original is wrapped
-once, by the first user, and comes back with the last; who enters and leaves between does not matter. If
-somebody else wraps the function on top of ours meanwhile, theirs stays: ours passes calls through as soon as
-nobody listens, and is taken out by the next user after theirs is gone. `seen_calls` uses it for what a
+once, by the first user, and comes back with the last, in whatever order they leave. If another library
+wraps the function on top of ours meanwhile, its wrapper stays: ours passes calls through once it has no user,
+and the next user takes it out after the other wrapper is gone. `seen_calls` uses it for what a
 TorchFunctionMode does not see.
 """
 
@@ -117,7 +117,7 @@ def _put_on_top(owner: Any, name: str) -> _Layer | None:
 
 
 def _take_out_idle(owner: Any, name: str) -> None:
-    """Puts back what was there, unless somebody listens, or somebody else's wrapper lies on top."""
+    """Puts back what was there, unless our wrapper has users, or a wrapper of another library lies on top."""
     while (layer := _on_top(owner, name)) is not None and not layer.entries:
         if layer.inherited:
             delattr(owner, name)
@@ -142,8 +142,8 @@ def seen_calls(
     """Inside, `Function.apply`, `nn.Parameter(…)` and `inference_mode` of this thread are reported.
 
     `function(class, call, arguments)` returns what `call()` does; `modules` lists the modules that run now,
-    the innermost last; `inference` is told of entering (True) and of leaving. One at a time: `untouched`
-    holds the lock.
+    the innermost last; `inference(True)` is called on entering, `inference(False)` on leaving. One at a
+    time: `untouched` holds the lock.
     """
     here = threading.get_ident()
 
