@@ -21,6 +21,9 @@ settings.register_profile("clinometer", deadline=None, max_examples=25)
 settings.load_profile("clinometer")
 
 
+pytest_plugins = ["tests.limits"]
+
+
 @pytest.fixture(autouse=True)
 def _same_random_numbers():
     torch.manual_seed(0)
@@ -31,5 +34,7 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(no_gpu)
+        if "soak" in item.keywords:
+            item.add_marker(pytest.mark.timeout(0))  # hours
         if "soak" in item.keywords and "soak" not in (config.option.markexpr or ""):
             item.add_marker(pytest.mark.skip(reason="run by `make soak`"))

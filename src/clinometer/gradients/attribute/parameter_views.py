@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import parametrizations
 
 from clinometer.gradients.attribute.call_kinds import name_of
 from clinometer.gradients.attribute.contraction import Placement
 from clinometer.gradients.attribute.parameter_functions import ELEMENTWISE, ParameterFunction, function_of
 from clinometer.gradients.report.places import is_instrument
 from clinometer.gradients.sandbox.tensors import tensors_in
+from clinometer.torch_internals.frames import is_parametrization
 
 
 class ParameterViews:
@@ -135,7 +135,4 @@ def is_parametrizing() -> bool:
     frame: Any = sys._getframe(1)
     while frame is not None and is_instrument(frame.f_code.co_filename):
         frame = frame.f_back
-    return frame is not None and frame.f_code.co_filename in _PARAMETRIZATIONS
-
-
-_PARAMETRIZATIONS = {str(parametrizations.__file__)}
+    return is_parametrization(frame)

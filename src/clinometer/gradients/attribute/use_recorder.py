@@ -44,6 +44,7 @@ from clinometer.gradients.attribute.parameter_views import ParameterViews, is_pa
 from clinometer.gradients.attribute.partial_uses import StepwiseUse, split_shared_lookups, widen_lookup
 from clinometer.gradients.report.places import Where, user_frame
 from clinometer.gradients.sandbox.tensors import plain, tensors_in
+from clinometer.torch_internals.tensors import ragged_dimension
 
 
 class UseRecorder(TorchFunctionMode):
@@ -131,7 +132,7 @@ class UseRecorder(TorchFunctionMode):
             return known  # the same weight on both sides
         shown, given, named = out, args, kwargs
         if any(t.is_nested for t in (out, *tensors_in(args, kwargs))):
-            if any(getattr(t, "_ragged_idx", 1) != 1 for t in tensors_in(args, kwargs, out)):
+            if any(ragged_dimension(t) != 1 for t in tensors_in(args, kwargs, out)):
                 return known
             shown, given = plain(out.detach()), tuple(plain(a) for a in args)
             named = {key: plain(value) for key, value in kwargs.items()}

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._ops import OpOverload, OpOverloadPacket
 from torch.overrides import TorchFunctionMode
 
 from clinometer.gradients.report.places import Where, user_frame
@@ -21,6 +20,14 @@ from clinometer.gradients.sandbox.tensors import tensors_in
 from clinometer.gradients.trace.checkpointing import opened_checkpoints
 from clinometer.gradients.trace.graph import Node, live_below
 from clinometer.gradients.trace.torch_patches import patched
+from clinometer.torch_internals.custom_functions import (
+    Operator,
+    OperatorPacket,
+    function_of,
+    has_setup_context,
+    operator_name,
+    registered_backward,
+)
 
 MOST_CALLS = 8
 """Of one module; of a Function four times as many, for its branch may depend on the call."""
@@ -115,7 +122,7 @@ class Capture:
         self._running.pop()
 
     def _around_forward(self, kind: Any) -> Callable[..., Any]:
-        takes_context = not torch.autograd.function._is_setup_context_defined(kind.setup_context)
+        takes_context = not has_setup_context(kind)
         takes_class = isinstance(inspect.getattr_static(kind, "forward"), classmethod)
         first = int(takes_context) + int(takes_class)
 
@@ -170,7 +177,7 @@ class _Operators(TorchFunctionMode):
         self._capture = capture
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if isinstance(func, OpOverload | OpOverloadPacket):
+        if isinstance(func, Operator | OperatorPacket):
             self._capture.note_operator(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
 
@@ -179,8 +186,8 @@ def custom_functions(loss: Tensor) -> list[type]:
     """The custom autograd Functions in the graph of a loss, torch's own left out."""
     found: dict[type, None] = {}
     for node in _nodes(loss):
-        kind = getattr(node, "_forward_cls", None)
-        if isinstance(kind, type) and not kind.__module__.startswith("torch."):
+        kind = function_of(node)
+        if kind is not None and not kind.__module__.startswith("torch."):
             found[kind] = None
     return list(found)
 
@@ -189,19 +196,10 @@ def custom_operators(loss: Tensor) -> dict[str, Any]:
     """The backward of each operator of torch.library in the graph of a loss, by the operator's name."""
     found: dict[str, Any] = {}
     for node in _nodes(loss):
-        kind = getattr(node, "_forward_cls", None)
-        if isinstance(kind, type) and kind.__module__ == "torch._library.autograd":
-            held = [cell.cell_contents for cell in kind.backward.__closure__ or ()]  # pyright: ignore[reportAttributeAccessIssue]
-            operator = next((value for value in held if isinstance(value, OpOverload)), None)
-            backward = next((b for value in held if (b := getattr(value, "_backward_fn", None))), None)
-            if operator and backward and not backward.__module__.startswith("torch."):
-                found[operator_name(operator)] = backward
+        registered = registered_backward(node)
+        if registered is not None and not registered[1].__module__.startswith("torch."):
+            found[operator_name(registered[0])] = registered[1]
     return found
-
-
-def operator_name(operator: Any) -> str:
-    """ "namespace::name" of an operator or of one of its overloads."""
-    return operator._schema.name if isinstance(operator, OpOverload) else operator._qualified_op_name
 
 
 def _nodes(loss: Tensor) -> Iterator[Node]:

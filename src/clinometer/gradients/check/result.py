@@ -300,11 +300,11 @@ def format_ranges(ranges: Sequence[Range]) -> str:
 
 
 def format_factor(factor: float) -> str:
-    """A factor, with the digits that differences can vouch for."""
+    """A factor, with the digits that differences can vouch for: they are right to 5e-8 of it."""
     nearest = round(factor)
     if abs(factor - nearest) < 1e-8:
         return str(nearest).replace("-", "−")
-    return f"{factor:.8g}".replace("-", "−")
+    return f"{factor:.7g}".replace("-", "−")
 
 
 def _signed(value: float | complex, language: str | None) -> str:

@@ -18,8 +18,10 @@ from torch import Tensor
 from clinometer.gradients.report.finding import EXPLAINED, FAULT, Severity
 from clinometer.gradients.sandbox.tensors import largest
 from clinometer.gradients.trace.backward_trace import Read
-from clinometer.gradients.trace.graph import Node, custom_function, operation
+from clinometer.gradients.trace.graph import Node, operation
 from clinometer.gradients.trace.node_kinds import CLAMP, LOSS, MASK, PICK, PRODUCT, RELU, SMOOTH, STEP, SUM
+from clinometer.torch_internals.custom_functions import function_of
+from clinometer.torch_internals.nodes import shape_into
 
 POLES = {
     "Sqrt": "sqrt", "Rsqrt": "sqrt", "Pow": "pow", "LinalgVectorNorm": "norm", "Norm": "norm",
@@ -115,7 +117,7 @@ def written_from_no_entries(view: NodeView) -> Clue | None:
 
 def custom_backward_zeros(view: NodeView) -> Clue | None:
     """A custom Function's backward is the user's code: the zeros are its result, whatever it computes."""
-    function = custom_function(view.node)
+    function = function_of(view.node)
     return None if function is None else Clue("zeroed", "function", FAULT, (("function", function.__name__),))
 
 
@@ -261,7 +263,7 @@ ZERO_EVIDENCE: tuple[EvidenceRule, ...] = (
 
 def custom_backward_nonfinite(view: NodeView) -> Clue | None:
     """A custom Function's backward is the user's code: what it returned is its own."""
-    function = custom_function(view.node)
+    function = function_of(view.node)
     return (
         None if function is None else Clue("backward", "function", FAULT, (("function", function.__name__),))
     )
@@ -318,9 +320,9 @@ def _only_empty_below(node: Node) -> bool:
     while below is not None and operation(below) == "IndexPut":
         written = below.next_functions[1][0]
         if written is not None:
-            shapes.append(written._input_metadata[below.next_functions[1][1]].shape)
+            shapes.append(shape_into(written, below.next_functions[1][1]))
         below = below.next_functions[0][0]
-    return below is None and bool(shapes) and all(0 in shape for shape in shapes)
+    return below is None and bool(shapes) and all(shape is not None and 0 in shape for shape in shapes)
 
 
 def _runs_over_one(gradient: Tensor, dim: int | None) -> bool:

@@ -14,6 +14,7 @@ from clinometer.gradients.sandbox.saved_state import has_grad
 from clinometer.gradients.sandbox.subject import Subject
 from clinometer.gradients.sandbox.tensors import largest, zero_lines
 from clinometer.messages import InputError
+from clinometer.torch_internals.tensors import has_accumulation_hooks
 
 
 def without_closure(subject: Subject, ranks: Ranks) -> dict[str, Reason | str]:
@@ -37,7 +38,7 @@ def _reason(tensor: Tensor, size: float | None, anything: bool, all_zero: bool) 
             return reason
         if not anything:
             return Reason("none", "no-backward", FAULT, group=0)
-        if getattr(tensor, "_post_accumulate_grad_hooks", None):
+        if has_accumulation_hooks(tensor):
             return Reason("none", "cleared", EXPLAINED, "likely", group=0)
         return Reason("none", "not-reaching-loss", FAULT, "seen_from_grad", group=0)
     if not math.isfinite(size):

@@ -20,6 +20,7 @@ from clinometer.gradients.report.places import Where
 from clinometer.gradients.sandbox.sandbox import Before
 from clinometer.gradients.sandbox.subject import Subject
 from clinometer.gradients.trace.observed_run import ObservedRun
+from clinometer.torch_internals.modules import RunningNorm
 
 Optimizers = tuple[Optimizer, ...]
 
@@ -189,7 +190,7 @@ def _statistics(subject: Subject, before: Before) -> Iterator[Finding]:
     frozen = [
         (name, module)
         for name, module in modules
-        if isinstance(module, nn.modules.batchnorm._NormBase)
+        if isinstance(module, RunningNorm)
         and module.affine
         and not any(parameter.requires_grad for parameter in module.parameters(recurse=False))
     ]

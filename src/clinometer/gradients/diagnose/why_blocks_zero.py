@@ -28,6 +28,7 @@ from clinometer.gradients.trace.graph import Graph, Node, leaf_through, operatio
 from clinometer.gradients.trace.graph_search import breadth_first, inputs
 from clinometer.gradients.trace.node_kinds import MASK, PICK, PRODUCT, RELU, SMOOTH
 from clinometer.gradients.trace.observed_run import gradients_kept
+from clinometer.torch_internals.nodes import saved
 
 Lines = tuple[Tensor | None, Tensor | None]
 """Zero rows and zero columns of a gradient."""
@@ -250,9 +251,9 @@ def _made_by(node: Node, into: Sequence[Tensor | None], out: Sequence[Tensor | N
 
 def _zero_inputs(node: Node) -> Iterator[Tensor]:
     for name in ("self", "mat1", "input"):
-        saved = getattr(node, f"_saved_{name}", None)
-        if isinstance(saved, Tensor):
-            yield from (zero for dim, zero in _zero_lines(saved) if dim == 1)
+        kept = saved(node, name)
+        if isinstance(kept, Tensor):
+            yield from (zero for dim, zero in _zero_lines(kept) if dim == 1)
 
 
 def _own_dims(name: str, position: int) -> set[int]:
@@ -271,7 +272,7 @@ def _picked_dims(node: Node, gradient: Tensor, out: Sequence[Tensor | None]) -> 
     picked = parts[0]
     if gradient.dim() == picked.dim():
         return {d for d in range(gradient.dim()) if gradient.shape[d] != picked.shape[d]}
-    dim = getattr(node, "_saved_dim", None)
+    dim = saved(node, "dim")
     return set() if dim is None else {dim - 2**64 + gradient.dim() if dim >= 2**63 else dim}
 
 

@@ -13,8 +13,9 @@ from clinometer.gradients.sandbox.subject import Subject
 from clinometer.gradients.trace.backward_trace import Flow
 from clinometer.gradients.trace.cuts import Cut, Escape
 from clinometer.gradients.trace.forward_trace import Trace
-from clinometer.gradients.trace.graph import Node, custom_function
+from clinometer.gradients.trace.graph import Node
 from clinometer.gradients.trace.graph_search import receives
+from clinometer.torch_internals.custom_functions import function_of
 
 
 def before_any_run(tensor: Tensor) -> Reason | None:
@@ -73,7 +74,7 @@ def _undefined(node: Node, flow: Flow) -> Reason | None:
     if event is None:
         return None
     where, variant, name = flow.trace.places.get(event.node), "built_in", event.node.name()
-    if (function := custom_function(event.node)) is not None:
+    if (function := function_of(event.node)) is not None:
         where, variant, name = definition_of(function.backward) or where, "", function.__name__
     values = {"function": name}
     return Reason("none", "undefined-in-backward", FAULT, variant, where, values, group=event.node)

@@ -18,8 +18,9 @@ from clinometer.gradients.report.formatting import words
 from clinometer.gradients.report.places import definition_of
 from clinometer.gradients.sandbox.subject import Subject
 from clinometer.gradients.trace.backward_trace import Event, Flow
-from clinometer.gradients.trace.graph import custom_function, operation
+from clinometer.gradients.trace.graph import operation
 from clinometer.gradients.trace.graph_search import place_of
+from clinometer.torch_internals.custom_functions import function_of
 
 _MAKE_INFINITY = words(
     """
@@ -135,7 +136,7 @@ class _NonfiniteCase:
 
 def spoilt_in_custom_backward(case: _NonfiniteCase) -> Reason | None:
     """A custom Function's backward is the user's code: the place is its definition."""
-    function = None if case.event is None else custom_function(case.event.node)
+    function = None if case.event is None else function_of(case.event.node)
     if case.event is None or case.clue is None or function is None:
         return None
     return _at_node(case.event, case.clue, case.flow, definition_of(function.backward))

@@ -12,15 +12,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from torch.nn.modules.dropout import _DropoutNd
-
 from clinometer.gradients.diagnose.evidence import Clue
 from clinometer.gradients.report.finding import EXPLAINED, FAULT, Reason, Severity
 from clinometer.gradients.report.places import Where, definition_of
 from clinometer.gradients.sandbox.subject import Subject
 from clinometer.gradients.sandbox.tensors import largest
 from clinometer.gradients.trace.backward_trace import Event, Flow
-from clinometer.gradients.trace.graph import Node, custom_function, leaf_through, operation
+from clinometer.gradients.trace.graph import Node, leaf_through, operation
 from clinometer.gradients.trace.graph_search import (
     inputs,
     nodes_below,
@@ -30,6 +28,9 @@ from clinometer.gradients.trace.graph_search import (
     silent_relu_below,
 )
 from clinometer.gradients.trace.node_kinds import HINGES, PRODUCT
+from clinometer.torch_internals.custom_functions import function_of
+from clinometer.torch_internals.modules import Dropout
+from clinometer.torch_internals.tensors import has_hooks
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def nothing_arrived(gradient: _ZeroGradient) -> Reason | None:
 
 def zeroed_by_a_hook(gradient: _ZeroGradient) -> Reason | None:
     """A gradient that arrived and is zero in `.grad` was changed on the way by the tensor's own hook."""
-    if not gradient.subject.tensors[gradient.name]._backward_hooks:
+    if not has_hooks(gradient.subject.tensors[gradient.name]):
         return None
     return Reason("zero", "zeroed", EXPLAINED, "hook", group=0)
 
@@ -168,7 +169,7 @@ def zeros_of_a_custom_backward(case: _ZeroCase) -> Reason | None:
     """A custom Function's backward is the user's code: the place is its definition."""
     if case.clue.cause != "zeroed":
         return None
-    where = definition_of(custom_function(case.node).backward) or case.where
+    where = definition_of(function_of(case.node).backward) or case.where
     return Reason("zero", "zeroed", case.clue.severity, case.clue.variant, where, case.values, case.node)
 
 
@@ -310,7 +311,7 @@ def _masked(event: Event, clue: Clue, gradient: _ZeroGradient) -> Reason:
         path = where.module if where is not None else ""
         module = gradient.flow.trace.module_at(path)
         variant, group = "dropout", None
-        if isinstance(module, _DropoutNd) or "dropout" in type(module).__name__.lower():
+        if isinstance(module, Dropout) or "dropout" in type(module).__name__.lower():
             variant, values["module"] = "dropout_module", path
             group = path
     elif variant == "attention":

@@ -18,6 +18,7 @@ from torch import Tensor
 from clinometer.gradients.sandbox.tensors import largest, plain
 from clinometer.gradients.trace.forward_trace import Trace
 from clinometer.gradients.trace.graph import Graph, Node, operation, same_values
+from clinometer.torch_internals.nodes import saved
 
 Read = Callable[[str], Any]
 """What a node saved under a name; None when it saved nothing, or it may not be read."""
@@ -163,7 +164,7 @@ class Flow:
         self.events[node] = event
 
     def _saved(self, node: Node, name: str) -> Any:
-        return plain(getattr(node, f"_saved_{name}", None)) if self.trace.may_read(node) else None
+        return plain(saved(node, name)) if self.trace.may_read(node) else None
 
     def _cancels(
         self,

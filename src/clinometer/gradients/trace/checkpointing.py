@@ -13,14 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointFunction
 
 from clinometer.gradients.trace.torch_patches import patched
+from clinometer.torch_internals.custom_functions import CheckpointFunction, without_modes
+from clinometer.torch_support import offers
 
 
 @contextmanager
 def opened_checkpoints(seen: Callable[[Tensor], None] | None = None) -> Iterator[None]:
     """Inside, checkpoints are opened; `seen` is given each output of a block while it has its graph."""
+    if not offers("checkpoints"):
+        yield
+        return
 
     def around_forward(forward: Any, ctx: Any, run_function: Any, *args: Any) -> Any:
         def run(*given: Any) -> Any:
@@ -43,5 +47,5 @@ def _without_graph(out: Any, seen: Callable[[Tensor], None] | None) -> Any:
         return out
     if seen is not None:
         seen(out)
-    with torch._C.DisableTorchFunction():  # this detach is ours: no mode should take it for the user's
+    with without_modes():  # this detach is ours: no mode should take it for the user's
         return out.detach()

@@ -23,12 +23,13 @@ from clinometer.gradients.sandbox.subject import Subject
 from clinometer.gradients.sandbox.tensors import tensors_in
 from clinometer.gradients.trace import operations
 from clinometer.gradients.trace.cuts import Cell, Cut, Escape, each_bit, nudge
+from clinometer.gradients.trace.function_calls import seen_calls
 from clinometer.gradients.trace.grad_mode import GradOff
 from clinometer.gradients.trace.graph import Node, live_below
 from clinometer.gradients.trace.index_errors import note_range
-from clinometer.gradients.trace.torch_patches import seen_calls
-
-_top_saved_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
+from clinometer.torch_internals.nodes import packs_saved_tensors
+from clinometer.torch_internals.tensors import base_of
+from clinometer.torch_support import offers
 
 
 class Trace(TorchFunctionMode):
@@ -73,6 +74,7 @@ class Trace(TorchFunctionMode):
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Active inside, with what the mode alone cannot see: Function.apply, Parameter(), modules."""
+        offers("functions", "saved")
         with seen_calls(self._function, self._parameter, self._modules, self._grad_off.inference):
             with self:
                 yield
@@ -121,8 +123,9 @@ class Trace(TorchFunctionMode):
         """The cuts whose values are in `tensor`, as bits of positions in `cuts`."""
         cell = self._cell(tensor)
         found = cell.cuts if cell else 0
-        if tensor._base is not None and (base := self._cell(tensor._base)):
-            found |= base.cuts
+        base = base_of(tensor)
+        if base is not None and (whole := self._cell(base)):
+            found |= whole.cuts
         return found
 
     def __torch_function__(
@@ -179,7 +182,7 @@ class Trace(TorchFunctionMode):
                 suspect = suspect or not tensor.requires_grad or tensor.is_leaf
             else:
                 self._made(tensor.grad_fn, where)
-        for tensor in () if written is None else (written, written._base):
+        for tensor in () if written is None else (written, base_of(written)):
             if tensor is not None and tensor.grad_fn is not None:
                 self._made(tensor.grad_fn, where)
         if suspect:
@@ -193,7 +196,7 @@ class Trace(TorchFunctionMode):
         if node in self.places:
             return
         self.places[node] = where
-        if _top_saved_hooks(False) is not None:
+        if packs_saved_tensors():
             self.packed.add(node)
         if self.on_node is not None:
             self.on_node(node)
@@ -247,7 +250,7 @@ class Trace(TorchFunctionMode):
             cell = self._cells[id(tensor)] = Cell(weakref.ref(tensor))
         cell.cuts |= cuts
         cell.shares += [weakref.ref(source) for source in sources]
-        for owner in (*[ref() for ref in cell.shares if not sources], tensor._base):
+        for owner in (*[ref() for ref in cell.shares if not sources], base_of(tensor)):
             if (
                 owner is not None
                 and owner is not tensor

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from clinometer.gradients.report.formatting import words
+from clinometer.torch_internals.custom_functions import function_of
 
 Node = Any
 """torch.autograd.graph.Node: torch's nodes only look like it, they are not instances."""
@@ -106,11 +107,6 @@ def leaf_through(node: Node | None) -> Tensor | None:
     return None
 
 
-def custom_function(node: Node) -> Any:
-    """Returns the Python autograd.Function that a node belongs to; None for an operation of torch's own."""
-    return getattr(type(node), "_forward_cls", None)
-
-
 def is_custom(node: Node) -> bool:
     """Whether a node belongs to a Python autograd.Function."""
-    return custom_function(node) is not None
+    return function_of(node) is not None

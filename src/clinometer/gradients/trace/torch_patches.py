@@ -1,10 +1,9 @@
-"""Wrapping torch's functions: one stack a function, with any number of users in any order.
+"""Wrapping torch's functions: one stack a function, whoever listens to it and in whatever order they leave.
 
 `patched(owner, name, around)` puts `around` in the way of every call of `owner.name`. The original is wrapped
-once, by the first user, and comes back with the last, in whatever order they leave. If another library
-wraps the function on top of ours meanwhile, its wrapper stays: ours passes calls through once it has no user,
-and the next user takes it out after the other wrapper is gone. `seen_calls` uses it for what a
-TorchFunctionMode does not see.
+once, by the first user, and comes back with the last; who enters and leaves between does not matter. If
+somebody else wraps the function on top of ours meanwhile, theirs stays: ours passes calls through as soon as
+nobody listens, and is taken out by the next user after theirs is gone.
 """
 
 from __future__ import annotations
@@ -13,13 +12,8 @@ import functools
 import threading
 import types
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
-
-import torch
-from torch import nn
-from torch.autograd import Function
-from torch.nn.modules import module as module_hooks
 
 Around = Callable[..., Any]
 """around(call, *args, **kwargs) → the result, usually call(*args, **kwargs). Of a method, `args` begin with
@@ -117,7 +111,7 @@ def _put_on_top(owner: Any, name: str) -> _Layer | None:
 
 
 def _take_out_idle(owner: Any, name: str) -> None:
-    """Puts back what was there, unless our wrapper has users, or a wrapper of another library lies on top."""
+    """Puts back what was there, unless somebody listens, or somebody else's wrapper lies on top."""
     while (layer := _on_top(owner, name)) is not None and not layer.entries:
         if layer.inherited:
             delattr(owner, name)
@@ -130,60 +124,3 @@ def _unbound(replaced: Any) -> Callable[..., Any]:
     if isinstance(replaced, types.ClassMethodDescriptorType):  # written in C: only bound can it be called
         return lambda cls, *args, **kwargs: replaced.__get__(None, cls)(*args, **kwargs)
     return getattr(replaced, "__func__", replaced)
-
-
-@contextmanager
-def seen_calls(
-    function: Callable[[Any, Callable[[], Any], tuple[Any, ...]], Any],
-    parameter: Callable[[Any, torch.Tensor], None],
-    modules: list[nn.Module],
-    inference: Callable[[bool], None],
-) -> Iterator[None]:
-    """Inside, `Function.apply`, `nn.Parameter(…)` and `inference_mode` of this thread are reported.
-
-    `function(class, call, arguments)` returns what `call()` does; `modules` lists the modules that run now,
-    the innermost last; `inference(True)` is called on entering, `inference(False)` on leaving. One at a
-    time: `untouched` holds the lock.
-    """
-    here = threading.get_ident()
-
-    def around_apply(call: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
-        return function(cls, lambda: call(cls, *args, **kwargs), args)
-
-    def around_parameter(call: Any, cls: Any, data: Any = None, requires_grad: bool = True) -> Any:
-        made = call(cls, data, requires_grad)
-        parameter(data, made)
-        return made
-
-    def around_enter(call: Any, mode: Any) -> None:
-        before = torch.is_grad_enabled()
-        call(mode)
-        if before and not torch.is_grad_enabled():
-            inference(True)
-
-    def around_leave(call: Any, mode: Any, *error: Any) -> None:
-        before = torch.is_grad_enabled()
-        call(mode, *error)
-        if torch.is_grad_enabled() and not before:
-            inference(False)
-
-    def before_forward(module: nn.Module, args: Any) -> None:
-        if threading.get_ident() == here:
-            modules.append(module)
-
-    def after_forward(module: nn.Module, args: Any, output: Any) -> None:
-        while threading.get_ident() == here and modules and modules.pop() is not module:
-            pass  # a forward that raised, caught by the user's code
-
-    with ExitStack() as stack:
-        stack.callback(modules.clear)
-        stack.callback(module_hooks.register_module_forward_pre_hook(before_forward).remove)
-        stack.callback(module_hooks.register_module_forward_hook(after_forward, always_call=True).remove)
-        for owner, name, around in (
-            (Function, "apply", around_apply),
-            (nn.Parameter, "__new__", around_parameter),
-            (torch.inference_mode, "__enter__", around_enter),
-            (torch.inference_mode, "__exit__", around_leave),
-        ):
-            stack.enter_context(patched(owner, name, in_this_thread(around)))
-        yield

@@ -18,6 +18,7 @@ from torch.nn.utils import clip_grad
 
 from clinometer import clip_observers
 from clinometer.gradients.trace.torch_patches import patch
+from clinometer.torch_internals.kernels import CLIPPING
 
 
 class Listener(Protocol):
@@ -63,7 +64,7 @@ def _wrap_all() -> None:
     scaler = grad_scaler.GradScaler
     for owner, name, around in (
         (torch.autograd, "backward", _backward),
-        (clip_grad, "_clip_grads_with_norm_", _clip_with_norm),
+        (clip_grad, CLIPPING, _clip_with_norm),
         (torch.nn.utils, "clip_grads_with_norm_", _clip_with_norm),
         (clip_grad, "clip_grad_value_", _clip_value),
         (torch.nn.utils, "clip_grad_value_", _clip_value),

@@ -11,7 +11,6 @@ from clinometer.view.errors import ApiError
 
 LAST_STEP = 2**53
 """JavaScript counts no further."""
-HISTOGRAM_KINDS = ("grad", "weight", "update")
 
 
 class Query:
