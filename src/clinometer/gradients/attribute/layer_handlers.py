@@ -35,10 +35,10 @@ from clinometer.gradients.attribute.call_kinds import (
     Arguments,
     as_autocast_hands_it,
     is_number,
-    normalised,
-    opened_up,
+    normalise,
+    open_up,
 )
-from clinometer.gradients.attribute.contraction import LookupUse, Placement, ProductUse, looked_up
+from clinometer.gradients.attribute.contraction import LookupUse, Placement, ProductUse, look_up_rows
 from clinometer.gradients.attribute.convolution import (
     CONVOLUTIONS,
     TRANSPOSED,
@@ -46,9 +46,9 @@ from clinometer.gradients.attribute.convolution import (
     bias_axes,
     convolution_of,
 )
-from clinometer.gradients.attribute.parameter_views import Followed
-from clinometer.gradients.attribute.partial_uses import Grouped
-from clinometer.gradients.attribute.recurrent import CELLS, LAYERS, Gathering, opened_cell, opened_layer
+from clinometer.gradients.attribute.parameter_views import ParameterViews
+from clinometer.gradients.attribute.partial_uses import GroupedUse
+from clinometer.gradients.attribute.recurrent import CELLS, LAYERS, Gathering, open_cell, open_layer
 from clinometer.gradients.report.places import Where, user_frame
 
 
@@ -63,7 +63,7 @@ class Call:
     kwargs: dict[str, Any]
     out: Tensor
     """The result; of a nested tensor its values."""
-    known: Followed
+    known: ParameterViews
     register: Callable[..., None]
     """register(use, scale=1.0): this use's δ is the gradient of the result."""
 
@@ -136,19 +136,19 @@ def recurrent_layer(
     function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], gathering: Gathering
 ) -> Any:
     """nn.LSTM, nn.GRU, nn.RNN: step by step."""
-    return opened_layer(function.__name__, args, gathering)
+    return open_layer(function.__name__, args, gathering)
 
 
 def recurrent_cell(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], gathering: Gathering) -> Any:
     """nn.LSTMCell, nn.GRUCell, nn.RNNCell: one step."""
-    return opened_cell(function.__name__, args)
+    return open_cell(function.__name__, args)
 
 
 def fused_cross_entropy(
     function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], gathering: Gathering
 ) -> Any:
     """linear_cross_entropy: without options it is a product and a cross-entropy."""
-    return opened_up(function)(*args, **{**kwargs, "options": None})
+    return open_up(function)(*args, **{**kwargs, "options": None})
 
 
 OPENERS: tuple[tuple[Collection[str], Opener], ...] = (
@@ -180,7 +180,7 @@ def grouped_product(call: Call) -> bool:
     a, b, ends = call.get(0, "input", "mat_a"), call.get(1, "mat2", "mat_b"), call.get(2, "offs")
     if call.w is not b or ends is None or a.dim() != 2 or b.dim() != 3:
         return False
-    call.register(Grouped(call.placement, call.name, call.where, a.detach(), ends.tolist()))
+    call.register(GroupedUse(call.placement, call.name, call.where, a.detach(), ends.tolist()))
     return True
 
 
@@ -238,7 +238,7 @@ def norm(call: Call) -> bool:
     """y = x̂ · w + b with x̂ the normalised input: layer_norm, rms_norm."""
     if call.w is not call.get(2, "weight"):
         return call.add()
-    return call.record(call.elementwise_axes, normalised(call.name, call.get))
+    return call.record(call.elementwise_axes, normalise(call.name, call.get))
 
 
 def sum_or_difference(call: Call) -> bool:
@@ -297,7 +297,7 @@ def _matmul(call: Call, a: Tensor, b: Tensor, scale: float = 1.0) -> bool:
 def _lookup(call: Call, ids: Any, padding: Any, by_count: Any) -> bool:
     if call.w.dim() != 2 or not isinstance(ids, Tensor):
         return False
-    rows, ignored, shares = looked_up(ids, call.w.shape[0], padding, by_count)
+    rows, ignored, shares = look_up_rows(ids, call.w.shape[0], padding, by_count)
     call.register(LookupUse(call.placement, call.name, call.where, rows, ignored, shares))
     return True
 

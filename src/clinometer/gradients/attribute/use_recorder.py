@@ -29,7 +29,7 @@ from clinometer.gradients.attribute.call_kinds import (
     VIEWS,
     name_of,
     needs_grad,
-    opened_up,
+    open_up,
 )
 from clinometer.gradients.attribute.contraction import LookupUse, Use
 from clinometer.gradients.attribute.layer_handlers import (
@@ -40,8 +40,8 @@ from clinometer.gradients.attribute.layer_handlers import (
     record_rows,
 )
 from clinometer.gradients.attribute.parameter_functions import PURE
-from clinometer.gradients.attribute.parameter_views import Followed, is_parametrizing
-from clinometer.gradients.attribute.partial_uses import Steps, settled, widened
+from clinometer.gradients.attribute.parameter_views import ParameterViews, is_parametrizing
+from clinometer.gradients.attribute.partial_uses import StepwiseUse, split_shared_lookups, widen_lookup
 from clinometer.gradients.report.places import Where, user_frame
 from clinometer.gradients.sandbox.tensors import plain, tensors_in
 from clinometer.torch_internals.tensors import ragged_dimension
@@ -58,14 +58,14 @@ class UseRecorder(TorchFunctionMode):
         """The first token ids looked up in an embedding."""
         self.armed = False
         self._reduce = reduce
-        self._known = Followed(tensors)
+        self._known = ParameterViews(tensors)
         self._looked: dict[int, tuple[Tensor, LookupUse]] = {}
         self._wider: dict[Use, list[LookupUse]] = {}
         self._handles: list[Any] = []
 
     def uses_of(self, name: str) -> list[Use]:
         """The uses of one tensor, after the backward."""
-        return settled(self.uses[name], self._wider)
+        return split_shared_lookups(self.uses[name], self._wider)
 
     def end_in(self, loss: Tensor) -> None:
         """A loss made of parameters alone, or a penalty added to it, is a use that has no positions."""
@@ -86,7 +86,7 @@ class UseRecorder(TorchFunctionMode):
             self._note_ids(args[0])
         if name in OPENED:
             with self:
-                return opened_up(func)(*args, **kwargs)
+                return open_up(func)(*args, **kwargs)
         known = [t for t in tensors_in(args, kwargs) if t in self._known]
         if not known and name in ADDS and self._looked:
             return self._widen(args, func(*args, **kwargs))
@@ -98,7 +98,7 @@ class UseRecorder(TorchFunctionMode):
             if opened is not None:
                 return opened
         out = func(*args, **kwargs)
-        for tensor in self._not_followed(func, name, known, args, kwargs, out):
+        for tensor in self._not_followed(func, name, known, args, kwargs, out=out):
             if tensor.requires_grad and needs_grad(out):
                 for placement in self._known.placements(tensor):
                     self.unseen[placement.name].append((name, user_frame(sys._getframe(1))))
@@ -109,7 +109,7 @@ class UseRecorder(TorchFunctionMode):
             self.ids = plain(given.detach()).clone()
 
     def _not_followed(
-        self, func: Any, name: str, known: list[Tensor], args: Any, kwargs: Any, out: Any
+        self, func: Any, name: str, known: list[Tensor], args: Any, kwargs: Any, *, out: Any
     ) -> Sequence[Tensor]:
         """Those of `known` whose gradient through this call is not accounted for."""
         if name in COPIES and isinstance(out, Tensor) and len(known) == 1:
@@ -125,7 +125,7 @@ class UseRecorder(TorchFunctionMode):
         distinct = list({id(t): t for t in known}.values())
         several = len(distinct) > 1 or len(distinct) < len(known)
         if (is_parametrizing() or (several and name in PURE)) and self._known.derive(
-            func, name, distinct, args, kwargs, out
+            func, name, distinct, args, kwargs, out=out
         ):
             return ()
         if len(distinct) < len(known) or (plain(out) is out and out.is_nested):
@@ -141,7 +141,7 @@ class UseRecorder(TorchFunctionMode):
         if handler is not None:
             calls = [self._call(name, tensor, given, named, shown=shown, result=out) for tensor in distinct]
             rest = [call.w for call in calls if not handler(call)]
-        if len(rest) == 1 and name in PURE and self._known.derive(func, name, rest, args, kwargs, out):
+        if len(rest) == 1 and name in PURE and self._known.derive(func, name, rest, args, kwargs, out=out):
             return ()
         return rest
 
@@ -156,11 +156,11 @@ class UseRecorder(TorchFunctionMode):
         for name, start in begun.items():
             steps = self.uses[name][start:]
             if steps:
-                self.uses[name][start:] = [Steps(steps[::-1] if backwards else steps, axis)]
+                self.uses[name][start:] = [StepwiseUse(steps[::-1] if backwards else steps, axis)]
 
     def _widen(self, args: Any, out: Any) -> Any:
         for tensor, use in [self._looked[id(t)] for t in tensors_in(args) if id(t) in self._looked]:
-            if (wide := widened(tensor, use, out)) is not None:
+            if (wide := widen_lookup(tensor, use, out)) is not None:
                 self._wider.setdefault(use, []).append(wide)
                 self._hook(wide, out)
         return out

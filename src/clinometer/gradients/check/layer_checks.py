@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from clinometer.gradients.check.call_capture import CapturedCall
 from clinometer.gradients.check.likely_mistakes import Hint, hint_of, names_of_inputs
 from clinometer.gradients.check.numerics.finite_differences import DIRECTIONS, Judgement, reals
-from clinometer.gradients.check.numerics.float64 import Doubled, InDouble
+from clinometer.gradients.check.numerics.float64 import Float64Tensors, InDouble
 from clinometer.gradients.check.numerics.perturbation import NotRepeatable, Probe
 from clinometer.gradients.report.places import Where
 from clinometer.gradients.sandbox.tensors import tensors_in
@@ -80,7 +80,7 @@ class LayerCheck:
 def check_call(
     call: CapturedCall,
     doubling: InDouble | None,
-    doubled: Doubled,
+    doubled: Float64Tensors,
     rewind: Callable[[], None],
     seed: int,
     verdict: Callable[[Probe, Iterable[str], torch.Generator], Judgement] | None = None,

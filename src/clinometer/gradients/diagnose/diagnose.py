@@ -48,7 +48,7 @@ class Entry:
     status: str
     """"ok", "none", "zero", "partly-zero" or "non-finite"."""
     finding: Finding | None = None
-    """The finding it belongs to; None when all is well, or when nothing certain can be said."""
+    """The finding it belongs to; None if the gradient is in order, or no cause is certain."""
 
     @property
     def cause(self) -> str | None:
@@ -95,6 +95,7 @@ class Diagnosis(Result):
         findings: list[Finding],
         nodes: int | None,
         seconds: float,
+        *,
         rank: tuple[int, int] = (0, 1),
     ) -> None:
         self._entries = entries
@@ -166,7 +167,7 @@ def dim_span(span: Any) -> Any:
 def diagnose(
     params: Any, closure: Closure | None = None, *, optimizer: Optimizer | Iterable[Optimizer] | None = None
 ) -> Diagnosis:
-    """Why the gradient of each tensor is None, zero, partly zero or not finite, with the line at fault.
+    """Returns why each gradient is None, zero, partly zero or not finite, with the line at fault.
 
     `closure` computes the loss; it is run once, with a backward (its forward again when the loss is not
     finite or a layer was not used), and nothing is changed by it. Without one, what can be known from
@@ -181,10 +182,10 @@ def diagnose(
         refuse_flattened(() if subject.module is None else subject.module.modules())
         ranks = Ranks(subject.tensors)
         reasons = without_closure(subject, ranks)
-        findings = loop_checks.standing(subject, optimizers)
+        findings = loop_checks.check_optimizers(subject, optimizers)
         entries, found = collect(subject, reasons)
         return Diagnosis(
-            subject, entries, [*found, *findings], None, time.perf_counter() - begun, ranks.place
+            subject, entries, [*found, *findings], None, time.perf_counter() - begun, rank=ranks.place
         )
     modules = [m for m in (subject.module, *modules_named_by(closure)) if m is not None]
     ranks = Ranks(subject.tensors, modules)
@@ -195,8 +196,8 @@ def diagnose(
         unknown = {name: result.lines[name] for name, reason in reasons.items() if reason == "partly-zero"}
         reasons |= explain_lines(subject, closure, before, unknown, ranks)
         reasons = _without_chance(subject, closure, reasons, ranks)
-        reasons, apart = _kept_apart(reasons, loop_checks.outside(subject, optimizers))
-        findings = loop_checks.of_run(subject, result, optimizers, before, ranks, apart)
+        reasons, apart = _kept_apart(reasons, loop_checks.tensors_outside(subject, optimizers))
+        findings = loop_checks.check_run(subject, result, optimizers, before, ranks, apart=apart)
         nodes = len(result.flow.graph.nodes) if result.flow else 0
     entries, found = collect(subject, reasons)
     if origin is not None and not any(f.status == "non-finite" for f in found):
@@ -204,7 +205,9 @@ def diagnose(
     nothing = result.loss.grad_fn is None and not result.own
     if nothing and not any(f.cause == "loss-without-graph" for f in found):
         found.append(_finding(Reason("none", "loss-without-graph", FAULT, "frozen"), ()))
-    return Diagnosis(subject, entries, [*found, *findings], nodes, time.perf_counter() - begun, ranks.place)
+    return Diagnosis(
+        subject, entries, [*found, *findings], nodes, time.perf_counter() - begun, rank=ranks.place
+    )
 
 
 def _optimizers(given: Any) -> tuple[Optimizer, ...]:
@@ -219,7 +222,7 @@ def _optimizers(given: Any) -> tuple[Optimizer, ...]:
 def explain(
     subject: Subject, closure: Closure, result: ObservedRun, before: Before, ranks: Ranks
 ) -> tuple[dict[str, Reason | str], Origin | None]:
-    """For each tensor why its gradient is as it is: a reason, or its status when there is none to give."""
+    """Returns for each tensor a reason, or its status if no reason is known."""
     loss = float(result.loss.detach())
     reasons: dict[str, Reason | str] = {}
     flow = result.flow
@@ -316,7 +319,7 @@ def _kept_apart(
 ) -> tuple[dict[str, Reason | str], set[str]]:
     """Cut by detach() or no_grad(), and not in the optimizer either: two signs of one intention.
 
-    So it is with a target network, a teacher, or the generator while the discriminator learns.
+    Examples: a target network, a teacher, the generator while the discriminator learns.
     """
     apart = {
         name: replace(reason, severity=EXPLAINED, variant="apart")

@@ -1,4 +1,4 @@
-"""What the gradients themselves tell, after somebody's own backward: less, and only what is certain."""
+"""What the gradients alone show, after a backward of the user's: less, and only what is certain."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from clinometer.torch_internals.tensors import has_accumulation_hooks
 
 
 def without_closure(subject: Subject, ranks: Ranks) -> dict[str, Reason | str]:
-    """For each tensor a reason, or its status where the gradient alone does not say why."""
+    """Returns for each tensor a reason, or its status if the gradient alone does not show the cause."""
     for name, tensor in subject.tensors.items():
         if has_grad(tensor) and tensor.grad is not None and tensor.grad.is_meta:
             raise InputError("gradients.subject.meta", name=name)

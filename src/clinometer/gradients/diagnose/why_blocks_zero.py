@@ -147,7 +147,7 @@ class _Look:
         return None
 
     def _left_out(self, node: Node, zero: Tensor) -> Tensor | None:
-        """The lines that none of several slices took."""
+        """Returns the lines that no slice took, if there are several slices."""
         consumers = self.graph.consumers.get(node, ())
         if len(consumers) < 2 or not all(operation(consumer) in PICK for consumer, _ in consumers):
             return None

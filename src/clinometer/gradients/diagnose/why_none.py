@@ -19,7 +19,7 @@ from clinometer.torch_internals.custom_functions import function_of
 
 
 def before_any_run(tensor: Tensor) -> Reason | None:
-    """What the tensor itself says."""
+    """Returns the reason if the tensor alone shows it; None if a run is needed."""
     if tensor.is_meta and tensor.requires_grad and tensor.is_leaf:
         return Reason("none", "unused", EXPLAINED, "meta", group="meta")
     if not tensor.requires_grad:
@@ -33,7 +33,7 @@ def before_any_run(tensor: Tensor) -> Reason | None:
 
 
 def why_none(name: str, subject: Subject, trace: Trace, flow: Flow | None, loss: Tensor) -> Reason:
-    """Why the backward from `loss` left no gradient on a leaf that asks for one."""
+    """Returns why the backward from `loss` left no gradient on a leaf with requires_grad."""
     tensor = subject.tensors[name]
     bit = trace.bits[id(tensor)]
     node = flow.graph.leaves.get(id(tensor)) if flow else None
@@ -43,7 +43,7 @@ def why_none(name: str, subject: Subject, trace: Trace, flow: Flow | None, loss:
     reaching = trace.cuts_in(loss)
     to_loss = [cut for i, cut in enumerate(trace.cuts) if cut.live & bit and reaching >> i & 1]
     if loss.grad_fn is None:
-        # A loss made anew from a number has no cut in it: then the number's way out is the place.
+        # A loss made from a Python number has no cut in it: the place is where the number left torch.
         found = _first(to_loss) or (trace.escapes[-1] if trace.escapes else _first(trace.cuts))
         where = found.where if found else None
         return Reason("none", "loss-without-graph", FAULT, found.kind if found else "", where, group=0)
@@ -57,7 +57,9 @@ def why_none(name: str, subject: Subject, trace: Trace, flow: Flow | None, loss:
         return Reason("none", "not-reaching-loss", EXPLAINED, "differentiated", trace.end_of(bit))
     if bit in trace.first_use:
         where = trace.end_of(bit) or trace.first_use[bit]
-        if where is not None and is_installed(where.file):  # BertModel's pooler under a loss of one's own
+        if where is not None and is_installed(
+            where.file
+        ):  # BertModel's pooler, which the user's loss does not use
             return Reason("none", "not-reaching-loss", EXPLAINED, "extra_output", where)
         return Reason("none", "not-reaching-loss", FAULT, "", where)
     if skip := may_be_skipped(name, subject, trace):

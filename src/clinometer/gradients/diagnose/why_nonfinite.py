@@ -52,7 +52,7 @@ def why_nonfinite(
     if source is not None:
         return from_forward(source)
     event, clue = _first_node(name, subject, flow)
-    case = _Case(str(subject.tensors[name].dtype), flow, event, clue, alone)
+    case = _NonfiniteCase(str(subject.tensors[name].dtype), flow, event, clue, alone)
     return next(reason for rule in BACKWARD_RULES if (reason := rule(case)) is not None)
 
 
@@ -124,7 +124,7 @@ FORWARD_RULES: tuple[Callable[[Origin], Reason | None], ...] = (
 
 
 @dataclass(frozen=True)
-class _Case:
+class _NonfiniteCase:
     """A gradient that is not finite, and the node where it stopped being finite, if one was seen."""
 
     dtype: str
@@ -134,7 +134,7 @@ class _Case:
     alone: bool
 
 
-def spoilt_in_custom_backward(case: _Case) -> Reason | None:
+def spoilt_in_custom_backward(case: _NonfiniteCase) -> Reason | None:
     """A custom Function's backward is the user's code: the place is its definition."""
     function = None if case.event is None else function_of(case.event.node)
     if case.event is None or case.clue is None or function is None:
@@ -142,24 +142,24 @@ def spoilt_in_custom_backward(case: _Case) -> Reason | None:
     return _at_node(case.event, case.clue, case.flow, definition_of(function.backward))
 
 
-def spoilt_at_a_node(case: _Case) -> Reason | None:
+def spoilt_at_a_node(case: _NonfiniteCase) -> Reason | None:
     """The first node that made NaN or infinity of a finite gradient."""
     if case.event is None or case.clue is None:
         return None
     return _at_node(case.event, case.clue, case.flow)
 
 
-def on_another_rank(case: _Case) -> Reason | None:
+def on_another_rank(case: _NonfiniteCase) -> Reason | None:
     """No node of this rank made it, and gradients are averaged over ranks: another rank brought it in."""
     return None if case.alone else Reason("non-finite", "unknown", FAULT, "elsewhere", group=1)
 
 
-def sum_too_large(case: _Case) -> Reason | None:
+def sum_too_large(case: _NonfiniteCase) -> Reason | None:
     """Every part was finite: their sum left the range of the type."""
     return Reason("non-finite", "overflow", FAULT, "sum", values={"dtype": case.dtype})
 
 
-BACKWARD_RULES: tuple[Callable[[_Case], Reason | None], ...] = (
+BACKWARD_RULES: tuple[Callable[[_NonfiniteCase], Reason | None], ...] = (
     spoilt_in_custom_backward,
     spoilt_at_a_node,
     on_another_rank,

@@ -1,4 +1,4 @@
-"""Why rows or columns are zero while the rest is not: rows nobody looked up, silent units."""
+"""Why rows or columns are zero while the rest is not: rows that were not looked up, silent units."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from clinometer.gradients.trace.node_kinds import PICK, PRODUCT, RELU
 def why_partly(
     name: str, subject: Subject, flow: Flow, rows: Tensor | None, columns: Tensor | None
 ) -> Reason | None:
-    """Why these rows or columns are zero; None when nothing certain can be said."""
+    """Returns why these rows or columns are zero; None if no cause is certain."""
     node = flow.graph.leaves.get(id(subject.tensors[name]))
     if node is None:
         return None

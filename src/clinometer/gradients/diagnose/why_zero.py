@@ -34,7 +34,7 @@ from clinometer.torch_internals.tensors import has_hooks
 
 
 @dataclass(frozen=True)
-class _Gradient:
+class _ZeroGradient:
     """A gradient that is zero as a whole, and what the run says of it."""
 
     name: str
@@ -61,10 +61,10 @@ class _Gradient:
 
 
 @dataclass(frozen=True)
-class _Case:
+class _ZeroCase:
     """A zero gradient with the node where it became zero, and the clue that was read there."""
 
-    gradient: _Gradient
+    gradient: _ZeroGradient
     event: Event
     position: int
     clue: Clue
@@ -117,10 +117,10 @@ def why_zero(
     name: str, subject: Subject, flow: Flow, loss: float, sizes: Mapping[str, float | None]
 ) -> Reason:
     """Returns why the whole gradient of a tensor is zero; `sizes` are the largest values of all gradients."""
-    gradient = _Gradient(name, subject, flow, loss, sizes)
+    gradient = _ZeroGradient(name, subject, flow, loss, sizes)
     origins = [] if gradient.leaf is None else flow.origins(gradient.leaf, lambda size: size == 0)
     seen = ((event, position, event.clues.get(position)) for event, position in origins)
-    case = next((_Case(gradient, event, i, clue) for event, i, clue in seen if clue is not None), None)
+    case = next((_ZeroCase(gradient, event, i, clue) for event, i, clue in seen if clue is not None), None)
     if case is None:
         return next(reason for rule in NO_NODE_RULES if (reason := rule(gradient)) is not None)
     return next(reason for rule in ZERO_RULES if (reason := rule(case)) is not None)
@@ -129,26 +129,26 @@ def why_zero(
 # ---- no node was seen that made it zero ----
 
 
-def nothing_arrived(gradient: _Gradient) -> Reason | None:
-    """What never came to the tensor's own node became zero somewhere unseen: nothing can be said."""
+def nothing_arrived(gradient: _ZeroGradient) -> Reason | None:
+    """No gradient above zero came to the tensor's own node, and no node was seen to make it zero."""
     if gradient.leaf is not None and receives(gradient.leaf, gradient.flow, bool):
         return None
     return Reason("zero", "unknown", EXPLAINED, group=0)
 
 
-def zeroed_by_a_hook(gradient: _Gradient) -> Reason | None:
+def zeroed_by_a_hook(gradient: _ZeroGradient) -> Reason | None:
     """A gradient that arrived and is zero in `.grad` was changed on the way by the tensor's own hook."""
     if not has_hooks(gradient.subject.tensors[gradient.name]):
         return None
     return Reason("zero", "zeroed", EXPLAINED, "hook", group=0)
 
 
-def parts_cancel(gradient: _Gradient) -> Reason | None:
+def parts_cancel(gradient: _ZeroGradient) -> Reason | None:
     """Without a hook the parts that arrived add up to zero."""
     return Reason("zero", "structural", EXPLAINED, "cancels", group=0)
 
 
-NO_NODE_RULES: tuple[Callable[[_Gradient], Reason | None], ...] = (
+NO_NODE_RULES: tuple[Callable[[_ZeroGradient], Reason | None], ...] = (
     nothing_arrived,
     zeroed_by_a_hook,
     parts_cancel,
@@ -158,14 +158,14 @@ NO_NODE_RULES: tuple[Callable[[_Gradient], Reason | None], ...] = (
 # ---- a node was seen ----
 
 
-def expert_without_tokens(case: _Case) -> Reason | None:
+def expert_without_tokens(case: _ZeroCase) -> Reason | None:
     """Nothing was computed from it; one finding for all experts that got no token."""
     if case.clue.variant != "empty":
         return None
     return case.reason(case.clue.cause, "empty", case.clue.severity, group=0)
 
 
-def zeros_of_a_custom_backward(case: _Case) -> Reason | None:
+def zeros_of_a_custom_backward(case: _ZeroCase) -> Reason | None:
     """A custom Function's backward is the user's code: the place is its definition."""
     if case.clue.cause != "zeroed":
         return None
@@ -173,7 +173,7 @@ def zeros_of_a_custom_backward(case: _Case) -> Reason | None:
     return Reason("zero", "zeroed", case.clue.severity, case.clue.variant, where, case.values, case.node)
 
 
-def zeros_of_a_dead_relu(case: _Case) -> Reason | None:
+def zeros_of_a_dead_relu(case: _ZeroCase) -> Reason | None:
     """A product with zeros that a ReLU made is no product's fault: the ReLU is dead."""
     relu = silent_relu_below(case.factor, case.flow)
     if relu is None:
@@ -185,13 +185,13 @@ def zeros_of_a_dead_relu(case: _Case) -> Reason | None:
     return Reason("zero", "dead-activation", FAULT, "relu", where, values, relu)
 
 
-def factor_is_masked(case: _Case) -> Reason | None:
+def factor_is_masked(case: _ZeroCase) -> Reason | None:
     """The same for zeros that a mask made: probabilities times values, where the mask hides all."""
     found = _mask_below(case.factor, case.flow) if case.is_product else None
     return None if found is None else _masked(*found, case.gradient)
 
 
-def masked_out(case: _Case) -> Reason | None:
+def masked_out(case: _ZeroCase) -> Reason | None:
     """A mask between the tensor and the loss; not the loss's own, which is the next rules' matter."""
     own = case.event.scalar or case.op in HINGES
     if case.clue.cause != "masked" or (case.gradient.nothing_learns and own):
@@ -199,7 +199,7 @@ def masked_out(case: _Case) -> Reason | None:
     return _masked(case.event, case.clue, case.gradient)
 
 
-def loss_at_its_minimum(case: _Case) -> Reason | None:
+def loss_at_its_minimum(case: _ZeroCase) -> Reason | None:
     """No tensor has a gradient, and the node belongs to the loss: all margins are satisfied, or it is 0."""
     ends_in_loss = case.op in HINGES or (
         case.gradient.loss == 0 and case.clue.cause in ("clamped", "dead-activation")
@@ -209,7 +209,7 @@ def loss_at_its_minimum(case: _Case) -> Reason | None:
     return _minimum(case) if case.gradient.nothing_learns and ends_in_loss else None
 
 
-def loss_times_zero(case: _Case) -> Reason | None:
+def loss_times_zero(case: _ZeroCase) -> Reason | None:
     """No tensor has a gradient, and the loss itself was multiplied by 0, rounded or clamped: it is flat."""
     flattened = case.clue.variant in ("zero", "round", "clamp") and case.event.scalar
     if not (flattened and case.gradient.nothing_learns):
@@ -217,7 +217,7 @@ def loss_times_zero(case: _Case) -> Reason | None:
     return case.reason("zero-loss-gradient", "flat", case.clue.severity)
 
 
-def square_at_its_minimum(case: _Case) -> Reason | None:
+def square_at_its_minimum(case: _ZeroCase) -> Reason | None:
     """A loss of 0 made of squares, absolute values or norms of zeros is at its minimum."""
     times_zero = case.clue.cause == "zero-weight-downstream" and not _is_times_an_input(case)
     if (
@@ -230,18 +230,18 @@ def square_at_its_minimum(case: _Case) -> Reason | None:
     return None
 
 
-def loss_function_at_its_minimum(case: _Case) -> Reason | None:
+def loss_function_at_its_minimum(case: _ZeroCase) -> Reason | None:
     """A loss function of torch has a zero gradient at its minimum only; elsewhere the loss is flat."""
     is_loss = (case.clue.cause, case.clue.variant) == ("zero-loss-gradient", "minimum")
     return _minimum(case) if is_loss else None
 
 
-def input_is_zero(case: _Case) -> Reason | None:
+def input_is_zero(case: _ZeroCase) -> Reason | None:
     """A product with data that is zero: the weight learns with other data."""
     return case.reason("absent-rows", "inputs", EXPLAINED) if _is_times_an_input(case) else None
 
 
-def weight_is_zero(case: _Case) -> Reason | None:
+def weight_is_zero(case: _ZeroCase) -> Reason | None:
     """A product with a weight of zeros, as LoRA's B; stuck if that weight gets no gradient either."""
     weight, stuck = case.zero_weight
     if not weight:
@@ -249,7 +249,7 @@ def weight_is_zero(case: _Case) -> Reason | None:
     return case.reason(case.clue.cause, "stuck" if stuck else "named", FAULT if stuck else EXPLAINED)
 
 
-def expert_with_weight_zero(case: _Case) -> Reason | None:
+def expert_with_weight_zero(case: _ZeroCase) -> Reason | None:
     """The router's weight for this expert is zero at every token: as if it had got none."""
     unweighted = case.is_product or (case.clue.cause, case.clue.variant) == (
         "zero-weight-downstream",
@@ -260,7 +260,7 @@ def expert_with_weight_zero(case: _Case) -> Reason | None:
     return case.reason("absent-rows", "empty", case.clue.severity, group=0)
 
 
-def dead_in_an_idle_expert(case: _Case) -> Reason | None:
+def dead_in_an_idle_expert(case: _ZeroCase) -> Reason | None:
     """A dead activation in one expert, while the same weight of another one learns, is a matter of choice."""
     fault = case.clue.cause == "dead-activation" and case.clue.severity == FAULT
     if not (fault and case.gradient.is_idle_expert):
@@ -268,12 +268,12 @@ def dead_in_an_idle_expert(case: _Case) -> Reason | None:
     return case.reason("dead-activation", "choice", EXPLAINED, group=0)
 
 
-def as_the_node_looks(case: _Case) -> Reason | None:
+def as_the_node_looks(case: _ZeroCase) -> Reason | None:
     """What the clue says."""
     return case.reason(case.clue.cause, case.clue.variant, case.clue.severity)
 
 
-ZERO_RULES: tuple[Callable[[_Case], Reason | None], ...] = (
+ZERO_RULES: tuple[Callable[[_ZeroCase], Reason | None], ...] = (
     expert_without_tokens,
     zeros_of_a_custom_backward,
     zeros_of_a_dead_relu,
@@ -294,14 +294,14 @@ ZERO_RULES: tuple[Callable[[_Case], Reason | None], ...] = (
 # ---- what the rules share ----
 
 
-def _minimum(case: _Case) -> Reason:
+def _minimum(case: _ZeroCase) -> Reason:
     """Explained at a loss of exactly 0; at any other value the loss does not depend on what goes in."""
     if case.gradient.loss == 0:
         return case.reason("zero-loss-gradient", "minimum", EXPLAINED)
     return case.reason("zero-loss-gradient", "flat", FAULT)
 
 
-def _masked(event: Event, clue: Clue, gradient: _Gradient) -> Reason:
+def _masked(event: Event, clue: Clue, gradient: _ZeroGradient) -> Reason:
     """What was masked out, with the module or the argument that did it."""
     where = place_of(event.node, gradient.flow)
     op = where.op if where is not None else ""
@@ -352,7 +352,7 @@ def _zero_weight(factor: Node | None, subject: Subject) -> tuple[str, bool]:
     return "", False
 
 
-def _is_times_an_input(case: _Case) -> bool:
+def _is_times_an_input(case: _ZeroCase) -> bool:
     """Whether the other factor of a product is data: nothing that is learned made it."""
     return case.is_product and case.factor is None
 

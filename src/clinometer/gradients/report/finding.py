@@ -118,7 +118,7 @@ class Finding:
 
     @property
     def freeze(self) -> str:
-        """The code that says these tensors are meant to rest; "" when they stand in too many places."""
+        """The code that freezes these tensors; "" if they belong to too many modules."""
         many = len(self.owners) > _FROZEN_AT_ONCE
         return "" if many else ", ".join(f"{owner}.requires_grad_(False)" for owner in self.owners)
 

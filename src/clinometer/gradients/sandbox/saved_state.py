@@ -2,7 +2,7 @@
 
 Bits are compared and written through an alias of the storage as whole numbers. So NaN payloads, −0.0,
 complex, quantised and 8-bit formats and inference tensors need no case of their own, and a tensor that
-nobody wrote to is not written to: a graph the user holds stays valid.
+was not changed is not written to: a graph that the user holds stays valid.
 """
 
 from __future__ import annotations

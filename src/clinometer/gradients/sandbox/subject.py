@@ -17,7 +17,7 @@ from clinometer.torch_internals.modules import WRAPPERS, child_of, is_compiled
 
 
 class UnknownName(InputError, KeyError):
-    """A name that none of the tensors has; a KeyError too, as `result[name]` should raise."""
+    """Raised for a name that no tensor has; also a KeyError, as `result[name]` should raise."""
 
     def __init__(self, name: object, known: Iterable[str]) -> None:
         known = list(known)

@@ -1,4 +1,4 @@
-"""One forward, watched: where each node of the graph was made, and where paths out of parameters end.
+"""One forward, observed: the line that made each node of the graph, and where paths out of parameters end.
 
 A set of parameters is an int with one bit a parameter: unions and differences of hundreds of names cost
 one machine operation, and a healthy forward hardly needs them.
@@ -54,7 +54,7 @@ class Trace(TorchFunctionMode):
         self.own_losses: list[Tensor] = []
         """Losses of backwards that the closure ran itself; of several that reach the same, the first."""
         self.vanished = 0
-        """Parameters that `autograd.grad` differentiated away: constants in what it was asked for."""
+        """Parameters that `autograd.grad` differentiated away: no gradient of its result reaches them."""
         self.amp: dict[str, Where | None] = {}
         """Where the closure "scaled" a loss, "unscaled" gradients, and "clipped" still scaled ones."""
         self.masks: dict[Any, str] = {}
@@ -159,11 +159,11 @@ class Trace(TorchFunctionMode):
             return self._escape(name, ins, out)
         if name == "grad" and any(tensor.grad_fn is not None for tensor in out):
             self.vanished |= self._live_in(args[0]) & ~self._live_in(out)
-        self._note(name, kind, ins, out, kwargs, came)
+        self._note(name, kind, ins, out, kwargs=kwargs, came=came)
         return out
 
     def _note(
-        self, name: str, kind: str, ins: list[Tensor], out: Any, kwargs: Mapping[str, Any], came: int
+        self, name: str, kind: str, ins: list[Tensor], out: Any, *, kwargs: Mapping[str, Any], came: int
     ) -> None:
         written = operations.written_by(name, kind, ins, kwargs)
         outs = list(tensors_in(out))
@@ -186,7 +186,7 @@ class Trace(TorchFunctionMode):
             if tensor is not None and tensor.grad_fn is not None:
                 self._made(tensor.grad_fn, where)
         if suspect:
-            self._judge(name, kind, ins, outs, written, where, came)
+            self._judge(name, kind, ins, outs, written, where=where, inner=came)
         elif self._cells:
             self._carry(ins, outs, written)
         if self.after_call is not None:
@@ -208,6 +208,7 @@ class Trace(TorchFunctionMode):
         ins: list[Tensor],
         outs: list[Tensor],
         written: Tensor | None,
+        *,
         where: Where | None,
         inner: int = 0,
     ) -> None:
@@ -312,14 +313,14 @@ class Trace(TorchFunctionMode):
         # A reentrant checkpoint reaches what its function uses by a backward of its own.
         hidden = 0 if name == "checkpoint" and joined else inside.live
         kind = "checkpoint" if name == "checkpoint" else "function"
-        self._judge(name, kind, ins, outs, None, where, hidden)
+        self._judge(name, kind, ins, outs, None, where=where, inner=hidden)
         if self.after_call is not None:
             self.after_call(name, ins, outs, where)
         return out
 
     def _parameter(self, data: Any, made: Tensor) -> None:
         if isinstance(data, Tensor) and not self._inside and not _copying(sys._getframe(1)):
-            self._judge("Parameter", "alias", [data], [made], None, self._where("Parameter"))
+            self._judge("Parameter", "alias", [data], [made], None, where=self._where("Parameter"))
 
 
 class _Inside:

@@ -35,7 +35,7 @@ _PLAIN = {int, float, bool, str, type(None)}
 _WORTH_KEEPING = 1 << 16
 
 
-class Doubled:
+class Float64Tensors:
     """Tensors made float64 in place; their memory of before is kept beside."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
@@ -67,7 +67,7 @@ class InDouble(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.outside = Doubled(())
+        self.outside = Float64Tensors(())
         self._lifted: dict[int, tuple[Tensor, int, Tensor]] = {}
         self._default: list[torch.dtype] = []
 
@@ -183,10 +183,10 @@ def is_low(values: Iterable[Any]) -> bool:
 
 
 @contextmanager
-def in_double(tensors: Iterable[Tensor]) -> Iterator[tuple[InDouble, Doubled]]:
+def in_double(tensors: Iterable[Tensor]) -> Iterator[tuple[InDouble, Float64Tensors]]:
     """The mode to run in, and the tensors made float64 until the end; then all is as before."""
     mode = InDouble()
-    doubled = Doubled(())
+    doubled = Float64Tensors(())
     try:
         with torch.no_grad():
             for tensor in tensors:

@@ -19,7 +19,7 @@ from clinometer.gradients.check.numerics.finite_differences import (
     judge,
     reals,
 )
-from clinometer.gradients.check.numerics.float64 import Doubled, InDouble
+from clinometer.gradients.check.numerics.float64 import Float64Tensors, InDouble
 from clinometer.gradients.check.numerics.stop_gradients import StopGradients
 from clinometer.gradients.report.places import Where
 from clinometer.gradients.trace.graph import Graph
@@ -48,7 +48,7 @@ class Probe:
         run: Callable[[], Tensor],
         tensors: Mapping[str, Tensor],
         doubling: InDouble | None,
-        doubled: Doubled,
+        doubled: Float64Tensors,
     ) -> None:
         self._run = run
         self._doubling = doubling or nullcontext()
@@ -160,7 +160,7 @@ class Probe:
         return direction(self.tensors[name], generator)
 
     def judge_everything(self, seed: int) -> Judgement:
-        """One direction through all tensors in the graph, drawn anew at each step: it need not be kept."""
+        """One direction through all tensors in the graph, drawn again at each step instead of kept."""
         analytic = square = 0.0
         for name, v in self._drawn(seed):
             a, s = self.slope_by_gradient({name: v})
