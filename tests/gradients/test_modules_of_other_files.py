@@ -1,6 +1,7 @@
 """The promise of no trace holds for modules that nobody names: a criterion imported from another file."""
 
 import sys
+import weakref
 
 import pytest
 import torch
@@ -68,6 +69,26 @@ def test_its_running_statistics_are_not_taken_for_randomness(criterion):
     model, x, y = batch()
     criterion.loss(model(x), y)
     assert check_gradients(model, lambda: criterion.loss(model(x), y)).passed
+
+
+@pytest.mark.parametrize("call", [diagnose, check_gradients])
+def test_modules_that_the_closure_makes_anew_are_let_go(call):
+    model, x, y = batch()
+    alive, most = weakref.WeakSet(), 0
+
+    class Fresh(nn.Module):
+        def forward(self, out):
+            return ((out - y) ** 2).mean()
+
+    def loss():
+        nonlocal most
+        criterion = Fresh()
+        alive.add(criterion)
+        most = max(most, len(alive))
+        return criterion(model(x))
+
+    call(model, loss)
+    assert most <= 3
 
 
 def test_no_hook_is_left_behind(criterion):

@@ -38,10 +38,10 @@ def untouched(subject: Subject, *, closure: Any = None, optimizer: Any = None) -
     Put back, also when an exception or KeyboardInterrupt passes: values, memory, `requires_grad`,
     version counters and `.grad` (the same object with the same bits) of the subject's tensors; those, the
     mode, the hooks and the attributes of its module, of modules `closure` names, and of every module that
-    is called inside, wherever it is kept (it is looked at before its forward runs); the optimizers' state;
+    the first runs call, wherever it is kept (it is looked at before its forward runs); the optimizers' state;
     random generators; grad mode, autocast, default dtype.
 
-    Not seen: tensors that neither the subject, the closure nor a called module names, objects other than
+    Not seen: tensors that neither the subject, the closure nor such a module names, objects other than
     tensors, modules and plain containers, hooks on tensors; what other threads draw meanwhile from the
     global random generators. A second thread that asks waits: two at once would put each other's state back.
     """
@@ -69,6 +69,7 @@ class Before:
 
     def __init__(self, subject: Subject, closure: Any = None, optimizer: Any = None) -> None:
         self._modes = _Modes()
+        self._rewinds = 0
         self._random = RandomState()
         self._tensors: list[KeptTensor] = []
         self._by_id: dict[int, KeptTensor] = {}
@@ -91,8 +92,12 @@ class Before:
         self._list_containers()
 
     def keep_called(self, module: nn.Module) -> None:
-        """Keep a module that nothing named when it is first called, such as a criterion of another file."""
-        if id(module) in self._seen:
+        """Keep a module that nothing named when it is first called, such as a criterion of another file.
+
+        In the first runs only: one that a later run meets was most likely made by the closure itself, and to
+        keep a new one of each run would take memory without end.
+        """
+        if self._rewinds > 1 or id(module) in self._seen:
             return
         tensors, bits = len(self._tensors), set(self._bits)
         with torch.inference_mode(False), torch.no_grad():
@@ -133,6 +138,7 @@ class Before:
         Values of parameters and of the subject's tensors are left alone: call it between two runs of
         a closure that should see the same masks and the same running statistics.
         """
+        self._rewinds += 1
         with torch.inference_mode(False), torch.no_grad():
             self._restore_containers()
             self.set_grads_aside()
