@@ -9,18 +9,34 @@ INSTALLING := $(strip $(if $(filter zh%,$(firstword $(CLINOMETER_LANG) $(LC_ALL)
 	正在把 PyTorch 等所需的一切装进 .venv：第一次要几分钟。,\
 	Installing PyTorch and whatever else is needed into .venv: the first time takes some minutes.))
 
-.PHONY: demo test browser check docs audit package bench soak coverage clean
+.PHONY: demo test compat pages browser check docs audit package bench soak coverage clean
 
 demo: .venv/.installed
 	$(BIN)/clinometer demo $(DEMO_FLAGS)
 
-# A process for each of two cores; torch's own threads would only get into their way.
+# Two processes; worksteal, because loadfile waits for ever where the last worker dies. A test has the time that
+# pyproject.toml says; a worker that even then does not answer is ended with its stacks, and a run of 45 minutes too.
+TEST_FLAGS := -n 2 --dist worksteal --run-limit 2700 -o faulthandler_timeout=660 -o faulthandler_exit_on_timeout=true
+
+# A process for each of two cores; torch's own threads would only get into their way. Bytecode is written whatever
+# the shell says: some two hundred processes import the package.
 test: .venv/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not browser" -n 2 --dist loadfile
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not browser" $(TEST_FLAGS)
+
+# What the pages print on other processors, and rounded in other ways: exactly what they show. `make test` tries
+# two of these.
+pages: .venv/.installed-dev
+	$(BIN)/python -m tests.docs.stability
+
+# The tests of what meets torch itself with another one: make compat TORCH=2.10.0 (or newest) PYTHON=python3.12
+TORCH ?= newest
+compat:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11"; exit 2; }
+	.ci/compat $(TORCH) $(PYTHON)
 
 # Through every page in Chromium; here a missing browser is a failure and not a skip.
 browser: .venv/.installed-dev
-	CLINOMETER_REQUIRE_BROWSER=1 $(BIN)/python -m pytest -m "browser and not soak" tests/view
+	CLINOMETER_REQUIRE_BROWSER=1 $(BIN)/python -m pytest -m "browser and not soak" --run-limit 1800 tests/view
 
 coverage: .venv/.installed-dev
 	$(BIN)/python -m pytest --cov --cov-report=term --cov-report=html

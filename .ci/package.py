@@ -92,6 +92,10 @@ def look_into(sdist: Path, wheel: Path) -> None:
     extra = [name for name in names if name.startswith(UNWANTED)]
     if missing or extra:
         raise SystemExit(f"the wheel lacks {missing} and should not hold {extra}")
+    torch = [line for line in requirements(wheel) if re.match(r"torch\b", line)]
+    capped = [line for line in torch if not re.fullmatch(r"torch>=[\d.]+", line)]
+    if capped or not torch:
+        raise SystemExit(f"installing the wheel could change the torch that is there: {capped}")
     for path in (sdist, wheel):
         print(f"{path.name}: {path.stat().st_size / 1e6:.2f} MB")
 
@@ -116,9 +120,7 @@ def environment(place: Path, wheel: Path) -> Path:
 
 def needed(wheel: Path) -> list[Distribution]:
     """What the wheel requires, and what that requires, extras left out."""
-    with zipfile.ZipFile(wheel) as file:
-        (metadata,) = (name for name in file.namelist() if name.endswith(".dist-info/METADATA"))
-        asked = email.message_from_bytes(file.read(metadata)).get_all("Requires-Dist")
+    asked = requirements(wheel)
     found: dict[str, Distribution] = {}
     waiting = names_in(asked)
     while waiting:
@@ -131,6 +133,13 @@ def needed(wheel: Path) -> list[Distribution]:
             continue  # for another system, or another Python; `pip check` knows
         waiting += names_in(found[package].requires)
     return list(found.values())
+
+
+def requirements(wheel: Path) -> list[str]:
+    """What the wheel's metadata asks for, line by line."""
+    with zipfile.ZipFile(wheel) as file:
+        (metadata,) = (name for name in file.namelist() if name.endswith(".dist-info/METADATA"))
+        return email.message_from_bytes(file.read(metadata)).get_all("Requires-Dist") or []
 
 
 def names_in(requires: list[str] | None) -> list[str]:

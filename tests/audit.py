@@ -48,10 +48,13 @@ def verdict(said: str, complained: str) -> tuple[int, str]:
 
 def main() -> int:
     command = [sys.executable, "-m", "pip_audit", "--local", "--skip-editable", "--format", "json"]
-    done = subprocess.run(
-        [*command, "--progress-spinner", "off"], capture_output=True, text=True, timeout=900
-    )
-    code, words = verdict(done.stdout, done.stderr)
+    try:
+        done = subprocess.run(
+            [*command, "--progress-spinner", "off"], capture_output=True, text=True, timeout=900
+        )
+        code, words = verdict(done.stdout, done.stderr)
+    except subprocess.TimeoutExpired as late:
+        code, words = verdict("", f"Read timed out: {late}")
     print(words)
     return code
 

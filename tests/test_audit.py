@@ -33,6 +33,7 @@ def test_none_passes_and_says_how_many_were_looked_at():
     [
         ("", "ERROR:pip_audit._cli:Could not connect to PyPI's vulnerability feed"),
         ("", "requests.exceptions.ConnectionError: Max retries exceeded with url: /pypi/numpy/2.1.0/json"),
+        ("", "Read timed out: Command '['pip_audit']' timed out after 900 seconds"),
         ("", "ReadTimeout: Read timed out. (read timeout=15)"),
         (told(SKIPPED, SKIPPED), ""),
     ],

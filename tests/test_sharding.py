@@ -4,14 +4,15 @@ import json
 import math
 import subprocess
 import sys
-from datetime import timedelta
 
 import pytest
 import torch
 from torch import nn
 
-from clinometer.distributed.sharded_tensors import Together, is_distributed, is_sharded, local, rank
+from clinometer.distributed.reduce import ShardReduction
+from clinometer.distributed.sharded_tensors import is_distributed, is_sharded, local, rank
 from clinometer.optim.clipping import clip_grad_norm_, gradient_norms
+from tests.forked_ranks import PATIENCE, run_ranks
 
 FULL = {
     "rows": torch.linspace(-1, 2, 15).view(5, 3),  # three and two rows
@@ -24,7 +25,7 @@ FULL = {
 
 
 def test_one_process_holds_everything_and_adds_up_with_nobody():
-    together = Together([torch.ones(3), None])
+    together = ShardReduction([torch.ones(3), None])
     values = torch.tensor([1.0, 2.0], dtype=torch.float64)
     assert together.alone
     assert not is_distributed()
@@ -36,10 +37,11 @@ def test_one_process_holds_everything_and_adds_up_with_nobody():
 
 def test_asking_makes_nobody_import_distributed_tensors():
     code = (
-        "import sys, torch; before = set(sys.modules); import clinometer.distributed.sharded_tensors as s;"
+        "import sys, torch; before = set(sys.modules); import clinometer.distributed.reduce as r;"
+        "import clinometer.distributed.sharded_tensors as s;"
         "from clinometer.optim.clipping import clip_grad_norm_;"
         "p = torch.nn.Parameter(torch.ones(2)); p.grad = torch.ones(2); clip_grad_norm_([p], 1.0);"
-        "s.Together([p]).sums(torch.ones(1)); s.is_distributed();"
+        "r.ShardReduction([p]).sums(torch.ones(1)); s.is_distributed();"
         "new = [m for m in set(sys.modules) - before if m.startswith('torch.distributed')];"
         "assert not new, new"
     )
@@ -73,7 +75,7 @@ def _rank(number, folder):
         init_method=f"file://{folder}/store",
         rank=number,
         world_size=2,
-        timeout=timedelta(seconds=60),
+        timeout=PATIENCE,
     )
     mesh = init_device_mesh("cpu", (2,))
     facts = {"rank": rank(), "distributed": is_distributed()}
@@ -82,7 +84,7 @@ def _rank(number, folder):
     original = dist.all_reduce
     dist.all_reduce = lambda *args, **kwargs: reductions.append(1) or original(*args, **kwargs)
     parts = {name: local(tensor) for name, tensor in tensors.items()}
-    together = Together([*tensors.values(), None])
+    together = ShardReduction([*tensors.values(), None])
     facts["ranks"] = together.ranks
     facts["counts"] = together.counts
     sums = [part.double().sum() for part in parts.values()] + [torch.tensor(float(number + 5))]
@@ -134,7 +136,7 @@ def _rank(number, folder):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharding")
-    torch.multiprocessing.spawn(_rank, (str(folder),), nprocs=2)
+    run_ranks(_rank, str(folder), count=2)
     return [json.loads((folder / f"{number}.json").read_text()) for number in range(2)]
 
 

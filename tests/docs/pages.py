@@ -27,13 +27,15 @@ OWN_TESTS = {
 """Pages whose code a test of their own runs, by name."""
 
 TIMES = re.compile(r"(?<=\bin )[\d.,]+ (?:ms|s)\b|(?<=用时 )[\d.,]+ (?:毫秒|秒|ms|s)")
-ROUNDING = re.compile(
-    r"(tolerance|largest error:|entry is|remainder|rounding left:"
-    r"|容差|最大误差只有容差的|正确值的|余项|剩余舍入：)"
-    r"\s*[\d.e+−-]+|(?<= %)(\s+)\d+\.\d$",
-    re.M,
+ROUNDING = (
+    (re.compile(r"(?:largest error:|最大误差只有容差的)\s+(?P<number>[\d.e+−-]+)"), 1.0),
+    (re.compile(r"(?:remainder|余项)\s+(?P<number>[\d.e+−-]+)"), 1e-12),
+    (re.compile(r" %(?P<number> +\d+\.\d)$", re.M), 4.0),
 )
-"""What only rounding decides: in a check, in a table of ulps. It is the processor's, not the page's."""
+"""Numbers that only rounding decides, and the largest that each may be.
+
+A fraction of a tolerance; what shares leave of their sum; a step's units in the last place, at the end of a
+table's line. They differ between processors, so a page shows `…` for them."""
 NUMBER = re.compile(r"[+−-]?(?<![\w.])\d+(?:\.\d+)?(?:e[+−-]?\d+)?", re.A)
 DECIMAL = re.compile(r"(?<![\w.])[+−-]?(\d+\.\d+(?:e[+−-]?\d+)?|\d+e[+−-]?\d+)(?![\w.]*\w)", re.A)
 
@@ -44,6 +46,9 @@ class Ran:
 
     code: Code
     printed: str
+    """With `…` for what only rounding decides."""
+    rounding: list[tuple[float, float]]
+    """Those numbers, and how large each may be."""
 
 
 def pages() -> list[Path]:
@@ -73,7 +78,7 @@ def run(path: Path, keep: dict | None = None) -> list[Ran]:
             # Both streams in one, as a terminal shows them: alerts go to standard error.
             with contextlib.redirect_stdout(heard), contextlib.redirect_stderr(heard):
                 session.run(piece)
-            ran.append(Ran(piece, normalised(heard.getvalue(), session.folder)))
+            ran.append(Ran(piece, *without_rounding(normalised(heard.getvalue(), session.folder))))
         if keep is not None:
             keep.update(session.locals)
     return ran
@@ -104,26 +109,47 @@ def normalised(printed: str, folder: Path) -> str:
     return "".join(line.rstrip() + "\n" for line in printed.splitlines())
 
 
-def same(shown: str, printed: str) -> bool:
-    """Equal but for how long something took, for what only rounding decides, and for the last digits of a
-    number, which are the processor's: two units of the last one shown, or a thousandth."""
-    if TIMES.search(printed) or ROUNDING.search(printed):  # such a number's length can move a line's break
-        shown, printed = (" ".join(ROUNDING.sub("…", TIMES.sub("…", s)).split()) for s in (shown, printed))
+def without_rounding(printed: str) -> tuple[str, list[tuple[float, float]]]:
+    """With `…` for each number of ROUNDING, and those numbers with their limits."""
+    found = []
+    for pattern, limit in ROUNDING:
+        found += [(float(text.replace("−", "-")), limit) for text in pattern.findall(printed)]
+        printed = pattern.sub(_left_out, printed)
+    return printed, found
+
+
+def _left_out(match: re.Match[str]) -> str:
+    number = match["number"]
+    return match[0].removesuffix(number) + "…".rjust(len(number) if number[0] == " " else 1)
+
+
+def without_times(printed: str) -> str:
+    """With `…` for how long something took, and without white space: a time's length moves line breaks."""
+    return "".join(TIMES.sub("…", printed).split())
+
+
+def same(shown: str, printed: str, units: int = 1) -> bool:
+    """Equal but for how long something took, and for `units` in the last digit shown: a number may lie where
+    rounding for the page goes up on one processor and down on another."""
+    if TIMES.search(printed) or "…" in printed:
+        shown, printed = without_times(shown), without_times(printed)
     if shown == printed:
         return True
     if NUMBER.sub("#", shown) != NUMBER.sub("#", printed):
         return False
-    return all(_near(a, b) for a, b in zip(NUMBER.findall(shown), NUMBER.findall(printed), strict=True))
+    return all(
+        _near(a, b, units) for a, b in zip(NUMBER.findall(shown), NUMBER.findall(printed), strict=True)
+    )
 
 
-def _near(shown: str, printed: str) -> bool:
+def _near(shown: str, printed: str, units: int) -> bool:
     if shown == printed:
         return True
     a, b = (Decimal(text.replace("−", "-")) for text in (shown, printed))
     exponent = a.as_tuple().exponent
     if isinstance(exponent, str) or exponent >= 0:  # a whole number is a count
         return False
-    return abs(a - b) <= max(2 * Decimal(1).scaleb(exponent), abs(a) / 1000)
+    return abs(a - b) <= Decimal(units).scaleb(exponent)
 
 
 def numbers(text: str) -> set[float]:

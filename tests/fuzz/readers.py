@@ -76,7 +76,7 @@ def edited_lines(data: bytes, changes: list[tuple[str, list[float], Any]]) -> by
 
 
 def make(root: Path) -> dict[str, Reader]:
-    """The readers, with one small trained run behind them."""
+    """The readers, with one small trained run behind them, which is made here."""
     corpus = root / "corpus.txt"
     corpus.write_text("\n".join(SENTENCES[i % 4] + f" {i * i}" for i in range(400)), encoding="utf-8")
     run = root / "run"
@@ -102,12 +102,21 @@ def make(root: Path) -> dict[str, Reader]:
     trained = load_run(run)
     export_llama(trained.model, trained.model.config, root / "llama")
     _sharded(root / "llama", root / "sharded")
-    parts = _in_parts(saved, root / "parts" / saved.name)
+    _in_parts(saved, root / "parts" / saved.name)
     bpe = train_bpe([corpus.read_text(encoding="utf-8")], 300)
     bpe.save(root / "bpe")
     _gpt2_files(root / "bpe", root / "gpt2")
     (root / "text").mkdir()
     shutil.copy(corpus, root / "text" / "corpus.txt")
+    return described(root)
+
+
+def described(root: Path) -> dict[str, Reader]:
+    """The readers of what `make` has made in `root`."""
+    (saved,) = (root / "saved").iterdir()
+    parts = [
+        f"{saved.name}/{path.name}" for path in sorted((root / "parts" / saved.name).glob("*.safetensors"))
+    ]
     tensors, value, toml = edits.edited_safetensors, edits.edited_json, edited_toml
     return {
         "config": Reader(root / "folder", {"config.toml": toml}, partial(_ask, [_config])),
@@ -313,8 +322,8 @@ def _seal_replay(folder: Path) -> None:
         return
 
 
-def _in_parts(saved: Path, folder: Path) -> list[str]:
-    """The same checkpoint as two ranks that hold tensors in rows write it; the names of its files."""
+def _in_parts(saved: Path, folder: Path) -> None:
+    """The same checkpoint as two ranks that hold tensors in rows write it."""
     folder.mkdir(parents=True)
     state = json.loads((saved / "state.json").read_bytes())
     split: dict[str, dict[str, list[int]]] = {}
@@ -334,7 +343,6 @@ def _in_parts(saved: Path, folder: Path) -> list[str]:
     state.pop("sha256")
     state["sha256"] = checkpoint.digest(state)
     (folder / "state.json").write_text(json.dumps(state))
-    return [f"{saved.name}/{name}" for name in state["files"]]
 
 
 def _sharded(whole: Path, folder: Path) -> None:

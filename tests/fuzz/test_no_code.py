@@ -13,7 +13,6 @@ import torch
 
 from clinometer.lm.llama_files import import_llama
 from clinometer.messages import InputError
-from tests.fuzz.guard import within
 from tests.fuzz.test_files import READERS as ALL
 
 SOURCE = Path(__file__).parents[2] / "src"
@@ -187,17 +186,16 @@ UNREAD = {("run", "config.toml"), ("run", "metrics.jsonl")}
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_a_pickle_in_place_of_any_file_never_runs(made, tmp_path, reader):
+def test_a_pickle_in_place_of_any_file_never_runs(made, asking, tmp_path, reader):
     """Each kind under each name that the reader opens; sums put right, as a hostile hand would."""
     folder, mark = tmp_path / "inside" / "folder", tmp_path / "ran"
     shutil.copytree(made[reader].good, folder)
-    whole = made[reader].ask(folder)
+    whole = asking.ask(reader, folder)
     for name in sorted(made[reader].files):
         for kind in KINDS:
             (folder / name).write_bytes(kind(Payload(mark)))
             made[reader].seal(folder)
-            with within(tmp_path / "inside"):
-                refused = made[reader].ask(folder) < whole
+            refused = asking.ask(reader, folder, tmp_path / "inside") < whole
             assert not mark.exists(), (name, kind)
             assert refused or (reader, name) in UNREAD, (name, kind)
         shutil.rmtree(folder)

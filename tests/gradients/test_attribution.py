@@ -219,7 +219,7 @@ def test_what_is_not_seen_is_the_remainder_and_is_named(module, run):
     assert not found.complete
     assert found.unseen[0][0] in ("bilinear", "prelu")
     text = found.render("en", 80)
-    assert "came by uses that were not seen" in text
+    assert "comes from uses that were not seen" in text
     assert "test_attribution.py:" in text
     assert "没有看到" in found.render("zh")
 

@@ -80,7 +80,7 @@ def test_it_reads_as_in_the_voice():
         "Who pushed w[0, 0]? gradient +0.7500 = sum over 3 tokens (remainder 0)",
         "  ▲ raise  “ return” 0:0 +1.000",
         "  ▼ lower  “:\\n” 0:1 −0.2500",
-        "  the 2 strongest tokens make 100 % of all pushes, signs left aside",
+        "  the 2 strongest tokens make 100 % of all pushes, signs ignored",
     ]
     assert found.render("zh", 80).splitlines() == [
         "谁推动了 w[0, 0]？梯度 +0.7500 = 3 个 token 的贡献之和（余项 0）",

@@ -150,7 +150,8 @@ def test_one_wrong_entry_by_one_percent_in_a_million_is_localised_to_it():
     assert (narrowed.rows, narrowed.columns) == (((731, 731),), ((402, 402),))
     (entry,) = check["0.weight"].wrong_entries
     assert entry.index == (731, 402)
-    assert entry.analytic == pytest.approx(1.01 * entry.numeric, rel=1e-6)
+    # To a hundredth of the one percent; the rest is the rounding of the differences: 1e-6 on some processors.
+    assert entry.analytic == pytest.approx(1.01 * entry.numeric, rel=1e-4)
     assert check.evaluations < 400
 
 

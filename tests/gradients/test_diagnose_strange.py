@@ -280,7 +280,7 @@ def test_an_index_beyond_the_vocabulary_is_told_with_its_line_and_the_range(look
     (note,) = caught.value.__notes__
     assert "test_diagnose_strange.py:" in note
     assert "(return table(ids).sum())" in note
-    assert "from 1 to 7, and the table has 5 rows" in note
+    assert "from 1 to 7, but the table has 5 rows" in note
 
 
 def test_a_target_beyond_the_classes_is_told_and_ignored_ones_are_not_counted():
@@ -289,7 +289,7 @@ def test_a_target_beyond_the_classes_is_told_and_ignored_ones_are_not_counted():
     with pytest.raises(IndexError, match="out of bounds") as caught:
         diagnose(model, lambda: F.cross_entropy(model(x()), targets))
     (note,) = caught.value.__notes__
-    assert "from 0 to 3, and there are 3 classes" in note
+    assert "from 0 to 3, but there are 3 classes" in note
 
 
 def test_an_index_error_of_another_kind_is_left_as_it_is():

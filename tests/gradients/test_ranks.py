@@ -2,10 +2,10 @@
 
 import json
 import math
-from datetime import timedelta
 
 import pytest
 import torch
+from tests.forked_ranks import PATIENCE, run_ranks
 from torch import nn
 
 from clinometer.gradients.attribute.attribute import attribute
@@ -138,9 +138,8 @@ def _rank(rank, folder):
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    patience = timedelta(seconds=40)  # a rank that waits in vain fails and does not hang
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=patience
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=PATIENCE
     )
     mine = IDS[2 * rank : 2 * rank + 2]
     facts = {}
@@ -217,7 +216,7 @@ def _rank(rank, folder):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(_rank, (str(folder),), nprocs=2)
+    run_ranks(_rank, str(folder), count=2)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

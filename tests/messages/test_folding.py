@@ -30,7 +30,7 @@ def test_chinese_fills_its_lines_and_punctuation_begins_none(width):
 
 def test_a_command_stays_on_its_line_however_long():
     command = "  clinometer generate runs/a-rather-long-name --prompt 'once upon a time'"
-    assert fold(f"Let it write:\n{command}", 20) == f"Let it write:\n{command}"
+    assert fold(f"Generate text:\n{command}", 20) == f"Generate text:\n{command}"
 
 
 @pytest.mark.parametrize("terminal", [True, False])

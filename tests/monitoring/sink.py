@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from clinometer.monitoring.measure.statistics import STATISTICS
+from clinometer.vocabulary import STATISTICS
 
 
 class Kept:

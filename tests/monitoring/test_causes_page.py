@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clinometer.monitoring.alerts.rules_run import RUN_RULES
-from clinometer.monitoring.alerts.rules_tensors import TENSOR_RULES
+from clinometer.monitoring.alerts.rules import RULES, thresholds_of
 
 DOCS = Path(__file__).parents[2] / "docs"
 ENTRY = re.compile(r"^### (\S+)\n\n```python\n(.*?)```\n\n(\S+)", re.M | re.S)
@@ -42,8 +41,26 @@ def test_the_smallest_code_that_shows_a_cause_shows_it(language, cause, code, wo
 def test_every_cause_that_watch_reports_is_on_the_page():
     for language in ("en", "zh"):
         _, steps = section(language)
-        for rule in (*TENSOR_RULES, *RUN_RULES):
+        for rule in RULES:
             assert f"`{rule.cause}`" in steps or f"### {rule.cause}\n" in steps
+
+
+def _documented(language):
+    _, steps = section(language)
+    rows = re.findall(r"^\| `([a-z-]+)` \| (\d+) \| (\d+) \|(.*)\|$", steps, re.M)
+    return {
+        cause: {"opens": int(opens), "closes": int(closes)}
+        | {name: float(value) for name, value in re.findall(r"`([A-Z_]+)` ([\d.]*\d)", rest)}
+        for cause, opens, closes, rest in rows
+    }
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_page_holds_the_waiting_times_and_thresholds_of_every_rule(language):
+    documented = _documented(language)
+    assert list(documented) == [rule.cause for rule in RULES]
+    for rule in RULES:
+        assert documented[rule.cause] == thresholds_of(rule)
 
 
 def test_both_languages_show_the_same_code():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from clinometer.monitoring.measure import statistics
+from clinometer import vocabulary
 from clinometer.monitoring.measure.device import gradients_on_device, weights_on_device
 from clinometer.monitoring.measure.histograms import count_into
 from clinometer.monitoring.measure.statistics import PIECE, Scratch, flat, measure_gradient, measure_weight
@@ -172,4 +172,4 @@ def test_statistics_on_a_gpu_are_those_of_the_host():
 
 def test_the_order_of_the_statistics_is_fixed():
     names = "grad_norm grad_max grad_zeros grad_nonfinite weight_norm update_norm cosine moment_norm"
-    assert " ".join(statistics.STATISTICS) == names
+    assert " ".join(vocabulary.STATISTICS) == names

@@ -1,12 +1,12 @@
 """Four processes in two dimensions: replicas of shards (HSDP), shards of split layers (tensor parallel)."""
 
 import json
-from datetime import timedelta
 
 import pytest
 import torch
 from torch import nn
 
+from tests.forked_ranks import PATIENCE, run_ranks
 from tests.monitoring.sharded import PINS, Net, facts_of, train
 from tests.monitoring.test_watch_ranks import alone, nan_on_the_last_rank, same_numbers, sharded
 
@@ -34,7 +34,7 @@ def _rank(rank, folder):
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=4,
-        timeout=timedelta(seconds=200),
+        timeout=PATIENCE,
     )
     copies = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "shards"))
     both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
@@ -58,7 +58,7 @@ def _rank(rank, folder):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("meshes")
-    torch.multiprocessing.spawn(_rank, (str(folder),), nprocs=4)
+    run_ranks(_rank, str(folder), count=4)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(4)]
 
 

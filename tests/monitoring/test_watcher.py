@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from clinometer.gradients.diagnose.diagnose import diagnose
 from clinometer.messages import InputError
-from clinometer.monitoring.measure.statistics import STATISTICS
 from clinometer.monitoring.watch import Sink, watch
 from clinometer.optim.clipping import clip_grad_norm_
+from clinometer.vocabulary import STATISTICS
 from tests.monitoring.sink import Kept
 
 

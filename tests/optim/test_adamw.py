@@ -7,8 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from clinometer.optim import adamw
 from clinometer.optim.adamw import AdamW
 
+UNFUSED = float(torch.backends.cpu.get_cpu_capability() == "DEFAULT")
+"""1 where torch's kernels round a product before they add it: processors without AVX2."""
 PATHS = pytest.mark.parametrize("fused", [None, False], ids=["fast", "reference"])
 
 
@@ -29,8 +32,8 @@ def replay(
 def ulp_of(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The unit in the last place of numbers of this size in `dtype`."""
     finfo = torch.finfo(dtype)
-    _, exponent = torch.frexp(scale.double().clamp_min(finfo.tiny))  # mantissa in [½, 1) times 2^exponent
-    return finfo.eps * 2.0 ** (exponent.double() - 1)
+    bits = scale.double().clamp_min(finfo.tiny).view(torch.int64)
+    return finfo.eps * (bits & 0x7FF << 52).view(torch.float64)  # without its mantissa: a power of two
 
 
 def ulps(got: Tensor, want: Tensor, old: Tensor) -> Tensor:
@@ -44,6 +47,14 @@ def test_ulps_counts_neighbouring_floats() -> None:
     above = torch.nextafter(one, torch.tensor([2.0]))
     assert ulps(above, one.double(), one) == 1.0
     assert ulps(torch.nextafter(above, torch.tensor([2.0])), one.double(), one) == 2.0
+
+
+KEYS = ("exp_avg", "exp_avg_sq")
+
+
+def joined(tensors: list[Tensor]) -> Tensor:
+    """A copy of their entries, one after the other."""
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
 
 
 SETTINGS = {
@@ -64,6 +75,11 @@ def test_a_thousand_steps_agree_with_the_float64_replay_to_4_ulp(setting: str, f
     Where it is, and the gradient happens to cancel the momentum, what is left in θ is the rounding of the old
     momentum (2.4 ulp of it), which max(|θ_old|, |θ_new|) does not see: under heavy decay, torch's own AdamW
     was 93 ulp from its own replay. There the bound is 4 ulp of the weight and 2.4 of the update.
+
+    The moment m' = m + (1−β)(g−m) is within 2.5 ulp where multiplication and addition are fused.
+    Elsewhere the product is rounded, too. It is m' − m, at most 2·max(|m|, |m'|), so half of its ulp is
+    at most one ulp more. Through the update this reaches θ, which was 4.25 ulp away under heavy decay;
+    one more is allowed there, too.
     """
     options, size = SETTINGS[setting]
     generator = torch.Generator().manual_seed(7)
@@ -71,43 +87,45 @@ def test_a_thousand_steps_agree_with_the_float64_replay_to_4_ulp(setting: str, f
     parameters = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
     optimizer = AdamW(parameters, **options, fused=fused)
     base = optimizer.param_groups[0]["lr"]
-    worst = dict.fromkeys(("theta", "theta beyond an update", "of the bound", "exp_avg", "exp_avg_sq"), 0.0)
-    moved = 0.0
+    largest = {key: [] for key in ("theta", "theta beyond an update", "of the bound", *KEYS)}
+    moved = []
     for t in range(1, 1001):
         group = optimizer.param_groups[0]
         group["lr"] = base * (0.55 + 0.45 * math.cos(t / 50))
-        before = []
         for p in parameters:
             p.grad = size * torch.randn(p.shape, generator=generator)
-            state = optimizer.state.get(p, {})
-            m, v = (state.get(key, torch.zeros_like(p)).clone() for key in ("exp_avg", "exp_avg_sq"))
-            before.append((p.detach().clone(), m.detach(), v.detach()))
+        theta, g = joined(parameters), joined([p.grad for p in parameters])
+        states = [optimizer.state.get(p) or dict.fromkeys(KEYS, torch.zeros_like(p)) for p in parameters]
+        m, v = (joined([state[key] for state in states]) for key in KEYS)
         optimizer.step()
-        for p, (theta, m, v) in zip(parameters, before, strict=True):
-            want = replay(theta, m, v, p.grad, t, group)
-            got, state = p.detach(), optimizer.state[p]
-            assert state["step"].item() == t
-            beta1, beta2 = group["betas"]
-            lr_t = group["lr"] * math.sqrt(1 - beta2**t) / (1 - beta1**t)
-            update = lr_t * torch.maximum(m.abs(), want[1].abs()) / (want[2].sqrt() + group["eps"])
-            size_of_theta = torch.maximum(theta.abs(), got.abs())
-            error = (got.double() - want[0]).abs()
-            in_ulps = ulps(got, want[0], theta)
-            bound = 4 * ulp_of(size_of_theta, got.dtype) + 2.4 * ulp_of(update, got.dtype)
-            figures = {
-                "theta": in_ulps,
-                "theta beyond an update": in_ulps.where(size_of_theta >= update, 0.0),
-                "of the bound": error / bound,
-                "exp_avg": ulps(state["exp_avg"], want[1], m),
-                "exp_avg_sq": ulps(state["exp_avg_sq"], want[2], v),
-            }
-            worst = {key: max(worst[key], figure.max().item()) for key, figure in figures.items()}
-            moved = max(moved, (got - theta).abs().max().item())
+        states = [optimizer.state[p] for p in parameters]
+        assert all(state["step"].item() == t for state in states)
+        want = replay(theta, m, v, g, t, group)
+        got = joined(parameters)
+        beta1, beta2 = group["betas"]
+        lr_t = group["lr"] * math.sqrt(1 - beta2**t) / (1 - beta1**t)
+        update = lr_t * torch.maximum(m.abs(), want[1].abs()) / (want[2].sqrt() + group["eps"])
+        size_of_theta = torch.maximum(theta.abs(), got.abs())
+        error = (got.double() - want[0]).abs()
+        unit = ulp_of(size_of_theta, got.dtype)
+        in_ulps = error / unit
+        figures = {
+            "theta": in_ulps,
+            "theta beyond an update": in_ulps.where(size_of_theta >= update, 0.0),
+            "of the bound": error / (4 * unit + 2.4 * ulp_of(update, got.dtype)),
+            "exp_avg": ulps(joined([state["exp_avg"] for state in states]), want[1], m),
+            "exp_avg_sq": ulps(joined([state["exp_avg_sq"] for state in states]), want[2], v),
+        }
+        for key, figure in figures.items():
+            largest[key].append(figure.max())
+        moved.append((got - theta).abs().max())
+    worst = {key: torch.stack(figures).max().item() for key, figures in largest.items()}
+    moved = max(moved).item()
     print(setting, fused, worst)
     assert moved > 1e-5
-    assert worst["theta beyond an update"] <= 4.0
-    assert worst["of the bound"] <= 1.0
-    assert max(worst["exp_avg"], worst["exp_avg_sq"]) <= 2.5
+    assert worst["theta beyond an update"] <= 4.0 + UNFUSED
+    assert worst["of the bound"] <= 1.0 + UNFUSED / 4
+    assert max(worst["exp_avg"], worst["exp_avg_sq"]) <= 2.5 + UNFUSED
     if fused is False:
         assert max(worst.values()) <= 0.51
 
@@ -215,7 +233,7 @@ def test_a_gradient_with_other_strides_meets_the_right_weights() -> None:
 def test_the_fast_path_really_calls_torchs_kernel_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     kernel = torch._fused_adamw_
-    monkeypatch.setattr(torch, "_fused_adamw_", lambda *a, **k: (calls.append(len(a[0])), kernel(*a, **k)))
+    monkeypatch.setattr(adamw, "fused_adamw_", lambda *a, **k: (calls.append(len(a[0])), kernel(*a, **k)))
     parameters = [torch.nn.Parameter(torch.randn(size)) for size in (20000, 5, 30000, 6, 7)]
     for p in parameters:
         p.grad = torch.ones_like(p)

@@ -104,7 +104,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(given: str, meant: str) ->
 def test_a_name_like_no_other_gets_no_suggestion() -> None:
     with pytest.raises(InputError) as error:
         make_optimizers(named(), name="xyz", lr=0.1)
-    assert error.value.render("en") == "There is no optimizer 'xyz'; known are adamw, sgd, muon."
+    assert error.value.render("en") == "There is no optimizer 'xyz'; the optimizers are adamw, sgd, muon."
 
 
 def test_no_parameters_is_refused() -> None:

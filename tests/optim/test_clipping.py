@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from clinometer.messages import InputError
 from clinometer.optim import clipping
 from clinometer.optim.clipping import clip_grad_norm_, gradient_norms
+from tests.forked_ranks import run_ranks
 
 
 def with_gradients(grads: Sequence[Tensor | None]) -> list[nn.Parameter]:
@@ -238,7 +239,7 @@ def _rank(rank: int, store: str, results: str) -> None:
 
 
 def test_sharded_gradients_give_the_norm_of_the_full_ones_on_every_rank(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_rank, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    run_ranks(_rank, str(tmp_path / "store"), str(tmp_path), count=2)
     for rank in range(2):
         full, each, total, clipped = torch.load(tmp_path / f"{rank}.pt")
         assert each.tolist() == pytest.approx([exact_norm([grad]) for grad in full], rel=1e-6)

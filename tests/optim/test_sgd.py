@@ -66,7 +66,7 @@ def test_it_is_torchs_sgd_bit_for_bit(options: dict[str, Any], fused: bool | Non
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @PATHS
 def test_half_precision_is_rounded_once(dtype: torch.dtype, fused: bool | None) -> None:
-    """torch 2.13's fused SGD cannot do it: on the CPU it moves half-precision weights wrongly."""
+    """The fused SGD of torch up to 2.13 cannot do it: on the CPU it moves half-precision weights wrongly."""
     generator = torch.Generator().manual_seed(3)
     start, grad = (torch.randn(5000, generator=generator).to(dtype) for _ in range(2))
     p = torch.nn.Parameter(start.clone())

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from clinometer.record.format import histogram_codec, windows
-from clinometer.record.format.schema import STATISTICS
 from clinometer.record.write.recorder import Recorder
+from clinometer.vocabulary import STATISTICS
 
 KINDS = (
     ("attn.q_proj", (256, 256)),

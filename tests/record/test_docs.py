@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from clinometer.record.format import schema
+from clinometer.vocabulary import STATISTICS
 from tests.record.running import recorded
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
@@ -29,7 +30,7 @@ def test_the_code_runs_and_every_table_and_column_is_described(tmp_path, languag
             assert f"`{table}`" in text, table
         for _, column, *_ in connection.execute(f"PRAGMA table_info({table})").fetchall():
             assert re.search(rf"\b{column}\b", text, re.ASCII), (table, column)
-    for name in (*schema.STATISTICS, *schema.WEIGHT_FIELDS):
+    for name in (*STATISTICS, *schema.WEIGHT_FIELDS):
         assert name in text, name
     assert f"{schema.ABSENT:X}" in text
     assert f"{schema.APPLICATION_ID:X}" in text

@@ -13,9 +13,9 @@ from rich.console import Console
 
 from clinometer.commands.runs import export_command, one_line, runs_command
 from clinometer.messages import InputError, set_language
-from clinometer.record.format.schema import STATISTICS
 from clinometer.record.out.table_export import TABLES, export
 from clinometer.record.read.reader import RunFile
+from clinometer.vocabulary import STATISTICS
 from tests.record.running import begun, recorded, statistics
 from tests.record.synthetic import synthetic
 

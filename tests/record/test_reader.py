@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from clinometer.messages import InputError
 from clinometer.record.format import cells
-from clinometer.record.format.schema import STATISTICS
 from clinometer.record.read.reader import RunFile, find_runs
 from clinometer.record.write import writer_file
 from clinometer.record.write.recorder import Recorder
+from clinometer.vocabulary import STATISTICS
 from tests.record.running import begun, named, recorded, statistics
 from tests.record.synthetic import synthetic
 

@@ -1,7 +1,6 @@
 """What is written is what is read, and what cannot be written is refused or left out in words."""
 
 import math
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -264,30 +263,40 @@ def test_a_run_with_steps_is_not_written_over_but_a_start_that_died_is(tmp_path)
 
 
 def test_a_forked_child_writes_nothing_and_takes_nothing_away(tmp_path):
-    recorder = begun(tmp_path)
-    recorder.step(1, 1, {}, statistics(1, 3))
-
-    def child():
-        recorder.step(2, 2, {"loss": 1}, statistics(2, 3))
-        recorder.event(2, 2, "note", {})
-        recorder.alert({"id": 0, "step": 1, "cause": "x", "severity": "fault"})
-        recorder.close()
-        recorder._file._lock.__del__()
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # fork in a process with threads
-        process = multiprocessing.get_context("fork").Process(target=child)
-        process.start()
-        process.join()
-    assert process.exitcode == 0
-    run = RunFile.open(tmp_path)
-    assert run.info()["state"] == "live"
-    assert (run.info()["last_step"], run.events(), run.alerts()) == (1, [], [])
-    with pytest.raises(InputError, match="another process"):
-        Recorder(tmp_path, continue_from=1)
-    recorder.step(2, 2, {}, statistics(2, 3))
+    """In a process of its own: pytest's has threads, and their locks would be copied as they stand."""
+    script = """
+import os, sys
+from pathlib import Path
+import pytest
+from clinometer.messages import InputError
+from clinometer.record.read.reader import RunFile
+from clinometer.record.write.recorder import Recorder
+from tests.record.running import begun, statistics
+folder = Path(sys.argv[1])
+recorder = begun(folder)
+recorder.step(1, 1, {}, statistics(1, 3))
+child = os.fork()
+if child == 0:
+    recorder.step(2, 2, {"loss": 1}, statistics(2, 3))
+    recorder.event(2, 2, "note", {})
+    recorder.alert({"id": 0, "step": 1, "cause": "x", "severity": "fault"})
     recorder.close()
-    assert run.info()["last_step"] == 2
+    recorder._file._lock.__del__()
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+run = RunFile.open(folder)
+assert run.info()["state"] == "live"
+assert (run.info()["last_step"], run.events(), run.alerts()) == (1, [], [])
+with pytest.raises(InputError, match="another process"):
+    Recorder(folder, continue_from=1)
+recorder.step(2, 2, {}, statistics(2, 3))
+recorder.close()
+assert run.info()["last_step"] == 2
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_nothing_is_lost_when_an_exception_falls_into_the_middle_of_a_step(tmp_path):

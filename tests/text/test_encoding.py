@@ -269,7 +269,7 @@ def test_kill_9_leaves_nothing_that_passes_for_finished_and_the_next_run_cleans_
 
 def test_two_processes_at_once_both_end_well_and_one_encodes(tmp_path):
     processes = [start(tmp_path, 1.0) for _ in range(3)]
-    shown = [process.communicate(timeout=60)[0] for process in processes]
+    shown = [process.communicate()[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0]
     assert all("done 4500\n" in text for text in shown)
     assert sum("encoding" in text for text in shown) == 1
@@ -281,7 +281,7 @@ def test_a_build_under_way_is_not_swept_away(tmp_path):
     assert process.stdout is not None
     assert process.stdout.readline() == "encoding\n"
     encode_corpus(corpus_of(["another text " * 1000]), byte_tokenizer(), tmp_path)
-    assert "done 4500" in process.communicate(timeout=60)[0]
+    assert "done 4500" in process.communicate()[0]
     assert len(visible(tmp_path)) == 2
 
 

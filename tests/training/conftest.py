@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from clinometer import cli
 from clinometer.commands.helpers.process_settings import PROCESS_SETTINGS
 from clinometer.messages import set_language
+from clinometer.training.run.stop_signals import StopRequest
 from clinometer.training.settings.config import (
     DataConfig,
     ModelConfig,
@@ -29,7 +31,9 @@ SENTENCES = [
 
 
 class Silent:
-    """A display that keeps what it was told."""
+    """A display that keeps what it was told; `stopped_after` puts a request into it."""
+
+    request: StopRequest | None = None
 
     def __init__(self):
         self.rows, self.notices, self.validations, self.samples = [], [], [], []
@@ -48,6 +52,23 @@ class Silent:
 
     def sample(self, step, text):
         self.samples.append((step, text))
+
+
+def stopped_after(step, number=signal.SIGINT):
+    """A display with a request that is asked to stop once `step` steps are done.
+
+    No signal is sent: it would reach whatever this process does next. test_signalling.py sends real ones.
+    """
+    display = Silent()
+    display.request = request = StopRequest()
+
+    def ask(row, keep=display.step):
+        keep(row)
+        if row["step"] == step:
+            request.ask(number)
+
+    display.step = ask
+    return display
 
 
 @pytest.fixture
@@ -118,7 +139,7 @@ SMALL = [
 def clinometer(tmp_path):
     """Run the command line in an empty folder, as a user would; returns the finished process."""
 
-    def call(*arguments, timeout=300, **options) -> subprocess.CompletedProcess[str]:
+    def call(*arguments, timeout=None, **options) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, **options.pop("env", {}), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
         return subprocess.run(
             [sys.executable, "-m", "clinometer", *map(str, arguments)],

@@ -250,9 +250,8 @@ def test_the_doctor_says_what_there_is(call):
     assert any(row.startswith("cpu ✓ ") for row in rows)
     for kind, here in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())):
         assert any(row.startswith(f"{kind} {'✓' if here else '–'} ") for row in rows), kind
-    assert f"device auto the first of cuda, mps, cpu that is here: {choose_device('auto').type}" in " ".join(
-        rows
-    )
+    chosen = f"device auto the first of cuda, mps, cpu that is available: {choose_device('auto').type}"
+    assert chosen in " ".join(rows)
     code, out, _ = call("--language", "zh", "doctor")
     assert code == 0
     assert "处理器" in out
@@ -289,11 +288,11 @@ def test_a_signal_writes_a_checkpoint_and_the_run_goes_on_from_it(tmp_path, corp
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "300"},
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 500
     while time.monotonic() < deadline and len(list(RunFolder(run).metrics())) < 20:
         time.sleep(0.05)
     process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate()
     assert process.returncode == code, out
     step = int(re.search(r"Stopped at step ([\d,]+)", out)[1].replace(",", ""))
     assert checkpoint.step_of(checkpoint.checkpoints(run / "checkpoints")[-1]) == step
@@ -325,5 +324,5 @@ def test_the_page_opens_beside_the_training_and_stays_until_ctrl_c(tmp_path, cor
         assert (run["state"], run["last_step"], run["tensor_count"]) == ("done", 4, 12)
     finally:
         os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to both
-        process.communicate(timeout=60)
+        process.communicate()
     assert process.returncode == 0

@@ -68,14 +68,22 @@ def test_rows_that_a_full_disk_does_not_take_are_written_when_it_does(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="RLIMIT_FSIZE")
-def test_a_command_that_meets_a_limit_of_the_system_says_so_in_one_paragraph(clinometer, corpus, tmp_path):
+def test_a_command_that_meets_a_limit_of_the_system_says_so_in_one_paragraph(corpus, tmp_path):
     """The system lets no file grow beyond 20 kB: a tokenizer, a checkpoint, the tokens do not fit."""
-    import resource
-
-    def limited():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
-    result = clinometer("train", "--corpus", corpus, "--run", "run", *SMALL, preexec_fn=limited)
+    limited = (
+        "import os, resource, sys\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "os.execv(sys.executable, [sys.executable, '-m', 'clinometer', *sys.argv[1:]])\n"
+    )
+    command = [sys.executable, "-c", limited, "train", "--corpus", corpus, "--run", "run", *SMALL]
+    result = subprocess.run(
+        [*map(str, command)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+    )
     assert_refused((result.returncode, result.stdout, result.stderr), "File too large")
     assert not (tmp_path / "run" / "checkpoints").exists() or not list(
         (tmp_path / "run" / "checkpoints").iterdir()

@@ -18,8 +18,8 @@ from clinometer.training.run import prepare
 from clinometer.training.run.loop import Outcome, train
 from clinometer.training.run.recording import open_record
 from clinometer.training.settings.config import OptimConfig, ScheduleConfig
-from tests.training.conftest import SENTENCES, Silent, small_config
-from tests.training.test_loop import assert_same_run, stopped_after
+from tests.training.conftest import SENTENCES, Silent, small_config, stopped_after
+from tests.training.test_loop import assert_same_run
 from tests.training.test_recording import contents
 
 OPTIMIZERS = [
@@ -78,7 +78,7 @@ def go(config, path, dropout, display=None):
         drop_words(session)
     record, outcome = open_record(session, display), None
     try:
-        outcome = train(session, display, record)
+        outcome = train(session, display, record, display.request)
     except Killed:
         pass
     finally:

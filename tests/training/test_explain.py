@@ -205,7 +205,7 @@ def test_a_signal_stops_it_and_leaves_nothing(run, tmp_path, number, code):
             break
     time.sleep(0.5)
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate()
     assert process.returncode == code, err
     assert json.loads(out.splitlines()[-1])["key"] == "explain.stopped"
     assert "Traceback" not in err

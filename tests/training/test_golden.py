@@ -1,7 +1,8 @@
 """The losses of a small run, fixed: a change that leaves the mathematics alone must not move them.
 
-Float32 products differ in their last bits between processors, and twenty steps let that grow to about 1e-5;
-a change of the mathematics moves the losses by far more.
+How far they may move is rounding's part, measured with the settings of tests/docs/stability.py: 2e-6
+where the products are float32, 2e-4 with Muon, whose Newton–Schulz is computed in bfloat16. The smallest
+change of the mathematics that was tried, an update of Muon one percent too large, moves them by 2e-3.
 """
 
 from dataclasses import replace
@@ -16,8 +17,9 @@ from tests.training.conftest import Silent, small_config
 GOLDEN = {
     "adamw": [5.62492, 5.0909, 4.65571, 4.3786, 4.34034, 4.08659, 5.08024, 4.59859, 4.36158, 4.2756],
     "sgd": [5.62492, 5.4202, 5.26258, 5.10539, 5.17372, 4.96355, 5.42373, 5.26903, 5.15345, 5.10354],
-    "muon": [5.62492, 5.26105, 4.91207, 4.76428, 4.66447, 4.56219, 5.28103, 4.9473, 4.7525, 4.67557],
+    "muon": [5.62492, 5.26105, 4.91215, 4.76437, 4.6646, 4.56227, 5.28103, 4.94739, 4.75262, 4.6757],
 }
+TOLERANCES = {"adamw": 2e-5, "sgd": 2e-5, "muon": 5e-4}
 
 
 @pytest.mark.parametrize("name", list(GOLDEN))
@@ -29,4 +31,4 @@ def test_the_losses_are_the_golden_ones(corpus, tmp_path, name):
     session.close()
     losses = [row["loss"] for row in display.rows]
     found = [*losses[::4], losses[-1], *(loss for _, loss, _ in display.validations)]
-    assert found == pytest.approx(GOLDEN[name], abs=2e-4)
+    assert found == pytest.approx(GOLDEN[name], abs=TOLERANCES[name])

@@ -155,7 +155,7 @@ def test_a_closure_that_fails_is_told_with_its_line(call, script, command, monke
         ("{script}:nothing", ["nothing", "NoneType", "(params, closure)"]),
         ("{script}:fails", ["ZeroDivisionError", "line"]),
         ("{script}:needs", ["needs() in", "needs arguments (width)", "takes none"]),
-        ("{script}:beyond", ["run from 5 to 5, and the table has 3 rows"]),
+        ("{script}:beyond", ["run from 5 to 5, but the table has 3 rows"]),
         ("nowhere.py:f", ["nowhere.py"]),
         ("a_module:broken", ["file.py:function"]),
         ("no/run", ["no/run"]),

@@ -19,7 +19,7 @@ from clinometer.training.run import loop, prepare
 from clinometer.training.run.loop import Outcome, train
 from clinometer.training.run.run_folder import RunFolder
 from clinometer.training.settings.config import OptimConfig, RunConfig, ScheduleConfig
-from tests.training.conftest import Silent, small_config
+from tests.training.conftest import Silent, small_config, stopped_after
 
 
 def run_whole(config, path):
@@ -29,19 +29,6 @@ def run_whole(config, path):
     finally:
         session.close()
     return path
-
-
-def stopped_after(step, number=signal.SIGINT):
-    """A display that sends this process a signal once `step` steps are done."""
-    display = Silent()
-
-    def send(row, keep=display.step):
-        keep(row)
-        if row["step"] == step:
-            os.kill(os.getpid(), number)
-
-    display.step = send
-    return display
 
 
 def final_bits(path):
@@ -93,7 +80,8 @@ def test_a_run_that_was_stopped_and_resumed_is_one_that_never_was(
     path = folder / "stopped"
     session = prepare.start(config, path, Silent())
     for stop in stops:
-        outcome = train(session, stopped_after(stop, number))
+        display = stopped_after(stop, number)
+        outcome = train(session, display, request=display.request)
         assert outcome is (Outcome.INTERRUPTED if number == signal.SIGINT else Outcome.TERMINATED)
         assert session.step == stop
         session.close()
@@ -166,7 +154,7 @@ def test_the_recorded_loss_and_norm_are_those_of_the_batch(config, tmp_path):
     want = want.detach()
     norm = torch.cat([w.grad.flatten() for w in weights.values()]).norm()
     display = stopped_after(1)
-    train(session, display)
+    train(session, display, request=display.request)
     session.close()
     row = display.rows[0]
     assert row["loss"] == pytest.approx(float(want), rel=1e-6)

@@ -21,7 +21,7 @@ from clinometer.training.run import prepare
 from clinometer.training.run.load_run import load_run
 from clinometer.training.run.loop import Outcome, train
 from clinometer.training.run.run_folder import RunFolder
-from tests.training.conftest import SENTENCES, Silent
+from tests.training.conftest import SENTENCES, stopped_after
 from tests.training.ranks import OPTIMIZERS, configured, ranks_of, resumed, whole_run
 
 
@@ -72,22 +72,13 @@ def run_job(folder, size):
         text = "\n".join(SENTENCES[i % 4] + f" {i * i}" for i in range(400))
         (folder / "corpus.txt").write_text(text, encoding="utf-8")
         path = folder / "one" / "to-ranks"
-        session = prepare.start(configured(folder, "adamw"), path, display := Silent())
-        display.step = lambda row: row["step"] == 9 and ask_to_stop(session)
-        assert train(session, display) is Outcome.INTERRUPTED
+        session = prepare.start(configured(folder, "adamw"), path, display := stopped_after(9))
+        assert train(session, display, request=display.request) is Outcome.INTERRUPTED
         session.close()
         ranks = ranks_of(size, ["tests.training.ranks", str(folder)], folder)
         out = [rank.communicate(timeout=600) for rank in ranks]
         assert [rank.returncode for rank in ranks] == [0] * size, "\n".join(map(str, out))
         yield folder, [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
-
-
-def ask_to_stop(session):
-    import os
-    import signal
-
-    if session.step == 9:
-        os.kill(os.getpid(), signal.SIGINT)
 
 
 ONE: dict[str, list] = {}

@@ -18,8 +18,8 @@ from clinometer.training.run.loop import Outcome, train
 from clinometer.training.run.recording import open_record
 from clinometer.training.run.run_folder import RunFolder
 from clinometer.training.settings.config import OptimConfig
-from tests.training.conftest import Silent, small_config
-from tests.training.test_loop import final_bits, spoil_at, stopped_after
+from tests.training.conftest import Silent, small_config, stopped_after
+from tests.training.test_loop import final_bits, spoil_at
 
 KINDS = {
     "adamw": OptimConfig(lr=1e-2),
@@ -39,7 +39,7 @@ def run(config, path, display=None, again=False, spoil=()):
     record = open_record(session, display)
     outcome = None
     try:
-        outcome = train(session, display, record)
+        outcome = train(session, display, record, display.request)
     finally:
         record.close(outcome)
         session.close()

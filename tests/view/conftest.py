@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
-from clinometer.record.format.schema import STATISTICS
 from clinometer.record.read.reader import RunFile
 from clinometer.record.write.recorder import Recorder
 from clinometer.view.http.server import make_app
+from clinometer.vocabulary import STATISTICS
 from tests.record.synthetic import synthetic
 
 BASE = "http://127.0.0.1:8713"

@@ -10,7 +10,6 @@ import pytest
 
 import clinometer.view
 from clinometer.messages import sentences
-from clinometer.record.format.schema import STATISTICS
 from clinometer.record.read.reader import RunFile
 from clinometer.record.write.recorder import Recorder
 from clinometer.view import figures
@@ -21,6 +20,7 @@ from clinometer.view.figures.order import in_order
 from clinometer.view.figures.strip import last_values, strip
 from clinometer.view.figures.style import four, percent, times
 from clinometer.view.figures.words import alert_sentences
+from clinometer.vocabulary import STATISTICS
 from tests.view.conftest import EVIL, NAME, record
 
 
@@ -127,7 +127,7 @@ def test_the_loss_caption_tells_falling_from_level_from_rising(tmp_path):
     noise = 0.02 * rng.standard_normal(400)
     cases = {
         "still falling": 3 - np.linspace(0, 2, 400),
-        "level within its own scatter": np.full(400, 2.0),
+        "does not change by more than its noise": np.full(400, 2.0),
         "has been rising": 1 + np.linspace(0, 2, 400),
     }
     for i, (words, losses) in enumerate(cases.items()):
@@ -141,7 +141,7 @@ def test_a_loss_that_is_not_finite_is_a_gap_and_is_said(tmp_path):
     figure = figures.loss(run_of(tmp_path / "r", losses))
     train = next(trace for trace in figure.data if trace["name"] == "training")
     assert train["y"] == [2.0, 1.9, None, 1.7, None, 1.6]
-    assert "not finite first at step 3" in figure.caption
+    assert "Its first value that is not finite is at step 3" in figure.caption
 
 
 def test_clip_events_are_marked_where_they_were(tmp_path):
@@ -189,7 +189,7 @@ def test_a_healthy_map_accuses_nobody(tmp_path):
     caption = figures.gradient_map(run).caption
     assert "Zero" not in caption
     assert "below" not in caption
-    assert "Not finite" not in caption
+    assert "First not finite" not in caption
     assert len(figures.gradient_map(run).data) == 1
 
 
@@ -212,7 +212,7 @@ def test_the_map_names_the_row_that_lies_apart(tmp_path):
         recorder.step(step, 1.79e9 + step, {}, rows)
     recorder.close("done")
     caption = figures.gradient_map(RunFile.open(tmp_path / "r")).caption
-    assert "layers.3.v lies 40× below its like" in caption
+    assert "layers.3.v is 40× below similar tensors" in caption
 
 
 def test_names_are_text_in_every_figure(tmp_path):
@@ -243,7 +243,7 @@ def test_the_strip_says_not_finite_with_the_first_step_where_it_was(tmp_path):
         if since is None:
             assert (loss["text"], loss["unit"]) == ("2.000", "")
         else:
-            assert (loss["text"], loss["unit"]) == ("not finite", f"first at step {since}")
+            assert (loss["text"], loss["unit"]) == ("not finite", f"(first at step {since})")
             assert strip(run, "zh")[0]["text"] == "非有限值"
 
 
@@ -370,12 +370,12 @@ def test_an_alert_is_said_with_its_values_and_a_strange_one_by_its_name(monkeypa
 
 
 PUT_TOGETHER = ("healthy_", "power_", "source_")
-NAMED_BY_DATA = ("figure.statistic", "figure.unit", "report.states", "view.stage")
+NAMED_BY_DATA = ("figure.statistic", "figure.unit", "figure.choice", "report.states", "view.stage")
 
 
 def test_every_sentence_of_the_room_is_said_somewhere():
-    room = Path(clinometer.view.__file__).parent
-    files = [*room.rglob("*.py"), *(room.parent / "commands").rglob("*.py")]
+    view = Path(clinometer.view.__file__).parent
+    files = [*view.rglob("*.py"), *(view.parent / "commands").rglob("*.py")]
     source = "\n".join(path.read_text(encoding="utf-8") for path in files)
 
     def is_said(key):

@@ -4,10 +4,10 @@ import shutil
 
 import pytest
 
-from clinometer.record.format.schema import STATISTICS
 from clinometer.record.write.recorder import Recorder
 from clinometer.view.errors import ApiError
 from clinometer.view.library import Library
+from clinometer.vocabulary import STATISTICS
 from tests.view.conftest import open_client, record
 
 

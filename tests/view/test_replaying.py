@@ -17,7 +17,7 @@ from clinometer.view.jobs import Replays
 from tests.view.conftest import OWN, open_client
 
 TENSOR = "layers.0.attn.q_proj.weight"
-PATIENCE = 120.0
+PATIENCE = 300.0
 
 WORKER = """
 import json, os, signal, sys, time
@@ -329,4 +329,4 @@ def test_the_page_never_imports_torch(runs):
         f"make_app(Path({str(runs)!r})); sys.exit('torch' in sys.modules)"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=120).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0

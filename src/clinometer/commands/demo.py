@@ -24,6 +24,7 @@ from clinometer.training.run.display import RunDisplay
 from clinometer.training.run.prepare import start
 from clinometer.training.run.recording import add_report
 from clinometer.training.run.session import TrainingSession
+from clinometer.training.run.stop_signals import stop_on_signal
 from clinometer.training.settings.config import (
     DataConfig,
     ModelConfig,
@@ -60,7 +61,8 @@ def demo_command(console: Console, run: Path | None, quick: bool) -> tuple[int, 
     display = RunDisplay(console)
     session = start(config, run or next_run_folder("demo"), display)
     try:
-        code = run_session(session, display, onward=False)
+        with stop_on_signal() as request:
+            code = run_session(session, display, request, onward=False)
         if code == 0:
             look(console, display, session)
     finally:

@@ -16,6 +16,7 @@ from torch import distributed
 from clinometer.distributed.launch import launched
 from clinometer.messages import say
 from clinometer.messages.folding import tell
+from clinometer.torch_support import TESTED_PYTHON, TESTED_TORCH, is_tested, missing
 from clinometer.training.run.run_folder import describe_environment
 from clinometer.training.settings.precision import (
     bfloat16_is_fast,
@@ -43,6 +44,10 @@ def doctor_command(console: Console) -> int:
         "version",
         f"clinometer {versions['clinometer']}, torch {torch.__version__}, Python {environment['python']}",
     )
+    tested = {"torch": ", ".join(TESTED_TORCH), "python": ", ".join(TESTED_PYTHON)}
+    row("tested", say("torch.tested", **tested, tested=1 if is_tested() else 0))
+    for sentence in missing():
+        row("missing", sentence)
     row("system", environment["platform"])
     row("processor", f"{processor_name()}, {environment['cores']}")
     row("threads", str(torch.get_num_threads()))

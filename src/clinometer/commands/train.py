@@ -23,6 +23,7 @@ from clinometer.training.run.prepare import attend, resume, start
 from clinometer.training.run.recording import open_record
 from clinometer.training.run.run_folder import RunFolder
 from clinometer.training.run.session import Outcome, TrainingSession
+from clinometer.training.run.stop_signals import ECHO_SECONDS, StopRequest, stop_on_signal
 from clinometer.training.settings.config import RunConfig
 from clinometer.training.settings.precision import matmul_rate
 
@@ -78,8 +79,16 @@ def _train(
             tell(console, say("train.interrupted_early", run=run))
         raise
     world.remedy = lambda: _how_to_go_on(session)
+    with stop_on_signal(0.0 if world.alone else ECHO_SECONDS) as request:
+        return _run_and_close(session, display, began, request)
+
+
+def _run_and_close(
+    session: TrainingSession, display: RunDisplay, began: Callable[[Path], None] | None, request: StopRequest
+) -> int:
+    """The handlers stay until the last file is closed: a late signal must not end what is being written."""
     try:
-        return run_session(session, display, began)
+        return run_session(session, display, request, began)
     except KeyboardInterrupt:  # the second one: it did not wait for the step in hand
         if saved := checkpoints(session.folder.checkpoints):
             path = session.folder.path
@@ -91,6 +100,7 @@ def _train(
         numel = session.model.config.num_parameters
         raise too_little_memory(error, session.config, numel, session.choices.device) from error
     finally:
+        request.end()
         session.close()
 
 
@@ -105,6 +115,7 @@ def _how_to_go_on(session: TrainingSession) -> str:
 def run_session(
     session: TrainingSession,
     display: RunDisplay,
+    request: StopRequest,
     began: Callable[[Path], None] | None = None,
     onward: bool = True,
 ) -> int:
@@ -159,8 +170,9 @@ def run_session(
     )
     before, started = session.step, time.perf_counter()
     try:
-        outcome = train(session, display, record)
+        outcome = train(session, display, record, request)
     except BaseException as error:
+        request.end()
         record.close(Outcome.INTERRUPTED if isinstance(error, KeyboardInterrupt) else None)
         raise
     finally:

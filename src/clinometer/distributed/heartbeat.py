@@ -1,9 +1,9 @@
-"""Each rank says every second that it lives and how far it is; who has stopped saying so is named.
+"""A heartbeat between ranks: each posts every second how far it is; one that stops is reported by name.
 
-A rank that waits for another waits inside a collective, where it can say nothing; so a thread speaks for it.
-Rank 0 listens to all others and every other rank to rank 0: two messages a rank and interval, whatever
-their number. Time is counted in the listener's own rounds, so that a machine that was stopped as a whole (a
-suspended laptop, a debugger) accuses nobody when it goes on.
+A rank that waits for another waits inside a collective, where it can do nothing else; so a thread posts for
+it. Rank 0 reads the beats of all others, and every other rank those of rank 0: two messages a rank and
+interval, for any number of ranks. Time is counted in the reader's own rounds, so that no rank is reported
+after the whole machine was stopped (a suspended laptop, a debugger).
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from clinometer.distributed.launch import Board, host_name
+from clinometer.distributed.board import Board
+from clinometer.distributed.launch import host_name
 
 LOST = 3
 """Exit code of a rank whose run ended because another rank did."""
 GIVE_UP = 10
-"""A rank that answers and does not go on is named after the patience, and given up after so many of them."""
+"""A rank that answers and makes no progress is reported after the patience, and given up after so many."""
 _GRACE_SECONDS = 5.0
-"""For the main thread to notice by itself, and to close the run's files."""
+"""The main thread may take so long to notice the verdict by itself and to close the run's files."""
 _CLOSING_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank last said: which beat it is, how many places it has passed, and its step."""
+    """What a rank posted last: the number of the beat, how many places it has passed, and its step."""
 
     number: int = 0
     passed: int = 0
@@ -54,7 +55,7 @@ class RankTrouble:
 
 
 class Judge:
-    """Who of `ranks` is silent, behind, or stuck, from what each last said. `clock` counts seconds awake."""
+    """Decides from the last beats which rank is silent, behind or stuck. `clock` counts seconds awake."""
 
     def __init__(self, ranks: list[int], patience: float) -> None:
         self.patience = patience
@@ -65,9 +66,9 @@ class Judge:
     def look(
         self, clock: float, beats: dict[int, Beat], own: Beat | None = None, patience: float | None = None
     ) -> RankTrouble | None:
-        """`own` is the listener's place; None before the first step, when nobody can be behind.
+        """`own` is the reader's place; None before the first step, when no rank can be behind.
 
-        `patience` is shorter than usual once a connection has broken: then a silent rank is a dead one.
+        `patience` is shorter than usual once a connection has broken: a silent rank has then ended.
         """
         for rank, beat in beats.items():
             if beat.number != self._heard[rank][0].number:
@@ -93,7 +94,7 @@ class Judge:
         give_up = waited > GIVE_UP * self.patience
         rank, slowest = min(places.items(), key=lambda item: item[1].passed)
         if own.passed < slowest.passed:
-            return None  # the others wait for us
+            return None  # the others wait for this rank
         step = max(own.step, *(beat.step for beat in places.values()))
         if slowest.passed == furthest:
             return (
@@ -107,10 +108,10 @@ class Judge:
 
 
 class Heart:
-    """This rank's beat, and its ear for the others'.
+    """The thread that posts this rank's beats and reads the others'.
 
-    `tell` is called, in the thread, with what is to be shown; the process ends with LOST if the main thread
-    does not end it first.
+    `tell` is called in the thread with what a person should see; the process ends with LOST if the main
+    thread does not end it first.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class Heart:
         board: Board,
         rank: int,
         size: int,
+        *,
         patience: float,
         tell: Callable[[RankTrouble], None],
         place: str = "",
@@ -129,7 +131,7 @@ class Heart:
         self._training = False
         self._stopped, self._taken = threading.Event(), threading.Event()
         self.verdict: dict[str, Any] | None = None
-        """Why the run ends, once some rank has said so."""
+        """Why the run ends, once some rank has posted it."""
         self._beat()
         self._thread = threading.Thread(target=self._run, name="clinometer heartbeat", daemon=True)
 
@@ -150,27 +152,27 @@ class Heart:
         self._thread.start()
 
     def reach(self, step: int) -> None:
-        """The main thread has come to the next place, the same on every rank, in that step."""
+        """The main thread has reached the next place in that step; the places are the same on every rank."""
         self._training = True
         self._step = step
         self._passed += 1
 
     def rest(self) -> None:
-        """Until the next place, work of any length may be done: nobody is behind, though all must answer."""
+        """Until the next place work may take any time: no rank is behind, though all must answer."""
         self._training = False
 
     def stop(self) -> None:
-        """Nobody shall wait for this rank: it has ended well, or has said why not."""
+        """Stop posting: this rank has ended, or has posted why the run ends."""
         self._stopped.set()
-        if self._thread.is_alive():  # not before all had met
+        if self._thread.is_alive():  # it starts when all ranks have come
             self._thread.join(5)
 
     def take(self) -> None:
-        """The main thread has seen the verdict and ends the process by itself."""
+        """The main thread has read the verdict and ends the process by itself."""
         self._taken.set()
 
     def end_with(self, verdict: dict[str, Any], board: Board) -> bool:
-        """Say why the run ends; whether this rank is the first to say so, and the one that shows it."""
+        """Post why the run ends; returns whether this rank is the first to post it, and so prints it."""
         mine = json.dumps({**verdict, "by": self._rank})
         text = board.first("verdict", mine)
         self.verdict = json.loads(text)
@@ -187,7 +189,7 @@ class Heart:
                 text = self._board.read("verdict")
                 if text is None:
                     text = self._look(clock)
-            except RuntimeError:  # whoever holds the board has gone
+            except RuntimeError:  # the rank that holds the board has ended
                 finding = RankTrouble("parallel.board", {"rank": self._rank, "place": self._place})
                 text = json.dumps({"key": finding.key, "code": LOST})
                 if not self._stopped.is_set():
@@ -207,7 +209,7 @@ class Heart:
             zip(others, map(Beat.decode, self._board.read_all([f"beat/{r}" for r in others])), strict=True)
         )
         left = self._left(others)
-        for rank in left:  # it has ended: it need not answer
+        for rank in left:  # a rank that has ended does not answer
             beats[rank] = Beat(-self._number, self._passed, self._step)
         own = Beat(self._number, self._passed, self._step) if self._training and not left else None
         broken = self._board.read("broken") is not None
@@ -230,7 +232,7 @@ class Heart:
         return [rank for rank in others if self._board.read(f"left/{rank}") is not None]
 
     def _end(self) -> None:
-        """The run is over. The main thread ends it in good order; one that waits in a collective cannot."""
+        """End the process, unless the main thread does: one that waits in a collective cannot."""
         if self._stopped.wait(_GRACE_SECONDS) or (
             self._taken.is_set() and self._stopped.wait(_CLOSING_SECONDS)
         ):

@@ -1,14 +1,12 @@
-"""Several processes that train one model: what they hold together, and what they must agree on.
+"""Several processes that train one model: which tensors they share, and the numbers they must agree on.
 
-A rank sees its own part of the batch (DDP) and its own part of each tensor as well (FSDP2, tensor parallel).
-What is said of a tensor is said of all of it, and of all ranks: so they exchange sizes, and no rank may run
-a forward alone, for in it the others would be waited for.
+A rank has its own part of the batch (DDP), and its own part of each tensor as well (FSDP2, tensor parallel).
+A finding holds for the full tensor on all ranks, so the ranks exchange sizes. No rank may run a forward
+alone: it would wait for the others.
 """
 
 from __future__ import annotations
 
-import math
-import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -17,12 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from clinometer.distributed.reduce import Operation, all_reduce, decode_size, encode_size, reduce_over
 from clinometer.distributed.sharded_tensors import is_distributed, is_sharded
 from clinometer.messages import InputError
-
-_NOTHING = -1.0
-_NAN = 1e300
-"""NaN and infinity as they travel: a reduction of NaN is not the same on every backend."""
+from clinometer.torch_internals.modules import fsdp_groups, gathered, shard_group, was_gathered
 
 
 class Ranks:
@@ -37,12 +33,12 @@ class Ranks:
 
     @property
     def alone(self) -> bool:
-        """Whether there is nobody to agree with."""
+        """Whether no other process shares these tensors."""
         return not self._groups
 
     @property
     def unseen(self) -> bool:
-        """Whether there are other processes, and nothing tells what they share with this one."""
+        """Whether there are other processes, and it is unknown what they share with this one."""
         return self.alone and is_distributed()
 
     @property
@@ -52,7 +48,7 @@ class Ranks:
 
     @property
     def place(self) -> tuple[int, int]:
-        """This process and how many there are."""
+        """The rank of this process, and the number of processes."""
         import torch.distributed as dist
 
         return (0, 1) if self.alone else (dist.get_rank(), dist.get_world_size())
@@ -83,35 +79,35 @@ class Ranks:
         for module in self._modules:
             groups = fsdp_groups(module)
             parts = [part for group in groups for part in group.fsdp_params]
-            if any(not hasattr(part, "_unsharded_param") for part in parts):
+            if not all(map(was_gathered, parts)):
                 module.unshard()  # pyright: ignore[reportCallIssue]
                 module.reshard()  # pyright: ignore[reportCallIssue]
             for part in parts:
                 if id(part.sharded_param) in mine:
-                    found[id(part._unsharded_param)] = part.sharded_param
+                    found[id(gathered(part))] = part.sharded_param
         return found
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so on any rank."""
+        """Whether `flag` is true on any rank."""
         return bool(self._most([float(flag)])[0])
 
     def named_by_any(self, names: Collection[str]) -> set[str]:
-        """The tensors that any rank names."""
+        """The tensors that are in `names` on any rank."""
         flags = self._most([float(name in names) for name in self._tensors])
         return {name for name, flag in zip(self._tensors, flags, strict=True) if flag}
 
     def largest(self, sizes: Mapping[str, float | None]) -> dict[str, float | None]:
         """The largest absolute value of each over all ranks; None where no rank has any."""
-        found = self._most([_encoded(sizes[name]) for name in self._tensors])
-        return {name: _decoded(value) for name, value in zip(self._tensors, found, strict=True)}
+        found = self._most([encode_size(sizes[name]) for name in self._tensors])
+        return {name: decode_size(value) for name, value in zip(self._tensors, found, strict=True)}
 
     def mean(self, values: Sequence[float]) -> list[float]:
         """The mean over ranks of numbers such as losses."""
-        total = self._reduced([*values, 1.0], "SUM")
+        total = self._reduced([*values, 1.0], "sum")
         return [value / total[-1] for value in total[:-1]]
 
     def average_gradients(self) -> None:
-        """`.grad` of plain tensors becomes what DDP would make of it: the mean over ranks."""
+        """`.grad` of plain tensors becomes the mean over ranks, as DDP computes it."""
         if not self._replicas or self.alone:
             return
         import torch.distributed as dist
@@ -125,23 +121,20 @@ class Ranks:
             if name in some:
                 grad = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
                 grad = grad.to_dense() if grad.layout is not torch.strided else grad.contiguous()
-                dist.all_reduce(grad, group=group)
+                all_reduce(grad, "sum", group)
                 tensor.grad = grad.div_(count)
 
     def _most(self, values: list[float]) -> list[float]:
-        return self._reduced(values, "MAX")
+        return self._reduced(values, "max")
 
-    def _reduced(self, values: list[float], kind: str) -> list[float]:
+    def _reduced(self, values: list[float], operation: Operation) -> list[float]:
         if self.alone:
             return values
-        import torch.distributed as dist
-
-        groups = self._groups if kind == "MAX" else self._groups[:1]
-        for group, device in groups:
-            kept = torch.tensor(values, dtype=torch.float64, device=device)
-            dist.all_reduce(kept, getattr(dist.ReduceOp, kind), group=group)
-            values = kept.tolist()
-        return values
+        vector = torch.tensor(values, dtype=torch.float64)
+        # A sum over the first group alone: over several, a rank would count more than once.
+        for group, device in self._groups if operation == "max" else self._groups[:1]:
+            vector = reduce_over(vector, operation, [group], device)
+        return vector.tolist()
 
     def _all_groups(self) -> list[tuple[Any, torch.device]]:
         """Every group of processes that a tensor or a wrapper belongs to, in an order all ranks share."""
@@ -168,7 +161,7 @@ def refuse_flattened(modules: Iterable[nn.Module]) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor; of a sharded one a collective, which every rank must call."""
+    """The full tensor. Of a sharded tensor a collective: every rank must call it."""
     if not is_sharded(tensor):
         return tensor
     distributed: Any = tensor
@@ -176,34 +169,11 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def shard_again(modules: Iterable[nn.Module]) -> None:
-    """FSDP's modules hold shards again, as they do between steps; a forward alone leaves some whole."""
+    """Shard FSDP's modules again, as between steps; a forward without a backward leaves some gathered."""
     for module in modules:
         for group in fsdp_groups(module):
-            if not group.is_sharded:
-                group._to_sharded()
-
-
-def fsdp_groups(module: nn.Module) -> list[Any]:
-    """The groups of parameters that FSDP2 gathers for this module itself."""
-    if not hasattr(module, "_get_fsdp_state") or "torch.distributed.fsdp" not in sys.modules:
-        return []
-    state: Any = module._get_fsdp_state()  # pyright: ignore[reportCallIssue]
-    groups = getattr(state, "_fsdp_param_groups", None)
-    if groups is None:  # before torch 2.12 there was one
-        one = getattr(state, "_fsdp_param_group", None)
-        groups = [] if one is None else [one]
-    return list(groups)
+            shard_group(group)
 
 
 def _param_sync(replica: DistributedDataParallel) -> bool:
     return bool(replica.require_forward_param_sync)
-
-
-def _encoded(size: float | None) -> float:
-    return _NOTHING if size is None else _NAN if math.isnan(size) else min(size, _NAN / 10)
-
-
-def _decoded(value: float) -> float | None:
-    if value == _NOTHING:
-        return None
-    return math.nan if value == _NAN else math.inf if value == _NAN / 10 else value

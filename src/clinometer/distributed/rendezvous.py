@@ -1,9 +1,9 @@
-"""The ranks that watch one sharded training together: who they are, and that each of them really watches.
+"""The ranks that watch one sharded training agree on the tensors, and notice when a rank stops watching.
 
-Under FSDP2 or tensor parallelism a watch is made on every rank, as the optimizer is. That they all came, and
-mean the same, is seen over the process group's store before anything waits for them. What they exchange at
-each step goes over a gloo group of the watch's own: no order of the training's collectives can be disturbed,
-a GPU waits for nothing, and what never comes is given up after a while.
+Under FSDP2 or tensor parallelism a watch is made on every rank, as the optimizer is. Over the process group's
+store the ranks see that all of them came and watch the same, before anything waits for them. What they
+exchange at each step goes over a gloo group of the watch's own: the order of the training's collectives does
+not change, a GPU waits for nothing, and a rank that does not answer is given up after `PATIENCE`.
 """
 
 from __future__ import annotations
@@ -16,34 +16,44 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from clinometer.distributed.sharded_tensors import Together, is_distributed, is_sharded, rank
+from clinometer.distributed.board import Board
+from clinometer.distributed.reduce import ShardReduction
+from clinometer.distributed.sharded_tensors import is_distributed, is_sharded, rank
 from clinometer.messages import InputError, say
+from clinometer.torch_internals.modules import default_store
 
 PATIENCE = 300.0
 """Seconds that a rank waits for the others before it says so and goes on without the watch."""
-_SPEAK = 15.0
-_LOOK_AROUND = 0.1
+_SAY_SO = 15.0
+"""Seconds after which a rank that waits prints for whom."""
+_ASK_WHO_LEFT = 0.1
+"""Seconds after which a rank that waits for an exchange looks whether another rank has left."""
 _made: dict[tuple[int, ...], int] = {}
-"""How many meetings of the same ranks there were: the ranks make their watches in the same order."""
+"""How many watches the same ranks have made: they make them in the same order."""
 
 
-class Meeting:
-    """The ranks that hold parts of the watched tensors, in agreement about what is watched."""
+class WatchRanks:
+    """The ranks that hold parts of the watched tensors, in agreement on what is watched."""
 
-    def __init__(self, tensors: Sequence[Tensor | None], told: dict[str, Any]) -> None:
+    def __init__(self, tensors: Sequence[Tensor | None], signature: dict[str, Any]) -> None:
+        """Raises InputError if a rank does not come, or if its `signature` differs."""
         import torch.distributed as dist
 
-        self.together = Together(tensors)
-        self.ranks = self.together.ranks
+        self.reduction = ShardReduction(tensors)
+        self.ranks = self.reduction.ranks
         self.place = self.ranks.index(rank()) if rank() in self.ranks else 0
         number = _made[self.ranks] = _made.get(self.ranks, 0) + 1
-        self._key = f"clinometer/watch/{'-'.join(map(str, _short(self.ranks)))}/{number}"
-        self._store: Any = dist.distributed_c10d._get_default_store()
+        store: Any = default_store()
+        if store is None:
+            raise InputError("torch.store", torch=torch.__version__)
+        name = f"{self.ranks[0]}-{len(self.ranks)}-{self.ranks[-1]}"
+        self._board = Board(store, f"clinometer/watch/{name}/{number}")
         self._generation = 0
-        self._confirm(told)
+        self._agree(signature)
         self.group: Any = dist.new_group(
             list(self.ranks),
             timeout=timedelta(seconds=PATIENCE),
@@ -53,32 +63,31 @@ class Meeting:
 
     @property
     def writes(self) -> bool:
-        """Whether this rank tells the sinks."""
+        """Whether this rank writes to the sinks."""
         return self.place == 0
 
-    def grown(self, tensors: Sequence[Tensor | None], told: dict[str, Any]) -> None:
-        """There are more tensors: on every rank the same, or InputError."""
-        self.together = Together(tensors)
-        self._confirm(told)
+    def grow(self, tensors: Sequence[Tensor | None], signature: dict[str, Any]) -> None:
+        """Agree on more tensors. Raises InputError as the constructor does."""
+        self.reduction = ShardReduction(tensors)
+        self._agree(signature)
 
-    def left(self, reason: str) -> None:
-        """This rank watches no longer; the others need not wait for it."""
-        self._store.set(f"{self._key}/left/{rank()}", reason)
+    def leave(self, reason: str) -> None:
+        """This rank watches no longer; the others do not wait for it."""
+        self._board.post(f"left/{rank()}", reason)
 
-    def missing(self) -> InputError | None:
-        """What to say of ranks that no longer watch."""
+    def error_of_absent(self) -> InputError | None:
+        """The error to raise if another rank has left."""
         for other in self.ranks:
-            key = f"{self._key}/left/{other}"
-            if other != rank() and self._store.check([key]):
-                return InputError("watch.ranks.left", rank=other, reason=self._store.get(key).decode())
+            if other != rank() and (reason := self._board.read(f"left/{other}")) is not None:
+                return InputError("watch.ranks.left", rank=other, reason=reason)
         return None
 
     def wait_for(self, work: Any, begun: float) -> None:
-        """Until an exchange is there. Raises InputError if a rank left, or after `PATIENCE` seconds."""
+        """Wait for an exchange. Raises InputError if a rank left, or `PATIENCE` seconds after `begun`."""
         pause = 2e-5
         while not work.is_completed():
             passed = time.monotonic() - begun
-            if passed > _LOOK_AROUND and (left := self.missing()) is not None:
+            if passed > _ASK_WHO_LEFT and (left := self.error_of_absent()) is not None:
                 raise left
             if passed > PATIENCE:
                 raise InputError("watch.ranks.silent", seconds=int(passed))
@@ -86,34 +95,35 @@ class Meeting:
             pause = min(2 * pause, 0.02)
         work.wait()
 
-    def _confirm(self, told: dict[str, Any]) -> None:
-        """Everybody came and says the same; else InputError on every rank that waits."""
+    def _agree(self, signature: dict[str, Any]) -> None:
+        """Every rank posts its signature and reads the others'. Raises InputError on all that wait."""
         self._generation += 1
-        base = f"{self._key}/{self._generation}"
-        self._store.set(f"{base}/{rank()}", json.dumps(told, sort_keys=True))
-        absent = [other for other in self.ranks if other != rank()]
-        begun, spoken = time.monotonic(), False
-        while absent := [other for other in absent if not self._store.check([f"{base}/{other}"])]:
-            passed = time.monotonic() - begun
-            names = ", ".join(map(str, absent[:8]))
-            if passed > PATIENCE:
-                self._store.delete_key(f"{base}/{rank()}")  # nobody shall count on this rank
-                _made[self.ranks] -= 1
-                raise InputError("watch.ranks.absent", ranks=names, seconds=int(passed))
-            if passed > _SPEAK and not spoken:
-                spoken = True
-                print(say("watch.ranks.waiting", ranks=names), file=sys.stderr)
-            time.sleep(min(0.001 + passed / 10, 0.2))
-        for other in self.ranks:
-            theirs = json.loads(self._store.get(f"{base}/{other}"))
-            for key, mine in told.items():
+        names = {other: f"{self._generation}/{other}" for other in self.ranks}
+        self._board.post(f"{self._generation}/{rank()}", json.dumps(signature, sort_keys=True))
+        everyone, begun = list(names.values()), time.monotonic()
+        complete = self._board.wait(everyone, min(_SAY_SO, PATIENCE))
+        if not complete and PATIENCE > _SAY_SO:
+            print(say("watch.ranks.waiting", ranks=self._absent(names)), file=sys.stderr)
+            complete = self._board.wait(everyone, PATIENCE - _SAY_SO)
+        if not complete:
+            absent = self._absent(names)
+            self._board.remove(f"{self._generation}/{rank()}")  # a late rank must not count on this one
+            _made[self.ranks] -= 1
+            raise InputError("watch.ranks.absent", ranks=absent, seconds=int(time.monotonic() - begun))
+        for other, name in names.items():
+            theirs = json.loads(self._board.read(name) or "{}")
+            for key, mine in signature.items():
                 if theirs.get(key) != mine:
                     raise InputError(
                         "watch.ranks.differ", rank=other, what=key, theirs=theirs.get(key), mine=mine
                     )
 
+    def _absent(self, names: dict[int, str]) -> str:
+        missing = set(self._board.absent(list(names.values())))
+        return ", ".join([str(other) for other, name in names.items() if name in missing][:8])
 
-def told_of(watched: Sequence[Any], every: int, optimizers: Sequence[str]) -> dict[str, Any]:
+
+def watch_signature(watched: Sequence[Any], every: int, optimizers: Sequence[str]) -> dict[str, Any]:
     """What must be the same on all ranks; the long list of tensors as its length and a digest."""
     listed = [[one.name, list(one.shape), one.dtype] for one in watched]
     digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
@@ -126,11 +136,7 @@ def any_sharded(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def replicas(model: Any) -> list[DistributedDataParallel]:
-    """DDP's wrappers in a model, of several processes."""
+    """The DDP wrappers in a model, if there are several processes."""
     if not isinstance(model, nn.Module) or not is_distributed():
         return []
     return [part for part in model.modules() if isinstance(part, DistributedDataParallel)]
-
-
-def _short(ranks: tuple[int, ...]) -> tuple[int, ...]:
-    return (ranks[0], len(ranks), ranks[-1])

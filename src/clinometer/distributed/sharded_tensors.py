@@ -1,22 +1,22 @@
-"""Tensors that several processes hold in parts, and the sums and maxima of all of them.
+"""Tensors that several processes hold in parts: which part is here, and whether it counts in a sum.
 
 A DTensor (FSDP2, tensor parallel) has a part here and the rest on other ranks: `p.grad.norm().item()` sees
-the part. What is added up over the ranks' parts is exact if each entry counts once: along a mesh dimension
-where the tensor is replicated, only the first rank counts. Everything that is to be added or compared travels
-in one vector, so that a step costs one reduction for each kind, however many tensors there are.
+the part. A sum over the ranks' parts (reduce.py) is exact if each entry counts once: along a mesh dimension
+where the tensor is replicated, only the first rank counts.
 
 Nothing here imports torch.distributed before a DTensor was seen.
 """
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from clinometer.torch_internals.tensors import version_of
 
 _WHOLE = (Tensor, torch.nn.Parameter)
 
@@ -61,12 +61,12 @@ def _part(distributed: Any) -> Tensor:
 
 
 def version(tensor: Tensor) -> int:
-    """Another number after anybody wrote to the tensor in place; FSDP writes to a DTensor's part."""
+    """A number that changes when the tensor is written in place; FSDP writes to a DTensor's part."""
     if not is_sharded(tensor):
-        return tensor._version
+        return version_of(tensor)
     distributed: Any = tensor
     with torch.no_grad():
-        return tensor._version + distributed.to_local()._version
+        return version_of(tensor) + version_of(distributed.to_local())
 
 
 def counts_here(tensor: Tensor) -> bool:
@@ -98,7 +98,7 @@ def place_here(tensor: Tensor, index: Sequence[int]) -> tuple[int, ...] | None:
                 placements.append(type(placement)(0, split_factor=placement.split_factor))
             else:
                 placements.append(Shard(0))
-        # Numbered and spread in the same way, without a word to the others.
+        # Numbered and spread in the same way, without communication.
         numbers = distribute_tensor(
             torch.arange(size), distributed.device_mesh, placements, src_data_rank=None
         ).to_local()
@@ -107,97 +107,3 @@ def place_here(tensor: Tensor, index: Sequence[int]) -> tuple[int, ...] | None:
             return None
         found.append(places[0])
     return tuple(found)
-
-
-class Together:
-    """The ranks that hold `tensors`, and one reduction for whatever is measured of them.
-
-    `tensors`: the same, in the same order, on every rank. What is no DTensor (or None, for numbers that
-    belong to no tensor) is a copy on each rank; the first's counts. Without a DTensor nothing is exchanged.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor | None]) -> None:
-        by_ranks: dict[tuple[int, ...], list[int]] = {}
-        meshes: dict[tuple[int, ...], Any] = {}
-        for index, tensor in enumerate(tensors):
-            if tensor is not None and is_sharded(tensor):
-                mesh: Any = tensor.device_mesh  # pyright: ignore[reportAttributeAccessIssue]
-                ranks = tuple(sorted(mesh.mesh.flatten().tolist()))
-                by_ranks.setdefault(ranks, []).append(index)
-                # Of several meshes over the same ranks, the flattest: fewer reductions.
-                if ranks not in meshes or mesh.ndim < meshes[ranks].ndim:
-                    meshes[ranks] = mesh
-        self.tensors = len(tensors)
-        self.ranks: tuple[int, ...] = tuple(sorted({rank for ranks in by_ranks for rank in ranks}))
-        """All ranks that hold a part of some tensor; none if nothing is sharded."""
-        self._rounds: list[tuple[list[int] | None, list[Any], torch.device]] = []
-        self._counts = [t is None or not is_sharded(t) or counts_here(t) for t in tensors]
-        self._once = list(self._counts)
-        if not by_ranks:
-            return
-        widest = max(by_ranks, key=len)
-        copies = [i for i, tensor in enumerate(tensors) if tensor is None or not is_sharded(tensor)]
-        by_ranks[widest] = sorted([*by_ranks[widest], *copies])
-        for index in copies:
-            self._counts[index] = widest[0] == rank()
-        # Over all ranks at once, a tensor spread over some of them has copies on others: the first's count.
-        for ranks, indices in by_ranks.items():
-            for index in indices:
-                self._once[index] = self._counts[index] and self.ranks[0] in ranks
-        for ranks, indices in by_ranks.items():
-            everything = None if len(by_ranks) == 1 else indices
-            device = torch.device(meshes[ranks].device_type)
-            self._rounds.append((everything, _groups(meshes[ranks], ranks), device))
-
-    @property
-    def alone(self) -> bool:
-        """Whether there is nobody to add up with."""
-        return not self._rounds
-
-    @property
-    def counts(self) -> list[bool]:
-        """For each tensor whether its part here counts in a sum."""
-        return list(self._counts)
-
-    @property
-    def counts_once(self) -> list[bool]:
-        """The same for one sum over all of `ranks` at once."""
-        return list(self._once)
-
-    def sums(self, values: Tensor) -> Tensor:
-        """Sums over the ranks of `values` [number of tensors, …], float64; each entry counted once."""
-        if self.alone:
-            return values
-        counts = torch.tensor(self._counts, device=values.device)
-        counts = counts.view(-1, *[1] * (values.ndim - 1))
-        return self._reduced(torch.where(counts, values, 0.0), "SUM")
-
-    def maxima(self, values: Tensor) -> Tensor:
-        """The largest over the ranks of `values` [number of tensors, …]; NaN counts as infinity."""
-        if self.alone:
-            return values
-        # A reduction of NaN is not the same on every backend.
-        return self._reduced(values.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf), "MAX")
-
-    def _reduced(self, values: Tensor, kind: str) -> Tensor:
-        import torch.distributed as dist
-
-        found = values.clone()
-        for indices, groups, device in self._rounds:
-            mine = (values if indices is None else values[indices]).to(device).contiguous()
-            mine = mine.clone() if mine.data_ptr() == values.data_ptr() else mine
-            for group in groups:
-                dist.all_reduce(mine, getattr(dist.ReduceOp, kind), group=group)
-            if indices is None:
-                return mine.to(values.device)
-            found[indices] = mine.to(values.device)
-        return found
-
-
-def _groups(mesh: Any, ranks: tuple[int, ...]) -> list[Any]:
-    """One group with exactly these ranks if there is one, else those of the mesh's dimensions, one by one."""
-    import torch.distributed as dist
-
-    if ranks == tuple(range(dist.get_world_size())):
-        return [dist.group.WORLD]
-    return list(mesh.get_all_groups())

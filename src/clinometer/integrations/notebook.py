@@ -18,7 +18,6 @@ from clinometer.integrations.optional_packages import need
 from clinometer.messages import InputError, say
 from clinometer.monitoring.alerts.alerts import render
 from clinometer.monitoring.watch import Watch
-from clinometer.record.format.schema import STATISTICS
 from clinometer.record.read.reader import RunFile
 from clinometer.record.write.recorder import Recorder
 
@@ -105,7 +104,7 @@ def _read(file: RunFile) -> dict[str, Any]:
             {"text": render(alert), "open": alert["until"] is None, "severity": alert["severity"]}
             for alert in reversed(alerts)
         ],
-        "tensors": _tensors(file.tensors(), [] if row is None else row["statistics"]),
+        "tensors": _tensors(file.tensors(), [] if row is None else row["statistics"], info["statistics"]),
     }
 
 
@@ -126,9 +125,9 @@ def _loss(file: RunFile) -> dict[str, list[Any]]:
     return {"step": curve["step"].tolist(), "value": [_plain(value) for value in curve["loss"]["mean"]]}
 
 
-def _tensors(tensors: list[dict[str, Any]], statistics: Iterable[Any]) -> dict[str, Any]:
+def _tensors(tensors: list[dict[str, Any]], statistics: Iterable[Any], names: list[str]) -> dict[str, Any]:
     """The last step, a row a tensor: gradient norm, share of zeros, weight norm, update / weight."""
-    at = {name: column for column, name in enumerate(STATISTICS)}
+    at = {name: column for column, name in enumerate(names)}
     rows = []
     for tensor, values in zip(tensors[:TENSORS], statistics, strict=False):
         weight, update = float(values[at["weight_norm"]]), float(values[at["update_norm"]])

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from clinometer.lm import functional
 from clinometer.lm.functional import BLOCK_WEIGHTS, Rotation
+from clinometer.torch_internals.kernels import linear_onednn
 
 LONGEST_BY_ROWS = 512
 """Attention by rows keeps S²/2 weights a head for its backward; beyond this many positions the kernel that
@@ -36,7 +37,7 @@ _library.define("linear_onednn(Tensor x, Tensor weight) -> Tensor")
 
 
 def _linear_onednn(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return linear_onednn(x, weight, None, "none", [], "")
 
 
 _library.impl("linear_onednn", _linear_onednn, "CPU")
@@ -132,7 +133,7 @@ def onednn_is_faster(size: int = 1024, rounds: int = 5) -> bool:
 
     On Intel's processors the two are alike; on AMD's, MKL is the slower one.
     """
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+    if not torch.backends.mkldnn.is_available() or linear_onednn is None:
         return False
     generator = torch.Generator().manual_seed(0)  # its own: a measurement moves no random number of the run
     x, weight = (torch.randn(size, size, generator=generator) for _ in range(2))

@@ -18,6 +18,8 @@ from clinometer.lm import functional
 from clinometer.lm.model import Attention, FeedForward, TransformerBlock, TransformerLM, Weight
 from clinometer.lm.products import pack
 from clinometer.lm.transformer_config import RMS_NORM_EPS
+from clinometer.torch_internals.modules import any_global_hook, has_forward_hooks, own_parameters
+from clinometer.torch_internals.tensors import version_of
 
 WORTH_PACKING = 32
 """Tokens still to make from which copying the weights pays: it costs what 7 to 26 tokens of
@@ -148,7 +150,10 @@ class Decoders:
         if self._decoder is None and tokens < WORTH_PACKING:
             return None
         weights = [
-            weight for module in self._modules for weight in module._parameters.values() if weight is not None
+            weight
+            for module in self._modules
+            for weight in own_parameters(module).values()
+            if weight is not None
         ]
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weights[0].dtype
         if self._decoder is None:
@@ -158,9 +163,9 @@ class Decoders:
                 return None
             with torch.autocast("cpu", enabled=False):
                 self._decoder = Decoder(self._model, self._rows, dtype, self._positions)
-            self._seen = [(id(weight), weight._version) for weight in weights]
+            self._seen = [(id(weight), version_of(weight)) for weight in weights]
         elif dtype != self._decoder.dtype or self._seen != [
-            (id(weight), weight._version) for weight in weights
+            (id(weight), version_of(weight)) for weight in weights
         ]:
             self._decoder, self._given_up = None, True
         return self._decoder
@@ -169,11 +174,11 @@ class Decoders:
 def _instrumented(modules: Sequence[nn.Module]) -> bool:
     """Whether calling a module does more than `functional` does: a hook, a subclass, a wrapped forward."""
     for module in modules:
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+        if has_forward_hooks(module) or "forward" in module.__dict__:
             return True
         if type(module) not in KNOWN:
             return True
-    return bool(torch.nn.modules.module._has_any_global_hook())
+    return any_global_hook()
 
 
 def _plain(weights: Sequence[Tensor]) -> bool:

@@ -15,6 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clinometer.torch_internals.kernels import (
+    has_blocked_products,
+    linear_blocked,
+    linear_blocked_binary,
+    onednn_multiplies_bfloat16,
+    to_blocked,
+)
+
 SMALL = 2**18
 """Bytes of a weight below which oneDNN's 15 µs a call are more than it saves."""
 
@@ -67,24 +75,21 @@ class BlockedProduct:
     """The product with the weight copied into oneDNN's layout."""
 
     def __init__(self, weight: Tensor) -> None:
-        self._blocked = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
-        # Looked up once: an operator's name costs as much as a small one's work.
-        self._linear = torch.ops.mkldnn._linear_pointwise.default
-        self._binary = torch.ops.mkldnn._linear_pointwise.binary
+        self._blocked = to_blocked(weight, ROWS)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._linear(x, self._blocked, None, "none", [], "")
+        return linear_blocked(x, self._blocked, None, "none", [], "")
 
     def silu(self, x: Tensor) -> Tensor:
-        return self._linear(x, self._blocked, None, "swish", [], "")
+        return linear_blocked(x, self._blocked, None, "swish", [], "")
 
     def times(self, x: Tensor, gate: Tensor) -> Tensor:
-        return self._binary(x, gate, self._blocked, None, "mul")
+        return linear_blocked_binary(x, gate, self._blocked, None, "mul")
 
     def plus(self, x: Tensor, residual: Tensor) -> Tensor:
         if residual.dtype != x.dtype:  # a float32 residual of bfloat16 products
             return residual + self(x)
-        return self._binary(x, residual, self._blocked, None, "add")
+        return linear_blocked_binary(x, residual, self._blocked, None, "add")
 
 
 def blocks(dtype: torch.dtype) -> bool:
@@ -92,11 +97,9 @@ def blocks(dtype: torch.dtype) -> bool:
     instructions for it, bfloat16, on x86."""
     if platform.machine().lower() not in ("x86_64", "amd64") or not torch.backends.mkldnn.is_available():
         return False
-    if not torch.backends.mkldnn.enabled or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if not torch.backends.mkldnn.enabled or not has_blocked_products():
         return False
-    return dtype == torch.float32 or (
-        dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and onednn_multiplies_bfloat16())
 
 
 def pack(weight: Tensor, rows: int) -> Product:

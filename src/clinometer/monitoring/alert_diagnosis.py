@@ -1,4 +1,4 @@
-"""Asking diagnose() in the middle of a run."""
+"""Running diagnose() in the middle of a run, and results as the data of an event."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from clinometer.messages import LANGUAGES
 
 
 def diagnose_now(model: Any, closure: Callable[[], Any]) -> dict[str, Any]:
-    """The data of a "report" event: the diagnosis of this batch, or why there is none."""
+    """The data of a "report" event: the diagnosis of this batch, or the error that prevented it."""
     try:
         with torch.enable_grad():
             result = diagnose(model, closure)
@@ -23,7 +23,7 @@ def diagnose_now(model: Any, closure: Callable[[], Any]) -> dict[str, Any]:
 
 
 def report_data(result: Result) -> dict[str, Any]:
-    """The data of a "report" event: a diagnosis or a check, as a document and in words."""
+    """The data of a "report" event: a diagnosis or a check, as a document and as text in every language."""
     name = type(result).__name__
     return {
         "kind": "diagnosis" if name == "Diagnosis" else "check",

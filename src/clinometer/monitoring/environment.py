@@ -1,4 +1,4 @@
-"""What a run takes place in: versions, and the memory it uses."""
+"""The environment of a run: versions, and the memory it uses."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _host = _peak_of_process()
 
 
 def memory_in_use(device: torch.device | None) -> float | None:
-    """Peak bytes: of the process on the CPU, allocated on a GPU; None where nobody tells."""
+    """Peak bytes: of the process on the CPU, allocated on a GPU; None if unknown."""
     if device is not None and device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     return _host() if _host is not None else None

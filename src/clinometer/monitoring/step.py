@@ -1,11 +1,11 @@
-"""What a watch knows between two steps, and how a step's numbers come together."""
+"""What a watch knows between two steps, and how the numbers of a step come together."""
 
 from __future__ import annotations
 
 import math
 import time
-import weakref
 from collections.abc import Callable, Iterable, Sequence
+from enum import Enum
 from typing import Any
 
 import torch
@@ -19,63 +19,85 @@ from clinometer.monitoring.alert_diagnosis import diagnose_now
 from clinometer.monitoring.alerts.alerts import Alerts
 from clinometer.monitoring.alerts.facts import Tensors, facts_of
 from clinometer.monitoring.environment import environment, memory_in_use
+from clinometer.monitoring.listen.loss_scale import LossScale, Scaling
 from clinometer.monitoring.listen.losses import Losses
 from clinometer.monitoring.listen.zero_grad import Chains
-from clinometer.monitoring.measure.first_micro_batch import FirstPart
-from clinometer.monitoring.measure.noise_scale import EVERY as NOISE_EVERY
+from clinometer.monitoring.measure.noise_scale import FirstMicroBatch
 from clinometer.monitoring.measure.pins import Pins
 from clinometer.monitoring.measure.shard_measures import Shards
 from clinometer.monitoring.measure.small_tensors import Gradients
-from clinometer.monitoring.measure.statistics import STATISTICS, Scratch
+from clinometer.monitoring.measure.statistics import Scratch
 from clinometer.monitoring.measure.step_row import StepRow, refresh
-from clinometer.monitoring.measure.tensor_description import describe, order_of_use
-from clinometer.monitoring.measure.watched_tensors import Roster
-from clinometer.monitoring.sinks import Outlet
+from clinometer.monitoring.measure.watched_tensors import Roster, describe, order_of_use
+from clinometer.monitoring.sinks import SinkGroup
+from clinometer.vocabulary import STATISTICS
 
 HISTOGRAMS_EVERY = 16
 
 
-class StepWatch:
-    """Called by Watch, which guards it; under no_grad and without autocast."""
+class Phase(Enum):
+    """Where a watch is between two steps.
 
-    def __init__(self, model: Any, optimizers: Sequence[Optimizer], outlet: Outlet, every: int) -> None:
+        WAITING ──▶ OPEN ──every optimizer stepped──▶ COMPLETE ──flush──▶ REPORTED
+                     ▲                                   │                   │
+                     └────────── the next step ──────────┴───────────────────┘
+
+    A step opens when its gradients are first clipped, or when an optimizer's step begins. COMPLETE is not yet
+    REPORTED, because the loop may still log numbers of the step, and a GPU may still compute them: a step is
+    reported when the next one opens, or by `flush`.
+    """
+
+    WAITING = "no step was seen yet"
+    OPEN = "gradients are clipped and read, optimizers step"
+    COMPLETE = "every optimizer has stepped; the sinks do not know the step yet"
+    REPORTED = "the sinks know the step"
+
+
+class DiagnosisPhase(Enum):
+    """diagnose() runs once, at the first gradient with NaN or Inf: NOT_RUN ──▶ RUNNING ──▶ DONE."""
+
+    NOT_RUN = "no gradient was NaN or Inf, or there is no closure"
+    RUNNING = "its own forward and backward are heard, and ignored"
+    DONE = "its report was written"
+
+
+class StepWatch:
+    """The handlers of a watch. Watch calls each of them guarded, under no_grad and without autocast."""
+
+    def __init__(self, model: Any, optimizers: Sequence[Optimizer], sinks: SinkGroup, every: int) -> None:
         if isinstance(model, nn.Module):
             refuse_flattened(model.modules())
         self.roster = Roster(model, optimizers)
         self.shards = Shards(self.roster, every)
-        self._first_part = FirstPart(self.roster, self.shards)
-        if not self.shards.writes or (self._first_part.replicated and rank() != 0):
-            outlet.sinks.clear()  # the same numbers on every rank: the first alone writes
-        self.outlet = outlet
+        self._first_batch = FirstMicroBatch(self.roster, self.shards)
+        if not self.shards.writes or (self._first_batch.replicated and rank() != 0):
+            sinks.sinks.clear()  # the same numbers on every rank: the first alone writes
+        self.sinks = sinks
         self.every = every
         self.step = 0
         self.closure: Callable[[], Any] | None = None
         self.pins = Pins()
-        self.alerts = Alerts(self.outlet.alert)
+        self.alerts = Alerts(self.sinks.alert)
+        self._phase = Phase.WAITING
+        self._diagnosis = DiagnosisPhase.NOT_RUN
         self._losses = Losses()
         self._chains = Chains(self.roster)
-        self._parts_before = 0
-        self._unmeasured: set[int] = set()
-        """Optimizers that have stepped since their weights were measured."""
-        self._scratch, self._joined = Scratch(), Gradients()
+        self._scale = LossScale()
+        self._scratch, self._small_gradients = Scratch(), Gradients()
         self._row: StepRow | None = None
-        """The step under way, or the last one until the next begins."""
-        self._whole = False
-        """Nothing more is coming for the row, but what is logged."""
+        """The step under way, or the last one until the next opens; None while WAITING."""
+        self._unmeasured: set[int] = set()
+        """Ids of the optimizers that have stepped since their weights were measured."""
+        self._step_began: set[int] = set()
+        """Ids of the optimizers whose step() was called since the scaler was asked to step them."""
         self._described: list[dict[str, Any]] = []
         self._known: Tensors | None = None
         self._positions: dict[int, int] = {}
         self._last_time: float | None = None
-        self._logged_first: dict[str, bool] = {}
-        """For each name that is logged: whether it comes before the step it belongs to."""
-        self._coming: dict[str, Any] = {}
-        self._batch_coming: dict[str, Any] | None = None
-        self._scaler: Callable[[], Any] = lambda: None
-        self._scaling = False
-        self._unscaled: set[int] = set()
-        self._began: set[int] = set()
-        self._asking = False
-        self._diagnosed = False
+        self._comes_before: dict[str, bool] = {}
+        """For each name that the loop logs: whether it comes before the step it belongs to."""
+        self._next_scalars: dict[str, Any] = {}
+        self._next_batch: dict[str, Any] | None = None
 
     # The run as a whole.
 
@@ -85,55 +107,57 @@ class StepWatch:
         run = {"name": name, "started": time.time(), "config": config, "environment": environment()}
         run |= {"statistics": list(STATISTICS), "every": self.every, "model": type(model).__name__}
         run["optimizers"] = [type(o).__name__ for o in self.roster.living()]
-        self.outlet.tell("begin", run)
+        self.sinks.begin(run)
 
     def let_go(self) -> None:
-        """Give the memory back, and hold nobody."""
+        """Free the copies of the weights, and drop the closure."""
         for one in self.roster.watched:
             one.before = one.room = None
-        self._row = self.closure = None
+        self._row, self._phase, self.closure = None, Phase.WAITING, None
 
     def leave(self, reason: str) -> None:
-        """Over, for this rank: others that watch the same sharded tensors need not wait for it."""
+        """This rank watches no longer; other ranks of the same sharded tensors do not wait for it."""
         self.shards.leave(reason)
 
     def event(self, kind: str, data: dict[str, Any]) -> None:
-        self.outlet.tell("event", self.step, time.time(), kind, data)
+        self.sinks.event(self.step, time.time(), kind, data)
 
     def log(self, values: dict[str, Any]) -> None:
         for name, value in values.items():
-            first = self._logged_first.setdefault(name, self._row is None)
-            row = self._row
-            if row is not None and (not self._whole or not (first or self._losses.parts)):
-                row.scalars[name] = value
-            else:
-                self._coming[name] = value
+            number = value.detach() if isinstance(value, Tensor) else float(value)
+            row = self._row_of_logged(name)
+            (self._next_scalars if row is None else row.scalars)[name] = number
 
     def log_batch(self, identity: dict[str, Any]) -> None:
-        first = self._logged_first.setdefault("batch", self._row is None)
-        row = self._row
-        if row is not None and (not self._whole or not (first or self._losses.parts)):
-            row.batch = identity
+        row = self._row_of_logged("batch")
+        if row is None:
+            self._next_batch = identity
         else:
-            self._batch_coming = identity
+            row.batch = identity
+
+    def _row_of_logged(self, name: str) -> StepRow | None:
+        """The row that a logged value belongs to; None for the step that follows."""
+        before = self._comes_before.setdefault(name, self._phase is Phase.WAITING)
+        if self._phase is Phase.OPEN or not (before or self._losses.parts):
+            return self._row
+        return None
 
     # Around the optimizer's step.
 
     def before_step(self, optimizer: Optimizer) -> None:
-        self._began.add(id(optimizer))
-        row = self._row_for(optimizer)
-        self._read(row, optimizer)
+        self._step_began.add(id(optimizer))
+        self._read(self._row_for(optimizer), optimizer)
 
     def before_closure(self, optimizer: Optimizer) -> None:
-        self._began.add(id(optimizer))
+        self._step_began.add(id(optimizer))
         self._row_for(optimizer)
 
     def closure_ran(self, optimizer: Optimizer) -> None:
-        row = self._row
-        if row is not None and not self._whole and id(optimizer) not in row.stepped:
+        row = self._open_row()
+        if row is not None and id(optimizer) not in row.stepped:
             if id(optimizer) not in row.read_for:
                 self._read(row, optimizer)
-            self._losses.take()  # what later rounds say is no part of the loss
+            self._losses.take()  # later evaluations of the closure are not part of the loss
 
     def after_step(self, optimizer: Optimizer) -> None:
         found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer skips by itself
@@ -144,19 +168,28 @@ class StepWatch:
             self._read(self._row_for(optimizer), optimizer)
             self._stepped(optimizer, taken=False)
 
+    def _open_row(self) -> StepRow | None:
+        """The row of the step under way; None if no step is open."""
+        return self._row if self._phase is Phase.OPEN else None
+
     def _row_for(self, optimizer: Optimizer) -> StepRow:
-        """The row of the step under way; a new one if this optimizer had its turn in the last."""
-        row = self._row
-        if row is not None and not self._whole and id(optimizer) in row.stepped:
-            self._close_row(row)
-        if row is not None and not self._whole:
+        """The row of the step under way; a new one if this optimizer has already stepped in it."""
+        row = self._open_row()
+        if row is not None and id(optimizer) in row.stepped:
+            self._complete(row)
+        return self._row_in_hand()
+
+    def _row_in_hand(self) -> StepRow:
+        """The row of the step under way; a new one if no step is open."""
+        row = self._open_row()
+        if row is not None:
             return row
         self.flush()
-        return self._open_row()
+        return self._begin_row()
 
-    def _open_row(self) -> StepRow:
+    def _begin_row(self) -> StepRow:
         if self.roster.grew():
-            self.shards.meet()
+            self.shards.agree()
         number = self.step + 1
         measured = (number - 1) % self.every == 0
         # The same steps however often the run is stopped and resumed.
@@ -164,10 +197,10 @@ class StepWatch:
         histograms = measured and (number - 1) // HISTOGRAMS_EVERY > (before - 1) // HISTOGRAMS_EVERY
         self.pins.forget()
         self._row = row = StepRow(number, self.roster.watched, measured=measured, histograms=histograms)
-        self._whole = False
-        row.scalars.update(self._coming)
-        row.batch = self._batch_coming
-        self._coming, self._batch_coming = {}, None
+        self._phase = Phase.OPEN
+        row.scalars.update(self._next_scalars)
+        row.batch = self._next_batch
+        self._next_scalars, self._next_batch = {}, None
         return row
 
     def _read(self, row: StepRow, optimizer: Optimizer) -> None:
@@ -181,28 +214,27 @@ class StepWatch:
         if not row.measured:
             return
         if self.roster.grew():
-            self.shards.meet()
+            self.shards.agree()
             row.widen(self.roster.watched)
-        mine = [*self.roster.owned_by(optimizer), *(self.roster.unowned if first else ())]
-        refresh(
-            self.roster.owned_by(optimizer), self._joined.places, stepped=id(optimizer) in self._unmeasured
-        )
+        owned, places = self.roster.owned_by(optimizer), self._small_gradients.places
+        refresh(owned, places, stepped=id(optimizer) in self._unmeasured)
         self._unmeasured.discard(id(optimizer))
         if first:  # apart, because another optimizer may be the first of the next round
-            refresh(self.roster.unowned, self._joined.places)
-        self._read_gradients(row, mine, getattr(optimizer, "grad_scale", None))
+            refresh(self.roster.unowned, places)
+        watched = [*owned, *(self.roster.unowned if first else ())]
+        self._read_gradients(row, watched, getattr(optimizer, "grad_scale", None))
         self.pins.before(optimizer)
-        if self._scaler() is None and self._may_ask() and self.shards.any(row.nonfinite()):
-            self._ask(row)
+        if not self._scale.is_used and self._may_diagnose() and self.shards.any(row.nonfinite()):
+            self._diagnose()
 
     def _read_gradients(self, row: StepRow, watched: list[Any], scale: Any) -> None:
-        read = row.read_gradients(watched, self.roster.living(), self._scratch, self._joined)
+        read = row.read_gradients(watched, self.roster.living(), self._scratch, self._small_gradients)
         if scale is not None and read:  # a fused optimizer takes the scale off by itself
             row.scales.append((read, torch.as_tensor(scale).clone()))
 
     def _stepped(self, optimizer: Optimizer, *, taken: bool) -> None:
-        row = self._row
-        if row is None or self._whole:
+        row = self._open_row()
+        if row is None:
             return
         row.taken = row.taken and taken
         if row.measured:
@@ -218,11 +250,11 @@ class StepWatch:
         self._chains.stepped(optimizer)
         self.step = row.step
         if all(id(o) in row.stepped for o in self.roster.living()):
-            self._close_row(row)
+            self._complete(row)
 
-    def _close_row(self, row: StepRow) -> None:
-        """All is there that can be known without waiting."""
-        self._whole = True
+    def _complete(self, row: StepRow) -> None:
+        """OPEN → COMPLETE: add what is known without waiting for a device."""
+        self._phase = Phase.COMPLETE
         row.time = time.time()
         now = time.perf_counter()
         if self._last_time is not None:
@@ -234,33 +266,31 @@ class StepWatch:
             row.scalars.setdefault("loss", sum(row.losses))
         if (memory := memory_in_use(row.device)) is not None:
             row.scalars["memory"] = memory
-        scaler = self._scaler()
-        if scaler is not None and scaler._scale is not None:
-            row.scalars["grad_scale"] = scaler._scale.clone()
-        row.first_square, row.noise_ranks = self._first_part.take()
-        self._parts_before = row.parts
-        self._scaling, self._unscaled = False, set()
-        if row.device is None:  # what a GPU still computes is sent when it has arrived
+        if (scale := self._scale.value()) is not None:
+            row.scalars["grad_scale"] = scale
+        self._first_batch.step_complete(row)
+        self._scale.step_complete()
+        if row.device is None:  # the numbers of a GPU are sent when they have arrived
             self.shards.send(row, self.pins, self.closure)
 
     def flush(self) -> None:
-        """Tell the sinks the last whole step, if they do not know it yet."""
+        """COMPLETE → REPORTED: pass the last complete step to the sinks and to the alert rules."""
         row = self._row
-        if row is None or not self._whole or row.told:
+        if row is None or self._phase is not Phase.COMPLETE:
             return
-        row.told = True
+        self._phase = Phase.REPORTED
         if not row.measured:
             return
         self.shards.receive(row, self.pins, self.closure)
         row.finish()
-        self._first_part.tell(row)
+        self._first_batch.add_noise_scale(row)
         self._describe()
         statistics = row.statistics.astype("float32")
-        self.outlet.tell("step", row.step, row.time, row.scalars, statistics)
+        self.sinks.step(row.step, row.time, row.scalars, statistics)
         if row.counts is not None:
-            self.outlet.tell("histograms", row.step, row.counts)
+            self.sinks.histograms(row.step, row.counts)
         if pinned := self.pins.take(row.scalars.get("clip", 1.0)):
-            self.outlet.tell("weights", row.step, pinned)
+            self.sinks.weights(row.step, pinned)
         if self._known is None or len(self._known.names) != len(row.statistics):
             self._known = Tensors.of(self.roster, self._described[: len(row.statistics)])
         self.alerts.look(facts_of(row, self.roster, self._known))
@@ -268,47 +298,45 @@ class StepWatch:
     def _describe(self) -> None:
         if len(self._described) < len(self.roster.watched):
             self._described = describe(self.roster.watched, self.roster.groups(), self._positions)
-            self.outlet.tell("tensors", self._described)
+            self.sinks.tensors(self._described)
 
-    # What torch's functions say (seams.py).
+    # What torch's functions report (listen/torch_calls.py). The calls of our own diagnosis are ignored.
 
     def backward_begins(self, losses: Sequence[Tensor]) -> None:
-        if self._asking:
+        if self._diagnosis is DiagnosisPhase.RUNNING:
             return
         if not self._positions:
             self._positions = order_of_use(losses, self.roster.watched, self.shards.stand_ins())
         self._chains.backward_begins()
-        self._losses.begins([*self.roster.tensors(), *self.shards.gathered()])
+        self._losses.begins([*self.roster.tensors(), *self.shards.gathered_parameters()])
 
     def backward_failed(self) -> None:
         self._losses.failed()
 
     def backward_ended(self, losses: Sequence[Tensor], given: Any) -> None:
-        if self._asking:
+        if self._diagnosis is DiagnosisPhase.RUNNING:
             return
-        scaler = self._scaler()
-        scale = scaler._scale if scaler is not None and self._scaling else None
         tensors = self.roster.tensors()
         self._chains.backward_ended()
-        if not self._losses.ended([*tensors, *self.shards.gathered()], losses, given, scale, len(tensors)):
+        scale = self._scale.of_loss()
+        reached = [*tensors, *self.shards.gathered_parameters()]
+        if not self._losses.ended(reached, losses, given, scale, own=len(tensors)):
             return
         self.shards.backwards += self._losses.reduced
-        row = self._row
-        if row is not None and not self._whole:
+        row = self._open_row()
+        if row is not None:
             row.read.clear()  # what was measured when values were clipped is out of date
-        due = (self.step % NOISE_EVERY) == 0 and self._parts_before >= 2
-        if due and self._losses.parts == 1 and self._losses.clean:
-            self._first_part.measure()
+        self._first_batch.backward_ended(self.step, self._losses.parts, clean=self._losses.clean)
 
     def clipping(self, grads: Iterable[Tensor], total_norm: Any, max_norm: float) -> None:
         row, indices = self._row_of(grads)
-        if row is None or self._asking:
+        if row is None or self._diagnosis is DiagnosisPhase.RUNNING:
             return
         row.clipped = True
-        row.clipped_while_scaled |= self._scaling and not self._unscaled
+        row.clipped_while_scaled |= self._scale.phase is Scaling.SCALED
         if is_sharded(total_norm):
-            # Its value is known when all ranks have told their part. Measured now, no value is needed.
-            self._look_now(row)
+            # Its value is known when all ranks have sent their part. Measured now, no value is needed.
+            self._read_before_change(row)
             if max_norm < math.inf:
                 row.clips_seen.append((indices, max_norm))
             self.pins.before_clipping()
@@ -316,8 +344,8 @@ class StepWatch:
         if isinstance(total_norm, Tensor):
             total_norm = total_norm.detach()
             if total_norm.device.type == "cpu" and not math.isfinite(float(total_norm)):
-                # torch now scales by 0 or NaN, and that cannot be taken back.
-                self._look_now(row)
+                # torch now scales by 0 or NaN, and that cannot be undone.
+                self._read_before_change(row)
                 return
             total_norm = total_norm.clone()
         if max_norm < math.inf:
@@ -326,33 +354,34 @@ class StepWatch:
 
     def clipping_values(self, grads: Iterable[Tensor], largest: float) -> None:
         row, _ = self._row_of(grads)
-        if row is not None and not self._asking:
+        if row is not None and self._diagnosis is not DiagnosisPhase.RUNNING:
             row.clipped = True
             row.scalars["clip_value"] = largest
-            self._look_now(row)
+            self._read_before_change(row)
             self.pins.before_clipping()
 
     def clipped(self, norm: Any, max_norm: float) -> None:
+        """The loop says that it has clipped; ignored if torch's function was seen."""
         row = self._row_in_hand()
         if row.clipped:
-            return  # it was seen
+            return
         row.clipped = True
         everyone = [one.index for one in self.roster.watched]
         row.clips.append((everyone, norm.detach().clone() if isinstance(norm, Tensor) else norm, max_norm))
 
     def loss_scaled(self, scaler: Any) -> None:
-        if scaler.is_enabled() and not self._asking:
-            self._scaler, self._scaling = weakref.ref(scaler), True
+        if self._diagnosis is not DiagnosisPhase.RUNNING:
+            self._scale.loss_scaled(scaler)
 
     def unscaled(self, optimizer: Any) -> None:
-        self._unscaled.add(id(innermost(optimizer)))
+        self._scale.unscaled()
 
     def scaler_steps(self, scaler: Any, optimizer: Any) -> None:
-        self._began.discard(id(innermost(optimizer)))
+        self._step_began.discard(id(innermost(optimizer)))
 
     def scaler_stepped(self, scaler: Any, optimizer: Any) -> None:
         inner = innermost(optimizer)
-        if id(inner) not in self._began and any(inner is o for o in self.roster.living()):
+        if id(inner) not in self._step_began and any(inner is o for o in self.roster.living()):
             self._read(self._row_for(inner), inner)  # it found inf or NaN, and did not call step()
             self._stepped(inner, taken=False)
 
@@ -368,32 +397,25 @@ class StepWatch:
                 return self._row_for(optimizer), indices
         return self._row_in_hand(), indices
 
-    def _row_in_hand(self) -> StepRow:
-        if self._row is not None and not self._whole:
-            return self._row
-        self.flush()
-        return self._open_row()
-
-    def _look_now(self, row: StepRow) -> None:
-        """Measure the gradients before they are changed for good."""
-        if row.measured and not (self._scaling and not self._unscaled):
+    def _read_before_change(self, row: StepRow) -> None:
+        """Measure the gradients before clipping changes them in a way that cannot be undone."""
+        if row.measured and self._scale.phase is not Scaling.SCALED:
             self._read_gradients(row, self.roster.watched, None)
         else:
             row.after_clipping = True
 
-    # Alerts.
+    # The diagnosis of a gradient that is not finite.
 
-    def _may_ask(self) -> bool:
-        return self.closure is not None and self.roster.model is not None and not self._diagnosed
+    def _may_diagnose(self) -> bool:
+        waiting = self._diagnosis is DiagnosisPhase.NOT_RUN
+        return waiting and self.closure is not None and self.roster.model is not None
 
-    def _ask(self, row: StepRow) -> None:
-        """Ask diagnose() while the weights are still those that gave this gradient."""
-        model = self.roster.model
+    def _diagnose(self) -> None:
+        """Run diagnose() while the weights are still those that gave this gradient."""
         assert self.closure is not None
-        self._diagnosed = True
-        self._asking = True
+        self._diagnosis = DiagnosisPhase.RUNNING
         try:
-            data = diagnose_now(model, self.closure)
+            data = diagnose_now(self.roster.model, self.closure)
         finally:
-            self._asking = False
+            self._diagnosis = DiagnosisPhase.DONE
         self.event("report", data)

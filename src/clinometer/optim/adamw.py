@@ -32,6 +32,7 @@ from clinometer.messages import InputError
 from clinometer.optim.argument_checks import require_betas, require_nonnegative
 from clinometer.optim.eager_optimizer import EagerOptimizer
 from clinometer.optim.fused_kernels import local_parts, shared_kernel, with_grad, with_small_joined
+from clinometer.torch_internals.kernels import foreach_add_, fused_adamw_
 
 
 def adamw_reference_(
@@ -95,7 +96,7 @@ def adamw_fused_(
     # Filled on the device: nothing is copied from the host, so nothing waits.
     count = torch.full((), float(step), dtype=torch.float32, device=thetas[0].device)
     fused_lr = lr * (1 - lr * weight_decay)
-    torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]
+    fused_adamw_(
         thetas,
         grads,
         exp_avgs,
@@ -183,12 +184,13 @@ class AdamW(EagerOptimizer):
             "eps": float(group["eps"]),
             "weight_decay": float(group["weight_decay"]),
         }
-        kernel_allowed = group["fused"] is not False and numbers["lr"] * numbers["weight_decay"] != 1
+        kernel_allowed = group["fused"] is not False and fused_adamw_ is not None
+        kernel_allowed = kernel_allowed and numbers["lr"] * numbers["weight_decay"] != 1
 
         states = [self._state_of(parameter) for parameter, _ in pairs]
         counts = [state["step"] for state in states]
         if counts:
-            torch._foreach_add_(counts, 1)  # pyright: ignore[reportPrivateImportUsage]
+            foreach_add_(counts, 1)
 
         together: dict[tuple[Hashable, int], list[tuple[Tensor, ...]]] = {}
         for (parameter, grad), state in zip(pairs, states, strict=True):

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from clinometer.clip_observers import observers
-from clinometer.distributed.sharded_tensors import Together, is_sharded, local
+from clinometer.distributed.reduce import ShardReduction
+from clinometer.distributed.sharded_tensors import is_sharded, local
 from clinometer.messages import InputError
 from clinometer.optim.fused_kernels import refuse_unusual
+from clinometer.torch_internals.kernels import foreach_mul_, foreach_norm
 
 _ROW = (64, 65536)  # entries that are summed in float32 before float64 takes over: error below 1e-5
 _TRUSTED = 1e-15  # a smaller float32 norm may have lost squares to underflow
@@ -101,8 +103,8 @@ def _over_the_ranks(grads: list[Tensor], norms: Tensor, absent: list[tuple[int, 
     had = [False] * len(slots) + [True] * len(places)
     slots += [(place, grads[place], squares[place]) for place in places]
     order = sorted(range(len(slots)), key=lambda number: slots[number][0])  # stable: absent ones come first
-    together = Together([None, *(slots[number][1] for number in order)])
-    sums = together.sums(torch.stack([squares[plain].sum(), *(slots[number][2] for number in order)]))
+    reduction = ShardReduction([None, *(slots[number][1] for number in order)])
+    sums = reduction.sums(torch.stack([squares[plain].sum(), *(slots[number][2] for number in order)]))
     per_tensor = norms.clone()
     for number, total in zip(order, sums[1:].sqrt().unbind(), strict=True):
         if had[number]:
@@ -131,7 +133,7 @@ def _norm_of_each(tensors: list[Tensor]) -> Tensor:
         return torch.stack([_norm_on_host(tensor) for tensor in tensors])
     # On the device float64 costs little: reading the gradients takes longer than adding them up.
     precision = torch.float32 if device.type == "mps" else torch.float64
-    norms = torch._foreach_norm(tensors, 2, dtype=precision)  # pyright: ignore[reportPrivateImportUsage]
+    norms = foreach_norm(tensors, 2, dtype=precision)
     return torch.stack(norms)
 
 
@@ -169,7 +171,7 @@ def _scale_(grads: list[Tensor], total: Tensor, max_norm: float) -> None:
         # Half precision multiplies in float32: the coefficient itself may be too small for float16.
         factor = coefficient.to(device, torch.promote_types(dtype, torch.float32))
         if dtype == factor.dtype:
-            torch._foreach_mul_(members, factor)  # pyright: ignore[reportPrivateImportUsage]
+            foreach_mul_(members, factor)
         else:
             for member in members:
                 member.copy_(member.to(factor.dtype) * factor)

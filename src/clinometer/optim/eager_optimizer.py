@@ -6,12 +6,13 @@ torch keeps torch.compile out of a few of its methods by a decorator whose first
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
 from torch.optim import Optimizer
+
+from clinometer.torch_internals.frames import compiler_is_loaded
 
 
 def _without_compiler(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -20,7 +21,7 @@ def _without_compiler(method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(bare)
     def chosen(self: Optimizer, *arguments: Any, **named: Any) -> Any:
         # If the compiler is loaded, the caller may be inside a compiled function and gets torch's own.
-        return (method if "torch._dynamo" in sys.modules else bare)(self, *arguments, **named)
+        return (method if compiler_is_loaded() else bare)(self, *arguments, **named)
 
     return chosen
 

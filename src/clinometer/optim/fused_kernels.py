@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from clinometer.distributed.sharded_tensors import is_sharded, local
 from clinometer.messages import InputError
+from clinometer.torch_internals.kernels import flatten, foreach_copy_, unflatten
 
 _DEVICES = ("cpu", "cuda")
 _SMALL = 16384
@@ -97,12 +97,12 @@ def with_small_joined(update: Callable[..., None], columns: list[list[Tensor]]) 
         return
     large = [index for index, size in enumerate(sizes) if size > _SMALL]
     scattered = [[column[index] for index in small] for column in columns]
-    joined = [_flatten_dense_tensors(tensors) for tensors in scattered]
+    joined = [flatten(tensors) for tensors in scattered]
     update(*([*(column[i] for i in large), whole] for column, whole in zip(columns, joined, strict=True)))
     del scattered[1], joined[1]  # the gradients are only read
     for tensors, whole in zip(scattered, joined, strict=True):
-        pieces = _unflatten_dense_tensors(whole, tensors)
-        torch._foreach_copy_(tensors, pieces)  # pyright: ignore[reportPrivateImportUsage]
+        pieces = unflatten(whole, tensors)
+        foreach_copy_(tensors, pieces)
 
 
 def widened(tensor: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from torch import Tensor
 from clinometer.optim.eager_optimizer import EagerOptimizer
 from clinometer.optim.fused_kernels import local_parts
 from clinometer.optim.muon_sharded import by_rows, each_on_one_rank
+from clinometer.torch_internals.kernels import muon_init_group
 
 _JOINED = 2**18
 """Larger matrices keep the cores busy by themselves; smaller ones wait for the start of each product."""
@@ -45,6 +46,8 @@ class Muon(EagerOptimizer, torch.optim.Muon):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every matrix that has a gradient; returns what `closure`, if given, returns."""
+        if muon_init_group is None:
+            return super().step(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -53,7 +56,7 @@ class Muon(EagerOptimizer, torch.optim.Muon):
             parameters: list[Tensor] = []
             grads: list[Tensor] = []
             momenta: list[Tensor] = []
-            self._init_group(group, parameters, grads, momenta)
+            muon_init_group(self, group, parameters, grads, momenta)
             alike: dict[Any, list[int]] = {}
             apart: dict[Any, list[int]] = {}
             for index, parameter in enumerate(parameters):

@@ -25,6 +25,7 @@ from clinometer.messages import InputError
 from clinometer.optim.argument_checks import require_fraction, require_nonnegative
 from clinometer.optim.eager_optimizer import EagerOptimizer
 from clinometer.optim.fused_kernels import local_parts, shared_kernel, widened, with_grad, with_small_joined
+from clinometer.torch_internals.kernels import fused_sgd_
 
 
 def sgd_reference_(
@@ -63,7 +64,7 @@ def sgd_fused_(
     weight_decay: float,
 ) -> None:
     """The same step of many tensors in one call of torch's kernel, which is SGD in this very form."""
-    torch._fused_sgd_(  # pyright: ignore[reportPrivateImportUsage]
+    fused_sgd_(
         thetas,
         grads,
         momentum_buffers or [],
@@ -176,9 +177,9 @@ class SGD(EagerOptimizer):
 
 
 def _kernel(parameter: Tensor, *others: Tensor) -> Hashable | None:
-    # torch 2.13's _fused_sgd_ has no rule for DTensors, and on the CPU it is wrong in half precision (a test
-    # shows it), though not for float32 and float64.
+    # No _fused_sgd_ up to torch 2.15 has a rule for DTensors. On the CPU, those up to 2.13 are wrong in half
+    # precision (a test shows it), though not for float32 and float64.
     half_on_cpu = parameter.device.type == "cpu" and parameter.dtype in (torch.float16, torch.bfloat16)
-    if half_on_cpu or hasattr(parameter, "device_mesh"):
+    if fused_sgd_ is None or half_on_cpu or hasattr(parameter, "device_mesh"):
         return None
     return shared_kernel(parameter, *others)

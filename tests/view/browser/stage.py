@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from clinometer.record.format.schema import STATISTICS
 from clinometer.record.write.recorder import Recorder
+from clinometer.vocabulary import STATISTICS
 
 HOSTILE = '<img src=x onerror="window.hacked=1">.weight'
 """A tensor's name that is markup; on the page it is text."""

@@ -12,7 +12,7 @@ from playwright.sync_api import expect
 
 from clinometer.messages import say
 from tests.view.browser import stage
-from tests.view.browser.conftest import serve, settled
+from tests.view.browser.conftest import PATIENCE, serve, settled
 
 WEIGHT = "layers.0.attn.q_proj.weight"
 
@@ -177,7 +177,7 @@ def test_a_step_is_replayed_with_progress_and_can_be_cancelled(own_copy, open_pa
     page.locator("[data-cancel]").click()
     expect(page.get_by_role("button", name="Replay step 12")).to_be_visible()
     page.get_by_role("button", name="Replay step 12").click()
-    page.locator(".token").first.wait_for(timeout=60_000)
+    page.locator(".token").first.wait_for(timeout=PATIENCE)
     expect(page.locator("main")).to_contain_text("the same to the bit")
     expect(page.locator(".step-chooser")).to_contain_text("replayed")
 
@@ -224,7 +224,7 @@ def test_a_replay_of_an_earlier_version_is_made_again_for_its_tokens(own_copy, o
     page.locator(".token[data-at='0:3']").click()
     expect(page.locator(".moved")).to_contain_text("Replay this step again to see this.")
     page.locator(".moved").get_by_role("button", name="Replay step 9").click()
-    page.locator(".moved tbody tr").first.wait_for(timeout=60_000)
+    page.locator(".moved tbody tr").first.wait_for(timeout=PATIENCE)
     expect(page.locator(".moved tbody tr")).to_have_count(10)
 
 
@@ -250,7 +250,7 @@ def test_what_is_not_finite_is_said_with_its_step_and_alerts_are_read_at_their_t
     expect(page.locator("[data-cell=loss]")).to_have_text("not finite (step 60)")
     page.locator(".run-name").click()
     settled(page)
-    expect(page.locator("[data-number=loss] .strip-value")).to_have_text("not finite first at step 60")
+    expect(page.locator("[data-number=loss] .strip-value")).to_have_text("not finite (first at step 60)")
     expect(page.locator("[data-number=norm] .strip-value")).to_have_text(re.compile(r"^\d"))
     ticks = page.locator(".alert-tick")
     expect(ticks).to_have_count(3)

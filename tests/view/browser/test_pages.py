@@ -148,7 +148,7 @@ def test_reports_are_read_and_their_tensors_are_links(open_page, server):
 def test_a_run_that_died_says_since_when(open_page, server):
     page = open_page(server, f"run={server.ids['crashed']}").page
     notice = page.locator(".notice.alarm")
-    expect(notice).to_contain_text("This run ended without a word")
+    expect(notice).to_contain_text("This run ended without recording its end")
     expect(notice).to_contain_text(re.compile(r"written since .+ ago.+last step kept is 40"))
 
 
@@ -162,7 +162,7 @@ def test_what_is_not_there_is_said(open_page, server):
         (f"run={run}&page=tensor&tensor=<b>nothing</b>", "<b>nothing</b> is not among its"),
         (f"run={run}&page=weight&tensor={WEIGHT}&index=99,0", "is not an entry of"),
         (f"run={run}&page=nowhere", "There is no such page"),
-        ("page=compare&runs=x", "Two runs make a comparison"),
+        ("page=compare&runs=x", "A comparison needs two runs"),
     ):
         page.goto(server.url(query))
         expect(page.locator("main .notice")).to_contain_text(words)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clinometer.distributed.ranks import Ranks
 from clinometer.gradients.attribute.contraction import Use, overlap
-from clinometer.gradients.attribute.parameter_functions import Derived
+from clinometer.gradients.attribute.parameter_functions import ParameterFunction
 from clinometer.gradients.attribute.result import Attribution, Attributions, Contribution, stacked
 from clinometer.gradients.attribute.tokens import Text
 from clinometer.gradients.attribute.use_recorder import UseRecorder
@@ -45,8 +45,8 @@ def attribute(
 
     Under DDP each rank explains the gradient of its own part of the batch, before it is averaged.
 
-    Raises InputError for a name or index there is none of, for a weight that has no gradient, and for sharded
-    tensors.
+    Raises InputError for an unknown name, an index out of range, a weight that has no gradient, and
+    sharded tensors.
     """
     subject = Subject.of(params)
     wanted = _wanted(subject, name, index)
@@ -182,7 +182,7 @@ def _of_part(
 
 def _squared(use: Use, mask: Tensor | None) -> Tensor | None:
     """‖what each position adds‖²; None where it would take the outer product."""
-    if isinstance(use.placement, Derived):
+    if isinstance(use.placement, ParameterFunction):
         slopes = use.placement.slopes
         return None if slopes is None else use.squared(slopes.square() * (1.0 if mask is None else mask))
     return use.squared(_spread_mask(use, mask))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -76,7 +77,7 @@ def as_autocast_hands_it(x: Tensor, out: Tensor) -> Tensor:
     return x
 
 
-def normalised(name: str, get: Arguments) -> Callable[[], Tensor]:
+def normalise(name: str, get: Arguments) -> Callable[[], Tensor]:
     """What layer_norm or rms_norm multiplies with its weight, in float64."""
     x, shape = get(0, "input").detach(), tuple(get(1, "normalized_shape"))
     if name == "layer_norm":
@@ -86,8 +87,12 @@ def normalised(name: str, get: Arguments) -> Callable[[], Tensor]:
     return lambda: F.rms_norm(x.double(), shape, None, torch.finfo(x.dtype).eps if eps is None else eps)
 
 
-def opened_up(function: Any) -> Any:
-    """The same Python function of torch, not handing itself to the mode, so that its inside is seen."""
+def open_up(function: Any) -> Any:
+    """The same Python function of torch, not handing itself to the mode, so that its inside is seen.
+
+    If it is wrapped, as torch.autograd.backward is while a watch lives, the function inside the wrapper.
+    """
+    function = inspect.unwrap(function)
     scope = {
         **function.__globals__,
         "has_torch_function": lambda _: False,

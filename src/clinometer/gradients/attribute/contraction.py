@@ -194,7 +194,7 @@ class LookupUse(Use):
         return self.placement.scale**2 * (squares if mask is None else squares * mask[self.ids]).sum(-1)
 
 
-def looked_up(
+def look_up_rows(
     ids: Tensor, count: int, ignored: int | None, by_count: Any
 ) -> tuple[Tensor, int | None, Tensor | None]:
     """Which of `count` rows each position looks up, the padding row, and the shares (see `LookupUse`).

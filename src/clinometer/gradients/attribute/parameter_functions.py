@@ -36,7 +36,7 @@ PURE = ELEMENTWISE | words(
 
 
 @dataclass(eq=False)
-class Derived(Placement):
+class ParameterFunction(Placement):
     """How w' = f(w) hangs on a parameter."""
 
     parent: Placement | None = None

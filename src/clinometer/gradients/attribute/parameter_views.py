@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import parametrizations
 
 from clinometer.gradients.attribute.call_kinds import name_of
 from clinometer.gradients.attribute.contraction import Placement
-from clinometer.gradients.attribute.parameter_functions import ELEMENTWISE, Derived, function_of
+from clinometer.gradients.attribute.parameter_functions import ELEMENTWISE, ParameterFunction, function_of
 from clinometer.gradients.report.places import is_instrument
 from clinometer.gradients.sandbox.tensors import tensors_in
+from clinometer.torch_internals.frames import is_parametrization
 
 
-class Followed:
+class ParameterViews:
     """Which tensors of a forward hold entries of which parameters, and where."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -56,9 +56,9 @@ class Followed:
     def view(self, func: Any, tensor: Tensor, args: Any, kwargs: Any, out: Any) -> bool:
         name = name_of(func)
         placement = self.placement(tensor)
-        if isinstance(placement, Derived) or self.others(tensor):
+        if isinstance(placement, ParameterFunction) or self.others(tensor):
             outs = [(out, None)] if isinstance(out, Tensor) else [(o, i) for i, o in enumerate(out)]
-            return all(self.derive(func, name, [tensor], args, kwargs, o, i) for o, i in outs)
+            return all(self.derive(func, name, [tensor], args, kwargs, out=o, part=i) for o, i in outs)
         with torch.no_grad():
             moved = func(self._positions(tensor), *args[1:], **kwargs)
         pairs = [(out, moved)] if isinstance(out, Tensor) else list(zip(out, moved, strict=True))
@@ -70,8 +70,8 @@ class Followed:
         given = list(args[0] if args else kwargs.get("tensors", ()))
         ours = [t for t in given if t in self]
         names = {self.placement(t).name for t in ours}
-        if any(isinstance(self.placement(t), Derived) or self.others(t) for t in ours):
-            return self.derive(func, "cat", list({id(t): t for t in ours}.values()), args, kwargs, out)
+        if any(isinstance(self.placement(t), ParameterFunction) or self.others(t) for t in ours):
+            return self.derive(func, "cat", list({id(t): t for t in ours}.values()), args, kwargs, out=out)
         for name in names:
             parts, scales = [], set()
             for tensor in given:
@@ -89,7 +89,15 @@ class Followed:
         return True
 
     def derive(
-        self, func: Any, name: str, known: list[Tensor], args: Any, kwargs: Any, out: Tensor, part: Any = None
+        self,
+        func: Any,
+        name: str,
+        known: list[Tensor],
+        args: Any,
+        kwargs: Any,
+        *,
+        out: Tensor,
+        part: Any = None,
     ) -> bool:
         """Whether `out` is made of parameters alone, not spread over positions: then it is a weight too."""
         ours = {id(t) for t in known}
@@ -105,7 +113,9 @@ class Followed:
             alone = name in ELEMENTWISE and out.shape == tensor.shape
             for placement in self.placements(tensor):
                 primal = tensor.detach().clone()
-                derived.append(Derived(placement.name, None, 1.0, placement, function, primal, alone))
+                derived.append(
+                    ParameterFunction(placement.name, None, 1.0, placement, function, primal, alone)
+                )
         self.know(out, *derived)
         return True
 
@@ -125,7 +135,4 @@ def is_parametrizing() -> bool:
     frame: Any = sys._getframe(1)
     while frame is not None and is_instrument(frame.f_code.co_filename):
         frame = frame.f_back
-    return frame is not None and frame.f_code.co_filename in _PARAMETRIZATIONS
-
-
-_PARAMETRIZATIONS = {str(parametrizations.__file__)}
+    return is_parametrization(frame)

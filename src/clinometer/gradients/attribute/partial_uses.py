@@ -16,7 +16,7 @@ from torch import Tensor
 from clinometer.gradients.attribute.contraction import LookupUse, Use
 
 
-class Steps(Use):
+class StepwiseUse(Use):
     """One use of a weight at each position of a sequence, as one use with an axis for the positions."""
 
     def __init__(self, steps: Sequence[Use], axis: int) -> None:
@@ -62,7 +62,7 @@ class Steps(Use):
 
 
 @dataclass(eq=False)
-class Grouped(Use):
+class GroupedUse(Use):
     """y[t] = x[t] · w[g], rows t in groups g that end at `ends`: the experts of a mixture."""
 
     x: Tensor
@@ -110,7 +110,7 @@ class Grouped(Use):
             begun = end
 
 
-def widened(tensor: Tensor, use: LookupUse, out: Any) -> LookupUse | None:
+def widen_lookup(tensor: Tensor, use: LookupUse, out: Any) -> LookupUse | None:
     """The lookup `tensor` as it stands in `out`, to which it was added, if it was repeated for that."""
     if not isinstance(out, Tensor) or not out.requires_grad or out.is_nested or out.dim() < tensor.dim():
         return None
@@ -119,7 +119,7 @@ def widened(tensor: Tensor, use: LookupUse, out: Any) -> LookupUse | None:
     return LookupUse(use.placement, use.op, use.where, use.ids.expand(out.shape[:-1]), use.ignored)
 
 
-def settled(uses: Sequence[Use], wider: dict[Use, list[LookupUse]]) -> list[Use]:
+def split_shared_lookups(uses: Sequence[Use], wider: dict[Use, list[LookupUse]]) -> list[Use]:
     """The uses, and instead of a lookup shared by the sequences its uses in each, where they make it up."""
     found: list[Use] = []
     for use in uses:

@@ -21,7 +21,7 @@ CELLS = frozenset(("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"))
 Gathering = Callable[[Sequence[Tensor | None], int, bool], Any]
 
 
-def opened_layer(name: str, args: tuple[Any, ...], gathering: Gathering) -> Any:
+def open_layer(name: str, args: tuple[Any, ...], gathering: Gathering) -> Any:
     """The same results as torch's layer; None for a packed sequence, which it takes with other arguments.
 
     `gathering(weights, axis, backwards)` is a context around the steps in which the weights are used.
@@ -40,7 +40,9 @@ def opened_layer(name: str, args: tuple[Any, ...], gathering: Gathering) -> Any:
             number = layer * directions + direction
             own = weights[number * each : (number + 1) * each]
             begin = tuple(state[number] for state in states)
-            out, end = _run(name, x, begin, own, biases, time, gathering, backwards=bool(direction))
+            out, end = _run(
+                name, x, begin, own, gathering, biases=biases, time=time, backwards=bool(direction)
+            )
             outs.append(out)
             for kept, state in zip(last, end, strict=True):
                 kept.append(state)
@@ -50,12 +52,12 @@ def opened_layer(name: str, args: tuple[Any, ...], gathering: Gathering) -> Any:
     return (x, *(torch.stack(kept) for kept in last))
 
 
-def opened_cell(name: str, args: tuple[Any, ...]) -> Any:
+def open_cell(name: str, args: tuple[Any, ...]) -> Any:
     """The same result as torch's cell."""
     x, hx, w_ih, w_hh = args[:4]
     b_ih, b_hh = (*args[4:6], None, None)[:2]
     states = hx if isinstance(hx, tuple | list) else (hx,)
-    end = _step(name.removesuffix("_cell"), F.linear(x, w_ih, b_ih), tuple(states), w_hh, b_hh, None)
+    end = _step(name.removesuffix("_cell"), F.linear(x, w_ih, b_ih), tuple(states), w_hh, b_hh, w_hr=None)
     return end[0] if len(end) == 1 else end
 
 
@@ -64,10 +66,10 @@ def _run(
     x: Tensor,
     states: tuple[Tensor, ...],
     weights: Sequence[Tensor],
-    biases: bool,
-    time: int,
     gathering: Gathering,
     *,
+    biases: bool,
+    time: int,
     backwards: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     w_ih, w_hh = weights[:2]
@@ -80,7 +82,7 @@ def _run(
     outs: list[Any] = [None] * len(steps)
     with gathering((w_hh, b_hh, w_hr), time, backwards):
         for t in reversed(steps) if backwards else steps:
-            states = _step(name, given.select(time, t), states, w_hh, b_hh, w_hr)
+            states = _step(name, given.select(time, t), states, w_hh, b_hh, w_hr=w_hr)
             outs[t] = states[0]
     return torch.stack(outs, time), states
 
@@ -91,6 +93,7 @@ def _step(
     states: tuple[Tensor, ...],
     w_hh: Tensor,
     b_hh: Tensor | None,
+    *,
     w_hr: Tensor | None,
 ) -> tuple[Tensor, ...]:
     h = states[0]

@@ -169,7 +169,9 @@ def check_accumulation(
     with ranks.apart(), untouched(subject, closure=everything) as before, eagerly():
         tensors = {n: t for n, t in subject.tensors.items() if t.requires_grad and t.is_leaf}
         modules = dict.fromkeys(
-            m for m in [subject.module, *(m for c in [full, *closures] for m in modules_named_by(c))] if m
+            m
+            for m in [subject.module, *(m for c in [full, *closures] for m in modules_named_by(c))]
+            if m is not None
         )
         also = [p for module in modules for p in module.parameters()]
         with in_double([*tensors.values(), *also]) as (mode, _):

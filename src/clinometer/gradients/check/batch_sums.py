@@ -10,14 +10,13 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
 from clinometer.gradients.check.numerics.float64 import InDouble
 from clinometer.gradients.check.numerics.perturbation import backward
 from clinometer.gradients.sandbox.closure import Closure, evaluate
 from clinometer.gradients.sandbox.sandbox import Before
+from clinometer.torch_internals.modules import BatchNorm, Dropout
 
 RELATIVE = 1e-9
 FLOOR = 1e-13
@@ -213,9 +212,9 @@ def _without_dropout(modules: Sequence[nn.Module], batch_norm: bool) -> Iterator
     quiet = _Quiet()
     for module in modules:
         for part in module.modules():
-            if isinstance(part, _DropoutNd) and part.training and part.p > 0:
+            if isinstance(part, Dropout) and part.training and part.p:
                 quiet.drew = True
                 part.training = False
-            if batch_norm and isinstance(part, _BatchNorm):
+            if batch_norm and isinstance(part, BatchNorm):
                 part.training = False
     yield quiet

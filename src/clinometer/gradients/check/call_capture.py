@@ -6,20 +6,28 @@ import copy
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._ops import OpOverload, OpOverloadPacket
 from torch.overrides import TorchFunctionMode
 
 from clinometer.gradients.report.places import Where, user_frame
-from clinometer.gradients.sandbox.checkpointing import opened_checkpoints
 from clinometer.gradients.sandbox.random_state import RandomState
 from clinometer.gradients.sandbox.tensors import tensors_in
+from clinometer.gradients.trace.checkpointing import opened_checkpoints
 from clinometer.gradients.trace.graph import Node, live_below
+from clinometer.gradients.trace.torch_patches import patched
+from clinometer.torch_internals.custom_functions import (
+    Operator,
+    OperatorPacket,
+    function_of,
+    has_setup_context,
+    operator_name,
+    registered_backward,
+)
 
 MOST_CALLS = 8
 """Of one module; of a Function four times as many, for its branch may depend on the call."""
@@ -89,28 +97,20 @@ class Capture:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Enter after everything was rewound, for rewinding takes hooks away."""
-        handles = []
-        patched: list[tuple[type, Any]] = []
-        try:
+        with ExitStack() as stack:
+            stack.callback(self._below.clear)
             for module in self._modules:
                 if isinstance(module, torch.jit.ScriptModule):
                     continue
-                handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True))
-                handles.append(module.register_forward_hook(self._leave, always_call=True))
+                before = module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True)
+                stack.callback(before.remove)
+                stack.callback(module.register_forward_hook(self._leave, always_call=True).remove)
             for kind in self._functions:
-                patched.append((kind, vars(kind).get("forward")))
-                kind.forward = staticmethod(self._listening_forward(kind))  # pyright: ignore[reportAttributeAccessIssue]
-            with opened_checkpoints(), _Operators(self) if self._operators else nullcontext():
-                yield
-        finally:
-            for kind, own in patched:
-                if own is None:
-                    del kind.forward  # pyright: ignore[reportAttributeAccessIssue]
-                else:
-                    kind.forward = own  # pyright: ignore[reportAttributeAccessIssue]
-            for handle in handles:
-                handle.remove()
-            self._below.clear()
+                stack.enter_context(patched(kind, "forward", self._around_forward(kind)))
+            stack.enter_context(opened_checkpoints())
+            if self._operators:
+                stack.enter_context(_Operators(self))
+            yield
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         path = self._modules[module]
@@ -121,19 +121,17 @@ class Capture:
     def _leave(self, module: nn.Module, args: Any, out: Any) -> None:
         self._running.pop()
 
-    def _listening_forward(self, kind: Any) -> Callable[..., Any]:
-        forward = kind.forward
-        takes_context = not torch.autograd.function._is_setup_context_defined(kind.setup_context)
+    def _around_forward(self, kind: Any) -> Callable[..., Any]:
+        takes_context = not has_setup_context(kind)
+        takes_class = isinstance(inspect.getattr_static(kind, "forward"), classmethod)
+        first = int(takes_context) + int(takes_class)
 
-        def listening(*args: Any, **kwargs: Any) -> Any:
-            given = args[1:] if takes_context else args
+        def around_forward(forward: Any, *args: Any, **kwargs: Any) -> Any:
             path = self._running[-1] if self._running else ""
-            self._note(path, kind, (given, kwargs), 4 * MOST_CALLS)
+            self._note(path, kind, (args[first:], kwargs), 4 * MOST_CALLS)
             return forward(*args, **kwargs)
 
-        # torch reads the signature of a forward to fill in defaults.
-        listening.__signature__ = inspect.signature(forward)  # pyright: ignore[reportFunctionMemberAccess]
-        return listening
+        return around_forward
 
     def note_operator(self, operator: Any, args: Any, kwargs: Any) -> None:
         """A call of an operator, if it has a custom backward and a gradient to hand on."""
@@ -179,7 +177,7 @@ class _Operators(TorchFunctionMode):
         self._capture = capture
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if isinstance(func, OpOverload | OpOverloadPacket):
+        if isinstance(func, Operator | OperatorPacket):
             self._capture.note_operator(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
 
@@ -188,8 +186,8 @@ def custom_functions(loss: Tensor) -> list[type]:
     """The custom autograd Functions in the graph of a loss, torch's own left out."""
     found: dict[type, None] = {}
     for node in _nodes(loss):
-        kind = getattr(node, "_forward_cls", None)
-        if isinstance(kind, type) and not kind.__module__.startswith("torch."):
+        kind = function_of(node)
+        if kind is not None and not kind.__module__.startswith("torch."):
             found[kind] = None
     return list(found)
 
@@ -198,19 +196,10 @@ def custom_operators(loss: Tensor) -> dict[str, Any]:
     """The backward of each operator of torch.library in the graph of a loss, by the operator's name."""
     found: dict[str, Any] = {}
     for node in _nodes(loss):
-        kind = getattr(node, "_forward_cls", None)
-        if isinstance(kind, type) and kind.__module__ == "torch._library.autograd":
-            held = [cell.cell_contents for cell in kind.backward.__closure__ or ()]  # pyright: ignore[reportAttributeAccessIssue]
-            operator = next((value for value in held if isinstance(value, OpOverload)), None)
-            backward = next((b for value in held if (b := getattr(value, "_backward_fn", None))), None)
-            if operator and backward and not backward.__module__.startswith("torch."):
-                found[operator_name(operator)] = backward
+        registered = registered_backward(node)
+        if registered is not None and not registered[1].__module__.startswith("torch."):
+            found[operator_name(registered[0])] = registered[1]
     return found
-
-
-def operator_name(operator: Any) -> str:
-    """ "namespace::name" of an operator or of one of its overloads."""
-    return operator._schema.name if isinstance(operator, OpOverload) else operator._qualified_op_name
 
 
 def _nodes(loss: Tensor) -> Iterator[Node]:

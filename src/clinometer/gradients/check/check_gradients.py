@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from clinometer.distributed.ranks import Ranks
 from clinometer.gradients.check.call_capture import Capture
@@ -38,9 +37,12 @@ from clinometer.gradients.report.places import Where
 from clinometer.gradients.sandbox.closure import Closure, eagerly, evaluate
 from clinometer.gradients.sandbox.sandbox import Before, modules_named_by, untouched
 from clinometer.gradients.sandbox.subject import Subject
+from clinometer.gradients.trace.function_calls import function_calls
 from clinometer.gradients.trace.inplace_errors import is_overwritten
 from clinometer.gradients.trace.observed_run import observe
 from clinometer.messages import InputError
+from clinometer.torch_internals.tensors import is_wrapper
+from clinometer.torch_support import offers
 
 MOST_NARROWED = 6
 Progress = Callable[[int, int], None]
@@ -67,6 +69,7 @@ def check_gradients(
     Raises InputError for what is no set of tensors or no loss, and for sharded tensors; UnknownName for a
     name in `entries`.
     """
+    offers("checkpoints", "engine", "functions", "operators", "transforms")
     subject = Subject.of(params)
     ranks = Ranks(subject.tensors, [m for m in (subject.module, *modules_named_by(closure)) if m is not None])
     ranks.refuse_sharded("check.sharded")
@@ -75,6 +78,7 @@ def check_gradients(
     with (
         ranks.apart(),
         untouched(subject, closure=closure) as before,
+        function_calls(),
         eagerly(),
         sdpa_kernel(SDPBackend.MATH),
     ):
@@ -114,7 +118,9 @@ class _Check:
                 self._raise_its_own()
             raise
         self.functions, self.operators = own.functions, own.operators
-        modules = dict.fromkeys([m for m in [subject.module, *modules_named_by(self.closure)] if m])
+        modules = dict.fromkeys(
+            [m for m in [subject.module, *modules_named_by(self.closure)] if m is not None]
+        )
         also = [p for module in modules for p in module.parameters()]
         with in_double([*self.checked.values(), *also]) as (mode, doubled):
             self.mode, self.doubled = mode, doubled
@@ -309,7 +315,7 @@ def _checkable(tensor: Tensor) -> bool:
         tensor.requires_grad
         and tensor.is_leaf
         and tensor.layout is torch.strided
-        and not is_traceable_wrapper_subclass(tensor)
+        and not is_wrapper(tensor)
         and not tensor.is_meta
         and tensor.numel() > 0
     )

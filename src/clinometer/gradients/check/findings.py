@@ -17,6 +17,7 @@ from clinometer.gradients.check.result import TensorCheck
 from clinometer.gradients.report.finding import EXPLAINED, FAULT, Finding
 from clinometer.gradients.report.formatting import format_count, format_number, shorten
 from clinometer.gradients.report.places import Where
+from clinometer.torch_internals.tensors import has_hooks
 
 _COARSE = {"float32": 1e-3, "bfloat16": 0.2, "float16": 0.05}
 """How far a gradient at its own precision may be from float64's before it is mentioned."""
@@ -46,7 +47,7 @@ def conclude(
             if meant:
                 statuses[name] = "surrogate"
         findings.append(_of_layer(group, names, held, _parts(group, tensors)))
-    hooked = [name for name in left if name in given and given[name]._backward_hooks]
+    hooked = [name for name in left if name in given and has_hooks(given[name])]
     if hooked:
         findings.append(_finding("hooked", EXPLAINED, hooked, values={"total": total}))
         for name in hooked:

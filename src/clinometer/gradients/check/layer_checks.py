@@ -15,16 +15,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._ops import OpOverloadPacket
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from clinometer.gradients.check.call_capture import CapturedCall, operator_name
+from clinometer.gradients.check.call_capture import CapturedCall
 from clinometer.gradients.check.likely_mistakes import Hint, hint_of, names_of_inputs
 from clinometer.gradients.check.numerics.finite_differences import DIRECTIONS, Judgement, reals
-from clinometer.gradients.check.numerics.float64 import Doubled, InDouble
+from clinometer.gradients.check.numerics.float64 import Float64Tensors, InDouble
 from clinometer.gradients.check.numerics.perturbation import NotRepeatable, Probe
 from clinometer.gradients.report.places import Where
 from clinometer.gradients.sandbox.tensors import tensors_in
+from clinometer.torch_internals.custom_functions import argument_names, has_setup_context, operator_name
+from clinometer.torch_internals.tensors import has_hooks, is_wrapper
 
 Surrogate = Literal["", "identity", "steps"]
 
@@ -80,7 +80,7 @@ class LayerCheck:
 def check_call(
     call: CapturedCall,
     doubling: InDouble | None,
-    doubled: Doubled,
+    doubled: Float64Tensors,
     rewind: Callable[[], None],
     seed: int,
     verdict: Callable[[Probe, Iterable[str], torch.Generator], Judgement] | None = None,
@@ -97,8 +97,8 @@ def check_call(
     tensors |= {
         name: p
         for name, p in own.items()
-        if p.requires_grad and p.layout is torch.strided and not p._backward_hooks
-        if not is_traceable_wrapper_subclass(p)  # its numbers cannot be moved one by one
+        if p.requires_grad and p.layout is torch.strided and not has_hooks(p)
+        if not is_wrapper(p)  # its numbers cannot be moved one by one
     }
     if not tensors or any(t.numel() == 0 for t in tensors.values()):
         return None
@@ -208,12 +208,8 @@ def _surrogate(
 def _arguments(call: CapturedCall) -> list[str]:
     """What the forward calls its inputs."""
     if not isinstance(call.target, type):
-        schema = (
-            call.target.default._schema if isinstance(call.target, OpOverloadPacket) else call.target._schema
-        )
-        named = [argument.name for argument in schema.arguments]
-        return names_of_inputs(named, call.arguments[0], call.inputs)
-    takes_context = not torch.autograd.function._is_setup_context_defined(call.target.setup_context)
+        return names_of_inputs(argument_names(call.target), call.arguments[0], call.inputs)
+    takes_context = not has_setup_context(call.target)
     try:
         parameters = list(inspect.signature(call.target.forward).parameters.values())
     except (TypeError, ValueError):

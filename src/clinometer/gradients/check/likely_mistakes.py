@@ -46,7 +46,7 @@ def hint_of(
     step: float,
     generator: torch.Generator,
 ) -> Hint | None:
-    """The first thing that can be said for certain; `wrong` are the probe's tensors, "input 0" and so on."""
+    """Returns the first mistake that is certain; `wrong` are the probe's tensors, "input 0" and so on."""
     for name in wrong:
         argument = arguments[int(name.removeprefix("input "))]
         grad = probe.gradients[name]

@@ -40,7 +40,7 @@ class EntryCheck:
 
 
 @dataclass(frozen=True)
-class Narrowed:
+class WrongRegion:
     """Where in a tensor the gradient is wrong."""
 
     shape: tuple[int, ...]
@@ -99,7 +99,7 @@ class _Hunt:
         return abs(error) > max(self.least, tolerance(scale, self.probe.magnitude, self.step))
 
 
-def localise(probe: Probe, name: str, step: float, least: float, seed: int) -> Narrowed:
+def localise(probe: Probe, name: str, step: float, least: float, seed: int) -> WrongRegion:
     """The wrong rows, columns and, if they are few, entries of one tensor's gradient."""
     tensor = probe.tensors[name]
     shape = tuple(tensor.shape)
@@ -118,7 +118,7 @@ def localise(probe: Probe, name: str, step: float, least: float, seed: int) -> N
     if 0 < len(indices) <= _MOST_ENTRIES:
         checked = [check_entry(probe, name, index) for index in indices]
         entries = tuple(entry for entry in checked if not entry.passed)
-    return Narrowed(shape, rows, columns, entries, factor, transposed)
+    return WrongRegion(shape, rows, columns, entries, factor, transposed)
 
 
 def check_entry(probe: Probe, name: str, index: tuple[int, ...]) -> EntryCheck:

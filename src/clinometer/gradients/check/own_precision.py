@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from clinometer.gradients.check.call_capture import CapturedCall, custom_functions, custom_operators
 from clinometer.gradients.check.layer_checks import LayerCheck, check_call
 from clinometer.gradients.check.numerics.finite_differences import Judgement
-from clinometer.gradients.check.numerics.float64 import LIFT, Doubled, in_double
-from clinometer.gradients.check.numerics.frequency_scaling import Undivided
+from clinometer.gradients.check.numerics.float64 import LIFT, Float64Tensors, in_double
+from clinometer.gradients.check.numerics.frequency_scaling import UndividedLookups
 from clinometer.gradients.check.numerics.perturbation import Probe, backward
 from clinometer.gradients.report.places import Where
-from clinometer.gradients.sandbox.checkpointing import opened_checkpoints
 from clinometer.gradients.sandbox.closure import Closure, evaluate
 from clinometer.gradients.sandbox.random_state import RandomState
 from clinometer.gradients.sandbox.sandbox import Before
+from clinometer.gradients.trace.checkpointing import opened_checkpoints
 
 ROUGH = 0.05
 """Share of ‖g⊙v‖ that differences at low precision may be off before anyone is accused."""
@@ -58,7 +58,7 @@ class OwnGradients:
             inside.extend(custom_functions(out))
             operators.update(custom_operators(out))
 
-        divided = Undivided()
+        divided = UndividedLookups()
         with opened_checkpoints(seen), divided:
             loss = evaluate(closure)
         seen(loss)
@@ -94,7 +94,7 @@ def check_at_own_precision(
         if layer is None:
             for x, data in zip(call.inputs, originals, strict=True):
                 x.data = data
-            layer = check_call(call, None, Doubled(()), rewind, seed + position, _roughly)
+            layer = check_call(call, None, Float64Tensors(()), rewind, seed + position, _roughly)
             if layer is not None:
                 layer = replace(layer, precision=_precision(call))
         if layer is not None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from clinometer.gradients.check.layer_checks import LayerCheck
 from clinometer.gradients.check.likely_mistakes import Hint
-from clinometer.gradients.check.localise import EntryCheck, Narrowed, Range
+from clinometer.gradients.check.localise import EntryCheck, Range, WrongRegion
 from clinometer.gradients.check.numerics.finite_differences import Judgement
 from clinometer.gradients.report.document import (
     Document,
@@ -44,9 +44,9 @@ class TensorCheck:
     jump: float = 0.0
     """Right-hand minus left-hand slope, where the loss has a corner at the point."""
     has_gradient: bool = True
-    narrowed: Narrowed | None = None
+    narrowed: WrongRegion | None = None
     entries: tuple[EntryCheck, ...] = ()
-    """Those that were asked for."""
+    """The entries given by `entries`."""
     own_precision: float | None = None
     """‖g − g₆₄‖/‖g₆₄‖ of the gradient at the model's own precision; None if there is nothing to compare."""
     where: Where | None = None
@@ -233,7 +233,7 @@ class GradientCheck(Result):
         ]
         lines: Document = [Table(rows, indent=4)] if rows else []
         for tensor in wrong[:_SHOWN]:
-            lines += [Line(spans, indent=4, hang=2) for spans in narrowed_spans(tensor, language)]
+            lines += [Line(spans, indent=4, hang=2) for spans in region_spans(tensor, language)]
         if finding.values.get("parts"):
             function = "layer" not in finding.key
             layer = finding.values["kind" if function else "layer"]
@@ -256,7 +256,7 @@ def hint_spans(hint: Hint, where: Where | None, language: str | None) -> tuple[A
     return sentence(f"check.hint.{hint.kind}", language, **values)
 
 
-def narrowed_spans(tensor: TensorCheck, language: str | None) -> list[tuple[Any, ...]]:
+def region_spans(tensor: TensorCheck, language: str | None) -> list[tuple[Any, ...]]:
     """What is known about where in the tensor the error is, and about its pattern."""
     narrowed = tensor.narrowed
     if narrowed is None:
@@ -300,11 +300,11 @@ def format_ranges(ranges: Sequence[Range]) -> str:
 
 
 def format_factor(factor: float) -> str:
-    """A factor, with the digits that differences can vouch for."""
+    """A factor, with the digits that differences can vouch for: they are right to 5e-8 of it."""
     nearest = round(factor)
     if abs(factor - nearest) < 1e-8:
         return str(nearest).replace("-", "−")
-    return f"{factor:.8g}".replace("-", "−")
+    return f"{factor:.7g}".replace("-", "−")
 
 
 def _signed(value: float | complex, language: str | None) -> str:

@@ -15,10 +15,11 @@ from clinometer.distributed.ranks import Ranks, refuse_flattened
 from clinometer.gradients.diagnose import loop_checks
 from clinometer.gradients.diagnose.evidence import read_clue
 from clinometer.gradients.diagnose.existing_gradients import without_closure
+from clinometer.gradients.diagnose.finiteness import Origin
 from clinometer.gradients.diagnose.second_runs import look_at_values, only_looked_at, used_by_chance
 from clinometer.gradients.diagnose.why_blocks_zero import explain_lines
 from clinometer.gradients.diagnose.why_none import before_any_run, why_none
-from clinometer.gradients.diagnose.why_nonfinite import Origin, why_nonfinite
+from clinometer.gradients.diagnose.why_nonfinite import from_forward, trace_back, why_nonfinite
 from clinometer.gradients.diagnose.why_partly_zero import why_partly
 from clinometer.gradients.diagnose.why_zero import why_zero
 from clinometer.gradients.report.document import BLANK, Document, Line, dim, ok, sentence
@@ -47,7 +48,7 @@ class Entry:
     status: str
     """"ok", "none", "zero", "partly-zero" or "non-finite"."""
     finding: Finding | None = None
-    """The finding it belongs to; None when all is well, or when nothing certain can be said."""
+    """The finding it belongs to; None if the gradient is in order, or no cause is certain."""
 
     @property
     def cause(self) -> str | None:
@@ -94,6 +95,7 @@ class Diagnosis(Result):
         findings: list[Finding],
         nodes: int | None,
         seconds: float,
+        *,
         rank: tuple[int, int] = (0, 1),
     ) -> None:
         self._entries = entries
@@ -165,7 +167,7 @@ def dim_span(span: Any) -> Any:
 def diagnose(
     params: Any, closure: Closure | None = None, *, optimizer: Optimizer | Iterable[Optimizer] | None = None
 ) -> Diagnosis:
-    """Why the gradient of each tensor is None, zero, partly zero or not finite, with the line at fault.
+    """Returns why each gradient is None, zero, partly zero or not finite, with the line at fault.
 
     `closure` computes the loss; it is run once, with a backward (its forward again when the loss is not
     finite or a layer was not used), and nothing is changed by it. Without one, what can be known from
@@ -180,10 +182,10 @@ def diagnose(
         refuse_flattened(() if subject.module is None else subject.module.modules())
         ranks = Ranks(subject.tensors)
         reasons = without_closure(subject, ranks)
-        findings = loop_checks.standing(subject, optimizers)
+        findings = loop_checks.check_optimizers(subject, optimizers)
         entries, found = collect(subject, reasons)
         return Diagnosis(
-            subject, entries, [*found, *findings], None, time.perf_counter() - begun, ranks.place
+            subject, entries, [*found, *findings], None, time.perf_counter() - begun, rank=ranks.place
         )
     modules = [m for m in (subject.module, *modules_named_by(closure)) if m is not None]
     ranks = Ranks(subject.tensors, modules)
@@ -194,16 +196,18 @@ def diagnose(
         unknown = {name: result.lines[name] for name, reason in reasons.items() if reason == "partly-zero"}
         reasons |= explain_lines(subject, closure, before, unknown, ranks)
         reasons = _without_chance(subject, closure, reasons, ranks)
-        reasons, apart = _kept_apart(reasons, loop_checks.outside(subject, optimizers))
-        findings = loop_checks.of_run(subject, result, optimizers, before, ranks, apart)
+        reasons, apart = _kept_apart(reasons, loop_checks.tensors_outside(subject, optimizers))
+        findings = loop_checks.check_run(subject, result, optimizers, before, ranks, apart=apart)
         nodes = len(result.flow.graph.nodes) if result.flow else 0
     entries, found = collect(subject, reasons)
     if origin is not None and not any(f.status == "non-finite" for f in found):
-        found.append(_finding(origin.reason(), ()))
+        found.append(_finding(from_forward(origin), ()))
     nothing = result.loss.grad_fn is None and not result.own
     if nothing and not any(f.cause == "loss-without-graph" for f in found):
         found.append(_finding(Reason("none", "loss-without-graph", FAULT, "frozen"), ()))
-    return Diagnosis(subject, entries, [*found, *findings], nodes, time.perf_counter() - begun, ranks.place)
+    return Diagnosis(
+        subject, entries, [*found, *findings], nodes, time.perf_counter() - begun, rank=ranks.place
+    )
 
 
 def _optimizers(given: Any) -> tuple[Optimizer, ...]:
@@ -218,7 +222,7 @@ def _optimizers(given: Any) -> tuple[Optimizer, ...]:
 def explain(
     subject: Subject, closure: Closure, result: ObservedRun, before: Before, ranks: Ranks
 ) -> tuple[dict[str, Reason | str], Origin | None]:
-    """For each tensor why its gradient is as it is: a reason, or its status when there is none to give."""
+    """Returns for each tensor a reason, or its status if no reason is known."""
     loss = float(result.loss.detach())
     reasons: dict[str, Reason | str] = {}
     flow = result.flow
@@ -258,7 +262,7 @@ def explain(
         if reason.cause == "backward" and ranks.alone:  # others would wait for a forward of this rank's own
             with suppress(Exception):  # a closure that cannot be run twice keeps its first answer
                 values = values or look_at_values(subject, closure, before, ranks)[0]
-                reason = values.behind(reason)
+                reason = trace_back(reason, values)
         reasons[name] = reason
     return {name: reasons[name] for name in subject.tensors}, origin
 
@@ -315,7 +319,7 @@ def _kept_apart(
 ) -> tuple[dict[str, Reason | str], set[str]]:
     """Cut by detach() or no_grad(), and not in the optimizer either: two signs of one intention.
 
-    So it is with a target network, a teacher, or the generator while the discriminator learns.
+    Examples: a target network, a teacher, the generator while the discriminator learns.
     """
     apart = {
         name: replace(reason, severity=EXPLAINED, variant="apart")

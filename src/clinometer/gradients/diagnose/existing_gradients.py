@@ -1,4 +1,4 @@
-"""What the gradients themselves tell, after somebody's own backward: less, and only what is certain."""
+"""What the gradients alone show, after a backward of the user's: less, and only what is certain."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from clinometer.gradients.sandbox.saved_state import has_grad
 from clinometer.gradients.sandbox.subject import Subject
 from clinometer.gradients.sandbox.tensors import largest, zero_lines
 from clinometer.messages import InputError
+from clinometer.torch_internals.tensors import has_accumulation_hooks
 
 
 def without_closure(subject: Subject, ranks: Ranks) -> dict[str, Reason | str]:
-    """For each tensor a reason, or its status where the gradient alone does not say why."""
+    """Returns for each tensor a reason, or its status if the gradient alone does not show the cause."""
     for name, tensor in subject.tensors.items():
         if has_grad(tensor) and tensor.grad is not None and tensor.grad.is_meta:
             raise InputError("gradients.subject.meta", name=name)
@@ -37,7 +38,7 @@ def _reason(tensor: Tensor, size: float | None, anything: bool, all_zero: bool) 
             return reason
         if not anything:
             return Reason("none", "no-backward", FAULT, group=0)
-        if getattr(tensor, "_post_accumulate_grad_hooks", None):
+        if has_accumulation_hooks(tensor):
             return Reason("none", "cleared", EXPLAINED, "likely", group=0)
         return Reason("none", "not-reaching-loss", FAULT, "seen_from_grad", group=0)
     if not math.isfinite(size):

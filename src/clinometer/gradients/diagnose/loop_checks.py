@@ -1,4 +1,4 @@
-"""What the training loop does with these gradients: who is in the optimizer, who moves, what piled up."""
+"""What the loop does with the gradients: which tensors an optimizer has, which move, what accumulates."""
 
 from __future__ import annotations
 
@@ -20,37 +20,39 @@ from clinometer.gradients.report.places import Where
 from clinometer.gradients.sandbox.sandbox import Before
 from clinometer.gradients.sandbox.subject import Subject
 from clinometer.gradients.trace.observed_run import ObservedRun
+from clinometer.torch_internals.modules import RunningNorm
 
 Optimizers = tuple[Optimizer, ...]
 
 
-def standing(
+def check_optimizers(
     subject: Subject, optimizers: Optimizers, apart: Collection[str] = (), reached: Collection[int] = ()
 ) -> list[Finding]:
-    """What can be said without running anything; ids of tensors the loss `reached` are not stale."""
+    """Returns the findings that need no run; tensors whose ids are in `reached` are not stale."""
     if not optimizers:
         return []
     rates = [finding for optimizer in optimizers for finding in _learning_rates(optimizer)]
     return [*_membership(subject, optimizers, apart, reached), *rates]
 
 
-def of_run(
+def check_run(
     subject: Subject,
     run: ObservedRun,
     optimizers: Optimizers,
     before: Before,
     ranks: Ranks,
+    *,
     apart: Collection[str] = (),
 ) -> list[Finding]:
-    """What one forward and backward, and one step of each optimizer that is taken back, show.
+    """Returns the findings of one forward and backward, and of one step of each optimizer, which is undone.
 
-    Nothing is said of the membership of those that are `apart` on purpose.
+    Tensors in `apart` are left out of the optimizers on purpose: that they are is not reported.
     """
     reached = run.flow.graph.leaves if run.flow else {}
     found = [
-        *standing(subject, optimizers, apart, reached),
+        *check_optimizers(subject, optimizers, apart, reached),
         *_hidden(subject, run, optimizers),
-        *_piled_up(subject, before),
+        *_accumulated(subject, before),
         *_statistics(subject, before),
     ]
     if "clipped" in run.trace.amp:
@@ -61,11 +63,11 @@ def of_run(
     return found
 
 
-def outside(subject: Subject, optimizers: Optimizers) -> set[str]:
-    """The tensors that these optimizers leave alone, if they were made for others of the model."""
+def tensors_outside(subject: Subject, optimizers: Optimizers) -> set[str]:
+    """Returns the names of the tensors that no optimizer has, if the optimizers have others of this model."""
     if not optimizers:
         return set()
-    held = _held(*optimizers)
+    held = _tensors_of(*optimizers)
     ours = {name for name, tensor in subject.tensors.items() if id(tensor) in held}
     if len(ours) < len(held):  # it holds strangers too: most likely stale
         return set()
@@ -75,13 +77,13 @@ def outside(subject: Subject, optimizers: Optimizers) -> set[str]:
 def _membership(
     subject: Subject, optimizers: Optimizers, apart: Collection[str], reached: Collection[int]
 ) -> Iterator[Finding]:
-    held = _held(*optimizers)
+    held = _tensors_of(*optimizers)
     tensors = {n: t for n, t in subject.tensors.items() if t.requires_grad and t.is_leaf}
     missing = [name for name, tensor in tensors.items() if id(tensor) not in held]
     if not missing:
         return
     # A second optimizer, as in a GAN or with a separate one for the embeddings, steps what it holds.
-    elsewhere = _held_elsewhere({id(tensors[name]) for name in missing}, optimizers)
+    elsewhere = _in_other_optimizers({id(tensors[name]) for name in missing}, optimizers)
     if others := tuple(n for n in missing if id(tensors[n]) in elsewhere and n not in apart):
         kinds = sorted({type(elsewhere[id(tensors[name])]).__name__ for name in others})
         yield _loop("not-in-optimizer", EXPLAINED, others, variant="other", other=", ".join(kinds))
@@ -109,20 +111,20 @@ def _replaced(
     return tuple(name for name in missing if name in (alike | beside or rest))
 
 
-def _held_elsewhere(ids: set[int], optimizers: Optimizers) -> dict[int, Optimizer]:
+def _in_other_optimizers(ids: set[int], optimizers: Optimizers) -> dict[int, Optimizer]:
     """Which of these tensors another optimizer of this process holds."""
     found = {}
     for thing in gc.get_objects():
         # Its type, not isinstance: that would ask lazy proxies for their class and wake them up.
         if issubclass(type(thing), Optimizer) and not any(thing is optimizer for optimizer in optimizers):
-            found |= {key: thing for key in _held(thing) if key in ids}
+            found |= {key: thing for key in _tensors_of(thing) if key in ids}
     return found
 
 
 def _learning_rates(optimizer: Optimizer) -> Iterator[Finding]:
     groups = [i for i, group in enumerate(optimizer.param_groups) if float(group.get("lr", 1.0)) == 0.0]
     if groups:
-        # A schedule may begin or end at 0; without one nobody will raise it again.
+        # A schedule may begin or end at 0; without a schedule it stays 0.
         scheduled = all("initial_lr" in optimizer.param_groups[i] for i in groups)
         severity = EXPLAINED if scheduled else FAULT
         yield _loop("zero-lr", severity, (), n=len(groups), groups=shorten([*map(str, groups)], 6))
@@ -132,7 +134,7 @@ def _hidden(subject: Subject, run: ObservedRun, optimizers: Optimizers) -> Itera
     """Parameters the loss depends on and a module holds, but in a list where nn.Module does not look."""
     if subject.module is None or run.flow is None:
         return
-    known = {id(t) for t in subject.tensors.values()} | set(_held(*optimizers))
+    known = {id(t) for t in subject.tensors.values()} | set(_tensors_of(*optimizers))
     reached = run.flow.graph.leaves
     names: dict[int, str] = {}
     for module, path in subject.module_paths().items():
@@ -157,7 +159,7 @@ def _parameters(item: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
         yield prefix, item
 
 
-def _piled_up(subject: Subject, before: Before) -> Iterator[Finding]:
+def _accumulated(subject: Subject, before: Before) -> Iterator[Finding]:
     """Gradients from before that are a multiple of this one: backward ran again without zero_grad."""
     cross = own = old = 0.0
     names = []
@@ -188,7 +190,7 @@ def _statistics(subject: Subject, before: Before) -> Iterator[Finding]:
     frozen = [
         (name, module)
         for name, module in modules
-        if isinstance(module, nn.modules.batchnorm._NormBase)
+        if isinstance(module, RunningNorm)
         and module.affine
         and not any(parameter.requires_grad for parameter in module.parameters(recurse=False))
     ]
@@ -206,7 +208,7 @@ def _one_step(
     subject: Subject, run: ObservedRun, optimizer: Optimizer, before: Before, ranks: Ranks
 ) -> Iterator[Finding]:
     """Take one step with these gradients and see who moved; `untouched` takes it back."""
-    held = _held(optimizer)
+    held = _tensors_of(optimizer)
     for parameter in held.values():
         if not parameter.requires_grad and before.grad_of(parameter) is not None and parameter.is_leaf:
             parameter.grad = before.grad_of(parameter)  # the loop's step would meet it
@@ -233,7 +235,7 @@ def _one_step(
 
 
 def _is_rounding(tensor: Tensor, run: ObservedRun) -> bool:
-    """Whether its gradient cancels by construction: nobody expects such a one to move."""
+    """Whether its gradient cancels by construction, so that it need not move."""
     return run.flow is not None and run.flow.graph.leaves.get(id(tensor)) in run.flow.cancelled
 
 
@@ -248,7 +250,7 @@ def _steps_alone(optimizer: Optimizer) -> bool:
     return not needed and not getattr(optimizer, "defaults", {}).get("differentiable", False)
 
 
-def _held(*optimizers: Optimizer) -> dict[int, Tensor]:
+def _tensors_of(*optimizers: Optimizer) -> dict[int, Tensor]:
     groups = [group for optimizer in optimizers for group in getattr(optimizer, "param_groups", ())]
     return {id(p): p for group in groups for p in group["params"]}
 

@@ -17,6 +17,7 @@ from clinometer.gradients.report.places import is_machinery
 from clinometer.gradients.sandbox.subject import Subject
 from clinometer.gradients.trace.cuts import each_bit
 from clinometer.gradients.trace.forward_trace import Trace
+from clinometer.torch_internals.modules import child_of
 
 _NO_FORWARD = {
     "__init__",
@@ -38,7 +39,7 @@ def may_be_skipped(name: str, subject: Subject, trace: Trace) -> str:
     holders: list[tuple[nn.Module, str]] = []
     for part in path:
         holders.append((module, part))
-        child = module._modules.get(part) if part in module._modules else None
+        child = child_of(module, part)
         if child is None:
             break
         module = child

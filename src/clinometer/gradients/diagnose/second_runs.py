@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from clinometer.distributed.ranks import Ranks
-from clinometer.gradients.diagnose import why_nonfinite
+from clinometer.gradients.diagnose.finiteness import Finiteness
 from clinometer.gradients.sandbox.closure import Closure, evaluate
 from clinometer.gradients.sandbox.sandbox import Before
 from clinometer.gradients.sandbox.subject import Subject
@@ -15,12 +15,12 @@ from clinometer.gradients.trace.forward_trace import Trace
 
 def look_at_values(
     subject: Subject, closure: Closure, before: Before, ranks: Ranks
-) -> tuple[why_nonfinite.Finiteness, Tensor]:
+) -> tuple[Finiteness, Tensor]:
     """Run the forward once more, every result looked at: where values stopped being finite; and the loss."""
     before.rewind()
     stand_ins = ranks.stand_ins()
     trace = Trace(subject, stand_ins)
-    finiteness = why_nonfinite.Finiteness(subject, stand_ins)
+    finiteness = Finiteness(subject, stand_ins)
     trace.after_call = finiteness.after_call
     with trace.watching():
         loss = evaluate(closure)

@@ -9,7 +9,7 @@ rows (head h → rows h·K … h·K+K−1), or repeated (q, k and v in one matri
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -25,8 +25,10 @@ from clinometer.gradients.sandbox.sandbox import Before
 from clinometer.gradients.sandbox.subject import Subject
 from clinometer.gradients.trace.forward_trace import Trace
 from clinometer.gradients.trace.graph import Graph, Node, leaf_through, operation
+from clinometer.gradients.trace.graph_search import breadth_first, inputs
 from clinometer.gradients.trace.node_kinds import MASK, PICK, PRODUCT, RELU, SMOOTH
 from clinometer.gradients.trace.observed_run import gradients_kept
+from clinometer.torch_internals.nodes import saved
 
 Lines = tuple[Tensor | None, Tensor | None]
 """Zero rows and zero columns of a gradient."""
@@ -105,7 +107,7 @@ class _Look:
 
     def _upwards(self, leaf: Node, zero: Tensor, lines: dict[str, Lines]) -> Reason | None:
         """Rows: what is computed from them gets no gradient, from some node towards the loss on."""
-        for node in _walk(leaf, lambda now: [n for n, _ in self.graph.consumers.get(now, ())]):
+        for node in breadth_first(leaf, self._consumers, _MOST_NODES):
             for made in self.made.get(node, ()):
                 if (pattern := _pattern(made.zero, zero)) is not None:
                     return self._reason(node, made.position, pattern, lines)
@@ -119,7 +121,7 @@ class _Look:
 
     def _downwards(self, leaf: Node, zero: Tensor, lines: dict[str, Lines]) -> Reason | None:
         """Columns: what they are multiplied with is zero, from some node towards the inputs on."""
-        for product in _walk(leaf, lambda now: [n for n, _ in self.graph.consumers.get(now, ())]):
+        for product in breadth_first(leaf, self._consumers, _MOST_NODES):
             if operation(product) in PRODUCT:
                 for other, _ in product.next_functions:
                     if other is not None and (reason := self._below(other, zero, lines)):
@@ -132,7 +134,7 @@ class _Look:
     def _below(
         self, start: Node, zero: Tensor, lines: dict[str, Lines], only_masks: bool = False
     ) -> Reason | None:
-        for node in _walk(start, lambda now: [n for n, _ in now.next_functions if n is not None]):
+        for node in breadth_first(start, inputs, _MOST_NODES):
             name = operation(node)
             if name in _FILLS | RELU | {"Mul"}:
                 for made in self.made.get(node, ()):
@@ -145,7 +147,7 @@ class _Look:
         return None
 
     def _left_out(self, node: Node, zero: Tensor) -> Tensor | None:
-        """The lines that none of several slices took."""
+        """Returns the lines that no slice took, if there are several slices."""
         consumers = self.graph.consumers.get(node, ())
         if len(consumers) < 2 or not all(operation(consumer) in PICK for consumer, _ in consumers):
             return None
@@ -176,7 +178,7 @@ class _Look:
 
     def _masked_factor(self, others: list[Node], zero: Tensor) -> Node | None:
         for other in others:
-            for node in _walk(other, lambda now: [n for n, _ in now.next_functions if n is not None], 12):
+            for node in breadth_first(other, inputs, 12):
                 for made in self.made.get(node, ()):
                     if operation(node) in _FILLS | {"Mul"} and _pattern(made.zero, zero) is not None:
                         return node
@@ -186,7 +188,7 @@ class _Look:
         """Weights among or just below the other factors, with their zero lines."""
         yield from self._zero_weights(node)
         for other in others:
-            for below in _walk(other, lambda now: [n for n, _ in now.next_functions if n is not None], 12):
+            for below in breadth_first(other, inputs, 12):
                 yield from self._zero_weights(below)
 
     def _zero_weights(self, node: Node) -> Iterator[tuple[Tensor, Tensor]]:
@@ -207,23 +209,14 @@ class _Look:
         group = (where.file, where.line, where.module) if where else node
         return Reason("partly-zero", cause, EXPLAINED, variant, where, values, group)
 
+    def _consumers(self, node: Node) -> list[Node]:
+        return [consumer for consumer, _ in self.graph.consumers.get(node, ())]
+
     def _place(self, node: Node) -> Where | None:
-        for above in _walk(node, lambda now: [n for n, _ in self.graph.consumers.get(now, ())]):
+        for above in breadth_first(node, self._consumers, _MOST_NODES):
             if (where := self.trace.places.get(above)) is not None:
                 return where
         return None
-
-
-def _walk(start: Node, near: Callable[[Node], Iterable[Node]], most: int = _MOST_NODES) -> Iterator[Node]:
-    """The nodes from `start` on, nearest first."""
-    seen, queue = {start}, [start]
-    while queue and len(seen) < most:
-        now = queue.pop(0)
-        yield now
-        for node in near(now):
-            if node not in seen:
-                seen.add(node)
-                queue.append(node)
 
 
 def _may_make(node: Node) -> bool:
@@ -258,9 +251,9 @@ def _made_by(node: Node, into: Sequence[Tensor | None], out: Sequence[Tensor | N
 
 def _zero_inputs(node: Node) -> Iterator[Tensor]:
     for name in ("self", "mat1", "input"):
-        saved = getattr(node, f"_saved_{name}", None)
-        if isinstance(saved, Tensor):
-            yield from (zero for dim, zero in _zero_lines(saved) if dim == 1)
+        kept = saved(node, name)
+        if isinstance(kept, Tensor):
+            yield from (zero for dim, zero in _zero_lines(kept) if dim == 1)
 
 
 def _own_dims(name: str, position: int) -> set[int]:
@@ -279,7 +272,7 @@ def _picked_dims(node: Node, gradient: Tensor, out: Sequence[Tensor | None]) -> 
     picked = parts[0]
     if gradient.dim() == picked.dim():
         return {d for d in range(gradient.dim()) if gradient.shape[d] != picked.shape[d]}
-    dim = getattr(node, "_saved_dim", None)
+    dim = saved(node, "dim")
     return set() if dim is None else {dim - 2**64 + gradient.dim() if dim >= 2**63 else dim}
 
 

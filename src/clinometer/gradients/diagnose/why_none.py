@@ -13,11 +13,13 @@ from clinometer.gradients.sandbox.subject import Subject
 from clinometer.gradients.trace.backward_trace import Flow
 from clinometer.gradients.trace.cuts import Cut, Escape
 from clinometer.gradients.trace.forward_trace import Trace
-from clinometer.gradients.trace.graph import is_custom
+from clinometer.gradients.trace.graph import Node
+from clinometer.gradients.trace.graph_search import receives
+from clinometer.torch_internals.custom_functions import function_of
 
 
 def before_any_run(tensor: Tensor) -> Reason | None:
-    """What the tensor itself says."""
+    """Returns the reason if the tensor alone shows it; None if a run is needed."""
     if tensor.is_meta and tensor.requires_grad and tensor.is_leaf:
         return Reason("none", "unused", EXPLAINED, "meta", group="meta")
     if not tensor.requires_grad:
@@ -31,7 +33,7 @@ def before_any_run(tensor: Tensor) -> Reason | None:
 
 
 def why_none(name: str, subject: Subject, trace: Trace, flow: Flow | None, loss: Tensor) -> Reason:
-    """Why the backward from `loss` left no gradient on a leaf that asks for one."""
+    """Returns why the backward from `loss` left no gradient on a leaf with requires_grad."""
     tensor = subject.tensors[name]
     bit = trace.bits[id(tensor)]
     node = flow.graph.leaves.get(id(tensor)) if flow else None
@@ -41,7 +43,7 @@ def why_none(name: str, subject: Subject, trace: Trace, flow: Flow | None, loss:
     reaching = trace.cuts_in(loss)
     to_loss = [cut for i, cut in enumerate(trace.cuts) if cut.live & bit and reaching >> i & 1]
     if loss.grad_fn is None:
-        # A loss made anew from a number has no cut in it: then the number's way out is the place.
+        # A loss made from a Python number has no cut in it: the place is where the number left torch.
         found = _first(to_loss) or (trace.escapes[-1] if trace.escapes else _first(trace.cuts))
         where = found.where if found else None
         return Reason("none", "loss-without-graph", FAULT, found.kind if found else "", where, group=0)
@@ -55,7 +57,9 @@ def why_none(name: str, subject: Subject, trace: Trace, flow: Flow | None, loss:
         return Reason("none", "not-reaching-loss", EXPLAINED, "differentiated", trace.end_of(bit))
     if bit in trace.first_use:
         where = trace.end_of(bit) or trace.first_use[bit]
-        if where is not None and is_installed(where.file):  # BertModel's pooler under a loss of one's own
+        if where is not None and is_installed(
+            where.file
+        ):  # BertModel's pooler, which the user's loss does not use
             return Reason("none", "not-reaching-loss", EXPLAINED, "extra_output", where)
         return Reason("none", "not-reaching-loss", FAULT, "", where)
     if skip := may_be_skipped(name, subject, trace):
@@ -63,31 +67,17 @@ def why_none(name: str, subject: Subject, trace: Trace, flow: Flow | None, loss:
     return Reason("none", "unused", FAULT, group=0)
 
 
-def _undefined(node: Any, flow: Flow) -> Reason | None:
-    if _defined(node, flow):
+def _undefined(node: Node, flow: Flow) -> Reason | None:
+    if receives(node, flow, lambda size: size is not None):
         return None
-    origins = flow.origins(node, lambda size: size is None)
-    for event, _ in origins:
-        where = flow.trace.places.get(event.node)
-        if is_custom(event.node):
-            where = definition_of(type(event.node)._forward_cls.backward) or where
-            return Reason(
-                "none", "undefined-in-backward", FAULT, "", where,
-                {"function": type(event.node)._forward_cls.__name__}, group=event.node,
-            )  # fmt: skip
-        return Reason(
-            "none", "undefined-in-backward", FAULT, "built_in", where, {"function": event.node.name()},
-            group=event.node,
-        )  # fmt: skip
-    return None
-
-
-def _defined(node: Any, flow: Flow) -> bool:
-    for consumer, position in flow.above(node):
-        event = flow.events.get(consumer)
-        if event is None or (position < len(event.into) and event.into[position] is not None):
-            return True
-    return False
+    event = next((event for event, _ in flow.origins(node, lambda size: size is None)), None)
+    if event is None:
+        return None
+    where, variant, name = flow.trace.places.get(event.node), "built_in", event.node.name()
+    if (function := function_of(event.node)) is not None:
+        where, variant, name = definition_of(function.backward) or where, "", function.__name__
+    values = {"function": name}
+    return Reason("none", "undefined-in-backward", FAULT, variant, where, values, group=event.node)
 
 
 def _cut(cut: Cut) -> Reason:

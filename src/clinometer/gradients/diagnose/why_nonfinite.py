@@ -1,32 +1,35 @@
-"""Why is it NaN or infinite: the first call of the forward, or node of the backward, that made it so."""
+"""Why is it NaN or infinite: the first call of the forward, or node of the backward, that made it so.
+
+A loss that is not finite is explained by `FORWARD_RULES`, from the origin that `Finiteness` found; a gradient
+of a finite loss by `BACKWARD_RULES`. In both, the first rule that returns a reason decides.
+"""
 
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from clinometer.gradients.diagnose.evidence import Clue
-from clinometer.gradients.diagnose.why_zero import place_above
+from clinometer.gradients.diagnose.finiteness import SOFTMAXES, Finiteness, Origin
 from clinometer.gradients.report.finding import FAULT, Reason
 from clinometer.gradients.report.formatting import words
-from clinometer.gradients.report.places import Where, definition_of
+from clinometer.gradients.report.places import definition_of
 from clinometer.gradients.sandbox.subject import Subject
-from clinometer.gradients.sandbox.tensors import largest, plain
 from clinometer.gradients.trace.backward_trace import Event, Flow
-from clinometer.gradients.trace.graph import is_custom, operation
+from clinometer.gradients.trace.graph import operation
+from clinometer.gradients.trace.graph_search import place_of
+from clinometer.torch_internals.custom_functions import function_of
 
-_INFINITE = words(
+_MAKE_INFINITY = words(
     """
     log log_ log2 log10 log1p div true_divide __truediv__ __rtruediv__ __rdiv__ reciprocal rsqrt atanh
     logit div_ xlogy __itruediv__ divide binary_cross_entropy nll_loss log_softmax cross_entropy
     """
 )
-_NAMES = {
+"""Calls that have a pole: infinity out of them is no overflow."""
+_VARIANTS = {
     "__truediv__": "division", "div": "division", "__rtruediv__": "division", "__rdiv__": "division",
     "div_": "division", "true_divide": "division", "reciprocal": "division", "rsqrt": "sqrt",
     "log1p": "log", "log2": "log", "log10": "log", "logit": "log", "xlogy": "log", "log_": "log",
@@ -36,155 +39,155 @@ _NAMES = {
     "mean": "mean", "cross_entropy": "loss", "nll_loss": "loss", "mse_loss": "loss", "l1_loss": "loss",
     "binary_cross_entropy": "log",
 }  # fmt: skip
-_MASKS = words(
-    """
-    masked_fill masked_fill_ full full_like tensor where fill_ __setitem__ new_full triu triu_ tril
-    tril_ as_tensor finfo masked_scatter generate_square_subsequent_mask zeros
-    """
-)
+"""Calls → the variant that explains what they make NaN or infinity of."""
 
 
 def why_nonfinite(
     name: str, subject: Subject, flow: Flow, source: Origin | None, alone: bool = True
 ) -> Reason:
-    """Why a gradient is not finite: `source` is what the forward's check found, if the loss is not."""
+    """Returns why a gradient is not finite.
+
+    `source`: where the loss stopped being finite, if it is not. `alone`: no other rank trains along.
+    """
     if source is not None:
-        return source.reason()
-    node = flow.graph.leaves.get(id(subject.tensors[name]))
-    found = [] if node is None else flow.origins(node, lambda s: s is not None and not math.isfinite(s))
-    for event, position in found:
-        if (clue := event.clues.get(position)) is not None:
-            return backward_reason(event, clue, flow)
-    if not alone:
-        return Reason("non-finite", "unknown", FAULT, "elsewhere", group=1)
-    return Reason("non-finite", "overflow", FAULT, "sum", values={"dtype": str(subject.tensors[name].dtype)})
+        return from_forward(source)
+    event, clue = _first_node(name, subject, flow)
+    case = _NonfiniteCase(str(subject.tensors[name].dtype), flow, event, clue, alone)
+    return next(reason for rule in BACKWARD_RULES if (reason := rule(case)) is not None)
 
 
-def backward_reason(event: Event, clue: Clue, flow: Flow) -> Reason:
-    """The finding for the node where a finite gradient stopped being finite."""
-    where = flow.trace.places.get(event.node) or place_above(event.node, flow)
-    if is_custom(event.node):
-        where = definition_of(type(event.node)._forward_cls.backward) or where
+def from_forward(origin: Origin) -> Reason:
+    """Returns why the loss is not finite."""
+    return next(reason for rule in FORWARD_RULES if (reason := rule(origin)) is not None)
+
+
+def trace_back(reason: Reason, values: Finiteness) -> Reason:
+    """Returns the origin of the value that a backward multiplied with, if that value was not finite.
+
+    The loss may be finite all the same: a softmax makes NaN of a row of padding, the loss leaves that row
+    out, and the gradient that comes back for it, zero, is multiplied by the NaN. Otherwise the same reason.
+    """
+    origin = values.before(reason.where) if reason.cause == "backward" else None
+    if origin is None or origin.where is None:
+        return reason
+    variant = "unseen"
+    if origin.kind == "given":
+        variant = "unseen-input"
+    elif origin.name in SOFTMAXES:
+        variant = "unseen-softmax"
+    place = origin.where.file, origin.where.line
+    return Reason("non-finite", "backward", FAULT, variant, origin.where, {"op": _op(origin)}, place)
+
+
+# ---- the loss is not finite ----
+
+
+def weight_holds_it(origin: Origin) -> Reason | None:
+    """A weight that holds NaN before the forward was spoilt by an earlier step."""
+    if origin.kind != "parameter":
+        return None
+    return _made("forward", "parameter", origin, weight=origin.parameter)
+
+
+def batch_holds_it(origin: Origin) -> Reason | None:
+    """NaN in a tensor that no call made came in with the data."""
+    return _made("forward", "input", origin) if origin.kind == "given" else None
+
+
+def too_large_for_the_type(origin: Origin) -> Reason | None:
+    """Infinity from a call without a pole: the number left the range of its type."""
+    if origin.kind == "made" and not origin.nan and origin.name not in _MAKE_INFINITY:
+        return _made("overflow", "forward", origin)
+    return None
+
+
+def softmax_across_rows(origin: Origin) -> Reason | None:
+    """A softmax whose last dimension would have had something to choose from runs over another one."""
+    return _made("forward", "softmax-across", origin) if origin.across else None
+
+
+def made_by_the_call(origin: Origin) -> Reason | None:
+    """The first call that makes NaN or infinity of finite numbers."""
+    return _made("forward", _VARIANTS.get(origin.name, "other"), origin)
+
+
+FORWARD_RULES: tuple[Callable[[Origin], Reason | None], ...] = (
+    weight_holds_it,
+    batch_holds_it,
+    too_large_for_the_type,
+    softmax_across_rows,
+    made_by_the_call,
+)
+
+
+# ---- the loss is finite, its gradient is not ----
+
+
+@dataclass(frozen=True)
+class _NonfiniteCase:
+    """A gradient that is not finite, and the node where it stopped being finite, if one was seen."""
+
+    dtype: str
+    flow: Flow
+    event: Event | None
+    clue: Clue | None
+    alone: bool
+
+
+def spoilt_in_custom_backward(case: _NonfiniteCase) -> Reason | None:
+    """A custom Function's backward is the user's code: the place is its definition."""
+    function = None if case.event is None else function_of(case.event.node)
+    if case.event is None or case.clue is None or function is None:
+        return None
+    return _at_node(case.event, case.clue, case.flow, definition_of(function.backward))
+
+
+def spoilt_at_a_node(case: _NonfiniteCase) -> Reason | None:
+    """The first node that made NaN or infinity of a finite gradient."""
+    if case.event is None or case.clue is None:
+        return None
+    return _at_node(case.event, case.clue, case.flow)
+
+
+def on_another_rank(case: _NonfiniteCase) -> Reason | None:
+    """No node of this rank made it, and gradients are averaged over ranks: another rank brought it in."""
+    return None if case.alone else Reason("non-finite", "unknown", FAULT, "elsewhere", group=1)
+
+
+def sum_too_large(case: _NonfiniteCase) -> Reason | None:
+    """Every part was finite: their sum left the range of the type."""
+    return Reason("non-finite", "overflow", FAULT, "sum", values={"dtype": case.dtype})
+
+
+BACKWARD_RULES: tuple[Callable[[_NonfiniteCase], Reason | None], ...] = (
+    spoilt_in_custom_backward,
+    spoilt_at_a_node,
+    on_another_rank,
+    sum_too_large,
+)
+
+
+# ---- what the rules share ----
+
+
+def _first_node(name: str, subject: Subject, flow: Flow) -> tuple[Event | None, Clue | None]:
+    leaf = flow.graph.leaves.get(id(subject.tensors[name]))
+    found = [] if leaf is None else flow.origins(leaf, lambda s: s is not None and not math.isfinite(s))
+    clues = ((event, event.clues.get(position)) for event, position in found)
+    return next(((event, clue) for event, clue in clues if clue is not None), (None, None))
+
+
+def _at_node(event: Event, clue: Clue, flow: Flow, definition: Any = None) -> Reason:
+    where = definition or place_of(event.node, flow)
     values = {"op": where.op if where else operation(event.node).lower(), **dict(clue.values)}
     return Reason("non-finite", clue.cause, FAULT, clue.variant, where, values, group=event.node)
 
 
-@dataclass
-class Origin:
-    """The first call whose result was not finite."""
-
-    name: str
-    where: Where | None
-    nan: bool
-    kind: str
-    """"made" by the call; in "given" data or a "parameter" already; "mask": infinity that is meant."""
-    dtype: torch.dtype
-    parameter: str = ""
-    across: bool = False
-    """Of a softmax: the rows of −∞ lie along another dimension than the last."""
-
-    def reason(self) -> Reason:
-        values = {"op": self.name.strip("_"), "dtype": str(self.dtype).removeprefix("torch.")}
-        group = self.where and (self.where.file, self.where.line)
-        if self.kind == "parameter":
-            return Reason(
-                "non-finite",
-                "forward",
-                FAULT,
-                "parameter",
-                self.where,
-                {**values, "weight": self.parameter},
-                group,
-            )
-        if self.kind == "given":
-            return Reason("non-finite", "forward", FAULT, "input", self.where, values, group)
-        if not self.nan and self.name not in _INFINITE and self.kind == "made":
-            return Reason("non-finite", "overflow", FAULT, "forward", self.where, values, group)
-        variant = "softmax-across" if self.across else _NAMES.get(self.name, "other")
-        return Reason("non-finite", "forward", FAULT, variant, self.where, values, group)
+def _made(cause: str, variant: str, origin: Origin, **more: Any) -> Reason:
+    values = {"op": _op(origin), "dtype": str(origin.dtype).removeprefix("torch."), **more}
+    group = origin.where and (origin.where.file, origin.where.line)
+    return Reason("non-finite", cause, FAULT, variant, origin.where, values, group)
 
 
-class Finiteness:
-    """Follows values that are not finite through a forward, call by call, to where they began.
-
-    −inf in an attention mask is meant, so a call that writes it begins nothing until a NaN is made of it.
-    """
-
-    def __init__(self, subject: Subject, stand_ins: Mapping[int, Tensor] | None = None) -> None:
-        self._parameters = {id(tensor): name for name, tensor in subject.tensors.items()}
-        self._parameters |= {k: self._parameters[id(t)] for k, t in (stand_ins or {}).items()}
-        self._known: dict[int, tuple[weakref.ref[Tensor], Origin]] = {}
-        self._seen: dict[int, weakref.ref[Tensor]] = {}
-        self._met: dict[tuple[str, int, str], Origin] = {}
-        """What went into a call and was not finite, by the call's place."""
-
-    def of(self, tensor: Tensor) -> Origin | None:
-        """Where what is wrong in `tensor` began."""
-        ref, origin = self._known.get(id(tensor), (None, None))
-        return origin if ref is not None and ref() is tensor else None
-
-    def after_call(self, name: str, ins: list[Tensor], outs: list[Tensor], where: Where | None) -> None:
-        """One call of the forward."""
-        with torch.no_grad():
-            for out in outs:
-                if out.is_floating_point() or out.is_complex():
-                    self._look(name, ins, out, where)
-                    self._meet(ins, where)
-                self._seen[id(out)] = weakref.ref(out)
-
-    def _look(self, name: str, ins: list[Tensor], out: Tensor, where: Where | None) -> None:
-        size = largest(out)
-        if size is None or math.isfinite(size):
-            self._known.pop(id(out), None)
-            return
-        nan = math.isnan(size) or bool(torch.isnan(plain(out)).any())
-        sources = [t for t in ins if t is not out and not math.isfinite(largest(t) or 0.0)]
-        origin = None
-        for tensor in sources:
-            came = self.of(tensor) or self._from_outside(tensor, name, where)
-            if came is not None and (came.kind != "mask" or origin is None):
-                origin = came if origin is None or origin.kind == "mask" else origin
-        if origin is None or (origin.kind == "mask" and nan and not origin.nan):
-            mask = not nan and name in _MASKS
-            across = nan and _NAMES.get(name) == "softmax" and bool(ins) and _is_fine_along_the_last(ins[0])
-            origin = Origin(name, where, nan, "mask" if mask else "made", out.dtype, across=across)
-        self._known[id(out)] = (weakref.ref(out), origin)
-
-    def behind(self, reason: Reason) -> Reason:
-        """The same; or, where a backward multiplied by a value that was not finite, that value's origin.
-
-        The loss may be finite all the same: a softmax gives NaN in a row of padding, the loss leaves that row
-        out, and the gradient that comes back for it, zero, is multiplied by the NaN.
-        """
-        at = reason.where
-        origin = None if at is None else self._met.get((at.file, at.line, at.op))
-        if origin is None or origin.where is None or reason.cause != "backward":
-            return reason
-        variant = "unseen"
-        if origin.kind == "given":
-            variant = "unseen-input"
-        elif _NAMES.get(origin.name) == "softmax":
-            variant = "unseen-softmax"
-        values = {"op": origin.name.strip("_")}
-        place = origin.where.file, origin.where.line
-        return Reason("non-finite", "backward", FAULT, variant, origin.where, values, place)
-
-    def _meet(self, ins: list[Tensor], where: Where | None) -> None:
-        origins = [o for o in map(self.of, ins) if o is not None and o.kind in ("made", "given")]
-        if where is not None and origins and origins[0].where != where:
-            self._met.setdefault((where.file, where.line, where.op), origins[0])
-
-    def _from_outside(self, tensor: Tensor, name: str, where: Where | None) -> Origin | None:
-        """A value nobody in this forward made: a parameter's own, or the batch's."""
-        nan = bool(torch.isnan(plain(tensor)).any())
-        if id(tensor) in self._parameters:
-            return Origin(name, where, nan, "parameter", tensor.dtype, self._parameters[id(tensor)])
-        return Origin(name, where, nan, "given" if nan else "mask", tensor.dtype)
-
-
-def _is_fine_along_the_last(scores: Tensor) -> bool:
-    """Whether a softmax over the last dimension would have something to choose from in every row."""
-    scores = plain(scores)
-    if scores.dim() < 2 or bool((torch.isnan(scores) | torch.isposinf(scores)).any()):
-        return False
-    return not bool(torch.isneginf(scores).all(-1).any())
+def _op(origin: Origin) -> str:
+    return origin.name.strip("_")

@@ -1,21 +1,21 @@
-"""Why rows or columns are zero while the rest is not: rows nobody looked up, silent units."""
+"""Why rows or columns are zero while the rest is not: rows that were not looked up, silent units."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from clinometer.gradients.diagnose.why_zero import place_above
 from clinometer.gradients.report.finding import EXPLAINED, Reason
 from clinometer.gradients.sandbox.subject import Subject
 from clinometer.gradients.trace.backward_trace import Flow
 from clinometer.gradients.trace.graph import Node, operation
+from clinometer.gradients.trace.graph_search import place_of
 from clinometer.gradients.trace.node_kinds import PICK, PRODUCT, RELU
 
 
 def why_partly(
     name: str, subject: Subject, flow: Flow, rows: Tensor | None, columns: Tensor | None
 ) -> Reason | None:
-    """Why these rows or columns are zero; None when nothing certain can be said."""
+    """Returns why these rows or columns are zero; None if no cause is certain."""
     node = flow.graph.leaves.get(id(subject.tensors[name]))
     if node is None:
         return None
@@ -25,7 +25,7 @@ def why_partly(
     values = {"zero": int(mask.sum()), "all": len(mask), "name": name}
     for consumer, _ in above:
         if operation(consumer) in PICK and rows is not None:
-            where = flow.trace.places.get(consumer) or place_above(consumer, flow)
+            where = place_of(consumer, flow)
             variant = "rows" if operation(consumer).startswith("Embedding") else "picked"
             return Reason("partly-zero", "absent-rows", EXPLAINED, variant, where, values, group=consumer)
     for consumer, _ in above:
@@ -38,7 +38,7 @@ def why_partly(
 
 
 def _dead(node: Node, dead: Tensor, flow: Flow) -> Reason:
-    where = flow.trace.places.get(node) or place_above(node, flow)
+    where = place_of(node, flow)
     values = {"zero": int(dead.sum()), "all": len(dead)}
     return Reason("partly-zero", "dead-activation", EXPLAINED, "units", where, values, group=node)
 

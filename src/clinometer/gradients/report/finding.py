@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from clinometer.causes import require
 from clinometer.gradients.report.document import Document, Line, code, dim, fault, name, note, sentence
 from clinometer.gradients.report.formatting import shorten
 from clinometer.gradients.report.places import Where
@@ -117,14 +118,17 @@ class Finding:
 
     @property
     def freeze(self) -> str:
-        """The code that says these tensors are meant to rest; "" when they stand in too many places."""
+        """The code that freezes these tensors; "" if they belong to too many modules."""
         many = len(self.owners) > _FROZEN_AT_ONCE
         return "" if many else ", ".join(f"{owner}.requires_grad_(False)" for owner in self.owners)
 
 
 @dataclass(frozen=True)
 class Reason:
-    """Why one tensor's gradient is what it is; equal keys and groups become one finding."""
+    """Why one tensor's gradient is what it is; equal keys and groups become one finding.
+
+    Raises UnknownCause for a cause, a variant or a severity that the catalogue in `clinometer.causes` lacks.
+    """
 
     status: str
     cause: str
@@ -134,3 +138,6 @@ class Reason:
     values: dict[str, Any] = field(default_factory=dict)
     group: Any = None
     """What makes two reasons the same finding, besides cause and variant; default: the place."""
+
+    def __post_init__(self) -> None:
+        require(self.status, self.cause, self.variant, self.severity)

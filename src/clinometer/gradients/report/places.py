@@ -1,4 +1,4 @@
-"""Places in the user's code: found by walking frames, read only when somebody asks."""
+"""Places in the user's code: found by walking frames; the source line is read when it is shown."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Where:
 
     @property
     def source(self) -> str:
-        """The line as written, stripped; "" where nobody knows it (exec'd text, a closed shell)."""
+        """The line as written, stripped; "" if it is not available (exec'd text, a closed shell)."""
         return linecache.getline(self.file, self.line).strip()
 
     @property
@@ -120,7 +120,7 @@ def definition_of(function: Any) -> Where | None:
 @cache
 def is_machinery(file: str) -> bool:
     """Whether a file belongs to torch, the standard library or the instrument."""
-    if file.startswith("<"):  # "<string>", "<stdin>", "<ipython-input-3>" are somebody's code
+    if file.startswith("<"):  # "<string>", "<stdin>", "<ipython-input-3>" are the user's code
         return file.startswith(("<frozen ", "<@beartype"))
     path = os.path.abspath(file)
     if _within(path, _TORCH) or is_instrument(file):

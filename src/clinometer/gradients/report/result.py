@@ -69,7 +69,7 @@ class Result(ABC):
     def render(self, language: str | None = None, width: int | None = None) -> str:
         """Text in `language` (default: the current one), wrapped at `width` (default: the terminal's).
 
-        Raises InputError for a language there is none of.
+        Raises InputError for an unknown language.
         """
         if language is not None and language not in LANGUAGES:
             raise InputError("messages.language", given=language, known=", ".join(LANGUAGES))

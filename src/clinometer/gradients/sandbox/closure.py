@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from clinometer.gradients.sandbox.random_state import RandomState
 from clinometer.messages import InputError
+from clinometer.torch_internals.frames import compiler_is_loaded
 
 Closure = Callable[[], Any]
 
@@ -60,7 +60,7 @@ def replay(closure: Closure) -> Callable[[], Tensor]:
 @contextmanager
 def eagerly() -> Iterator[None]:
     """Inside, what torch.compile made runs as the Python it was made from, so lines and hooks are real."""
-    if "torch._dynamo" not in sys.modules:  # nothing was compiled; importing it would cost a second
+    if not compiler_is_loaded():  # nothing was compiled; importing it would cost a second
         yield
         return
     with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():

@@ -19,12 +19,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
 
 from clinometer.distributed.ranks import shard_again
 from clinometer.gradients.sandbox.random_state import RandomState
 from clinometer.gradients.sandbox.saved_state import CONTAINERS, KeptBits, KeptContainer, KeptTensor, has_grad
 from clinometer.gradients.sandbox.subject import Subject
+from clinometer.torch_support import offers
 
 _ONE_AT_A_TIME = threading.RLock()
 
@@ -35,19 +37,29 @@ def untouched(subject: Subject, *, closure: Any = None, optimizer: Any = None) -
 
     Put back, also when an exception or KeyboardInterrupt passes: values, memory, `requires_grad`,
     version counters and `.grad` (the same object with the same bits) of the subject's tensors; those, the
-    mode, the hooks and the attributes of its module and of modules `closure` names; the optimizers'
-    state; random generators; grad mode, autocast, default dtype.
+    mode, the hooks and the attributes of its module, of modules `closure` names, and of every module that
+    is called inside, wherever it is kept (it is looked at before its forward runs); the optimizers' state;
+    random generators; grad mode, autocast, default dtype.
 
-    Not seen: tensors and modules that neither the subject nor the closure names, objects other than
+    Not seen: tensors that neither the subject, the closure nor a called module names, objects other than
     tensors, modules and plain containers, hooks on tensors; what other threads draw meanwhile from the
     global random generators. A second thread that asks waits: two at once would put each other's state back.
     """
+    offers("versions")
     with _ONE_AT_A_TIME:
         before = Before(subject, closure, optimizer)
+        here = threading.get_ident()
+
+        def first_call(module: nn.Module, args: Any) -> None:
+            if threading.get_ident() == here:
+                before.keep_called(module)
+
+        hook = register_module_forward_pre_hook(first_call)
         try:
             before.set_grads_aside()
             yield before
         finally:
+            hook.remove()
             _uninterrupted(before.restore)
             before.forget()
 
@@ -76,6 +88,23 @@ class Before:
             )
             for bits in self._bits.values():
                 bits.take()
+        self._list_containers()
+
+    def keep_called(self, module: nn.Module) -> None:
+        """Keep a module that nothing named when it is first called, such as a criterion of another file."""
+        if id(module) in self._seen:
+            return
+        tensors, bits = len(self._tensors), set(self._bits)
+        with torch.inference_mode(False), torch.no_grad():
+            self._keep([module])
+            for key in self._bits.keys() - bits:
+                self._bits[key].take()
+            for kept in self._tensors[tensors:]:
+                if has_grad(kept.tensor):
+                    kept.tensor.grad = None
+        self._list_containers()
+
+    def _list_containers(self) -> None:
         self._held: list[Any] = [kept.container for kept in self._containers]
         self._lengths = list(map(len, self._held))
         self._keys = list(chain.from_iterable(self._held))

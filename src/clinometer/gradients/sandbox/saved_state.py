@@ -2,7 +2,7 @@
 
 Bits are compared and written through an alias of the storage as whole numbers. So NaN payloads, −0.0,
 complex, quantised and 8-bit formats and inference tensors need no case of their own, and a tensor that
-nobody wrote to is not written to: a graph the user holds stays valid.
+was not changed is not written to: a graph that the user holds stays valid.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from clinometer.gradients.sandbox.tensors import dense_parts
+from clinometer.torch_internals.tensors import KeptVersion, is_wrapper, memory_of
 
 CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)
 _WORDS = ((8, torch.int64), (4, torch.int32), (2, torch.int16), (1, torch.uint8))
@@ -31,7 +30,7 @@ class KeptBits:
         reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
         self.start = tensor.storage_offset() * item
         self.end = self.start + ((reach + 1) * item if tensor.numel() else 0)
-        self.key = (self.storage._cdata, self.start, self.end)
+        self.key = (memory_of(self.storage), self.start, self.end)
         self.copy: Tensor | None = None
 
     def take(self) -> None:
@@ -66,10 +65,10 @@ class KeptTensor:
         self.leaf = tensor.is_leaf
         self.requires_grad = tensor.requires_grad
         self.grad = tensor.grad if has_grad(tensor) else None
-        wrapper = is_traceable_wrapper_subclass(tensor) or tensor.layout is not torch.strided
+        wrapper = is_wrapper(tensor) or tensor.layout is not torch.strided
         self.shell = None if wrapper else tensor.data
         self.bits = [KeptBits(part) for part in dense_parts(tensor)]
-        self._version = None if tensor.is_inference() else _unsafe_preserve_version_counter(tensor)
+        self._version = None if tensor.is_inference() else KeptVersion(tensor)
 
     def restore(self) -> None:
         """The tensor is again what it was, its `.grad` aside; bits are restored by their keeper."""
@@ -87,8 +86,8 @@ class KeptTensor:
 
     def restore_version(self) -> None:
         """The bits are those of that version, so a graph that saved it may still be used."""
-        if self._version is not None and self.tensor._version != self._version.prev_versions[0]:
-            self._version.__exit__()
+        if self._version is not None:
+            self._version.restore()
 
 
 class KeptContainer:
@@ -135,7 +134,7 @@ def _items(container: Any) -> list[Any]:
 def _place(tensor: Tensor) -> tuple[Any, ...]:
     storage = tensor.untyped_storage()
     return (
-        storage._cdata,
+        memory_of(storage),
         tensor.storage_offset(),
         tensor.shape,
         tensor.stride(),

@@ -13,13 +13,11 @@ from torch.optim import Optimizer
 
 from clinometer.distributed.ranks import shard_again
 from clinometer.messages import InputError
-
-_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
-"""Children that only a wrapper has: torch.compile, FSDP, activation checkpointing and Lightning's Fabric."""
+from clinometer.torch_internals.modules import WRAPPERS, child_of, is_compiled
 
 
 class UnknownName(InputError, KeyError):
-    """A name that none of the tensors has; a KeyError too, as `result[name]` should raise."""
+    """Raised for a name that no tensor has; also a KeyError, as `result[name]` should raise."""
 
     def __init__(self, name: object, known: Iterable[str]) -> None:
         known = list(known)
@@ -83,16 +81,13 @@ class Subject:
         """The module inside torch.compile's, DataParallel's and FSDP's wrappers."""
         module = self.module
         while module is not None and (inner := _inner_child(module)) is not None:
-            module = module._modules[inner]
+            module = child_of(module, inner)
         return module
 
     @property
     def compiled(self) -> bool:
         """Whether torch.compile wraps the module or any part of it."""
-        return self.module is not None and any(
-            "_orig_mod" in m._modules or getattr(m, "_compiled_call_impl", None) is not None
-            for m in self.module.modules()
-        )
+        return self.module is not None and any(is_compiled(m) for m in self.module.modules())
 
     @property
     def size(self) -> int:
@@ -120,8 +115,8 @@ def clean_name(raw: str, module: nn.Module | None = None) -> str:
     """
     parts: list[str] = []
     for part in raw.split("."):
-        child = _child(module, part)
-        wrapper = part in _WRAPPED or (module is not None and part == _inner_child(module))
+        child = child_of(module, part)
+        wrapper = part in WRAPPERS or (module is not None and part == _inner_child(module))
         if not wrapper:
             parts.append(part)
         module = child
@@ -129,17 +124,12 @@ def clean_name(raw: str, module: nn.Module | None = None) -> str:
 
 
 def _inner_child(module: nn.Module) -> str | None:
-    for name in _WRAPPED:
-        if _child(module, name) is not None:
+    for name in WRAPPERS:
+        if child_of(module, name) is not None:
             return name
     if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
         return "module"
     return None
-
-
-def _child(module: nn.Module | None, name: str) -> nn.Module | None:
-    # A scripted module's `_modules` is no dict: it has `in` and `[…]` only.
-    return module._modules[name] if module is not None and name in module._modules else None
 
 
 def _pairs(params: Any) -> Iterable[tuple[str, Any]]:

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from clinometer.distributed.sharded_tensors import is_sharded
+from clinometer.torch_internals.tensors import is_wrapper, sparse_parts
 
 
 def tensors_in(*values: Any) -> Iterator[Tensor]:
@@ -33,13 +33,14 @@ _SCALARS = (int, float, complex, str, type(None), torch.dtype, torch.device)
 
 def dense_parts(tensor: Tensor) -> Iterator[Tensor]:
     """The strided tensors in memory that `tensor` is made of; none for one without memory (meta, fake)."""
-    if is_traceable_wrapper_subclass(tensor):  # DTensor, torchao's, jagged nested tensors
-        for attribute in tensor.__tensor_flatten__()[0]:
+    if is_wrapper(tensor):  # DTensor, torchao's, jagged nested tensors
+        wrapper: Any = tensor
+        for attribute in wrapper.__tensor_flatten__()[0]:
             part = getattr(tensor, attribute)
             if isinstance(part, Tensor):
                 yield from dense_parts(part)
     elif tensor.layout is torch.sparse_coo:
-        yield from (tensor._indices(), tensor._values())
+        yield from sparse_parts(tensor)
     elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
         yield from (tensor.crow_indices(), tensor.col_indices(), tensor.values())
     elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
@@ -65,7 +66,7 @@ def largest(gradient: Tensor | None) -> float | None:
     """The largest absolute value: inf or NaN if there is one; None for no gradient."""
     if gradient is None:
         return None
-    if gradient.layout is not torch.strided or is_traceable_wrapper_subclass(gradient) or gradient.is_nested:
+    if gradient.layout is not torch.strided or is_wrapper(gradient) or gradient.is_nested:
         if gradient.layout is torch.sparse_coo and not gradient.is_coalesced():
             gradient = gradient.coalesce()
         parts = [v for part in dense_parts(gradient) if (v := largest(part)) is not None]

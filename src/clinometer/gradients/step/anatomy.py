@@ -12,8 +12,8 @@ from clinometer.gradients.report.document import Document, Line, Table, code, di
 from clinometer.gradients.report.formatting import format_count, format_number, shorten
 from clinometer.gradients.report.result import Result
 from clinometer.gradients.sandbox.subject import Subject
-from clinometer.gradients.step.formulas import FORMULAS, SLIPS, WHOLE
-from clinometer.gradients.step.measures import Measures, Moved, constant_ratio, fitting, measure
+from clinometer.gradients.step.formulas import FORMULAS, SLIPS
+from clinometer.gradients.step.measures import Measures, WeightMove, constant_ratio, fitting, measure
 from clinometer.gradients.step.weight_step import StepContext, WeightStep, percent, title, ulps
 from clinometer.messages import InputError
 
@@ -25,7 +25,7 @@ _SLIPS_TRIED = 1_000_000
 class TensorStep(Result):
     """What the step did to one tensor; `[3, 5]` is one weight of it, `[3]` a row."""
 
-    def __init__(self, moved: Moved, context: StepContext, index: Any = None) -> None:
+    def __init__(self, moved: WeightMove, context: StepContext, index: Any = None) -> None:
         self._whole = moved
         self._index = index
         self._context = context
@@ -41,7 +41,7 @@ class TensorStep(Result):
     @cached_property
     def measures(self) -> Measures:
         """Ratio, shares, rounding; float64 sums over the entries."""
-        if self._index is not None and self.formula in WHOLE:
+        if self._index is not None and self.formula and FORMULAS[self.formula].of_whole:
             function = FORMULAS[self.formula]
             return measure(self.moved, function, self._whole.replay(function, self._index))
         return measure(self.moved, FORMULAS[self.formula] if self.formula else None)
@@ -153,7 +153,7 @@ class StepAnatomy(Result):
 
     def complete(
         self,
-        moved: dict[str, Moved],
+        moved: dict[str, WeightMove],
         formula: str | None,
         *,
         losses: tuple[float, ...] | None,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from clinometer.gradients.step.optimizer_state import wide
+from clinometer.gradients.trace.torch_patches import patched
 
 
 def clipping_factor(raw: Tensor, used: Tensor) -> float | None:
@@ -42,18 +43,15 @@ def clipping_factor(raw: Tensor, used: Tensor) -> float | None:
 @contextmanager
 def after_unscaling(optimizer: Any, call: Callable[[], None]) -> Iterator[None]:
     """Inside, `call` is called whenever a GradScaler has unscaled this optimizer's gradients."""
-    original = torch.amp.GradScaler.unscale_
 
-    def unscale_(scaler: Any, given: Any) -> None:
-        original(scaler, given)
-        while given is not None:
-            if given is optimizer:
+    def around_unscale(unscale: Any, scaler: Any, unscaled: Any) -> Any:
+        result = unscale(scaler, unscaled)
+        while unscaled is not None:
+            if unscaled is optimizer:
                 call()
                 break
-            given = getattr(given, "optimizer", None)
+            unscaled = getattr(unscaled, "optimizer", None)
+        return result
 
-    torch.amp.GradScaler.unscale_ = unscale_  # pyright: ignore[reportAttributeAccessIssue]
-    try:
+    with patched(torch.amp.GradScaler, "unscale_", around_unscale):
         yield
-    finally:
-        torch.amp.GradScaler.unscale_ = original

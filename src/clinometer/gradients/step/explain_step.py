@@ -6,7 +6,7 @@
 
 Memory: a copy of the parameters looked at, of their gradients and of their optimizer state. The copies are
 taken by hooks right around the step itself, so a schedule, clipping or `zero_grad()` may stand in the same
-block. Nothing is computed in float64 until somebody asks.
+block. Nothing is computed in float64 until a result is read.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from clinometer.gradients.sandbox.subject import Subject
 from clinometer.gradients.step.anatomy import StepAnatomy
 from clinometer.gradients.step.clipping import after_unscaling, clipping_factor
 from clinometer.gradients.step.formulas import FORMULAS, claims
-from clinometer.gradients.step.measures import Moved, fitting
+from clinometer.gradients.step.measures import WeightMove, fitting
 from clinometer.gradients.step.optimizer_state import OptimizerState, wide
 from clinometer.messages import InputError
 
@@ -192,11 +192,11 @@ class _Watch:
                 raise InputError("gradients.subject.meta", name=name)
         self._gather()
         claimed = claims(self.optimizer)
-        moved: dict[str, Moved] = {}
+        moved: dict[str, WeightMove] = {}
         for name, tensor in self._before.items():
             held = self._held.get(name)
             raw, clip = self._raw_of(name, held)
-            moved[name] = Moved(
+            moved[name] = WeightMove(
                 name,
                 self._status(name, skipped, bool(claimed)),
                 tensor,
@@ -266,7 +266,7 @@ class _Watch:
         return (None, self._clip) if factor is None else (raw, factor)
 
 
-def _best(claimed: tuple[str, ...], moved: dict[str, Moved]) -> str | None:
+def _best(claimed: tuple[str, ...], moved: dict[str, WeightMove]) -> str | None:
     """Of the formulas a name may stand for, the one that the first tensors follow."""
     if len(claimed) < 2:
         return claimed[0] if claimed else None
@@ -279,8 +279,8 @@ def _best(claimed: tuple[str, ...], moved: dict[str, Moved]) -> str | None:
     return min(claimed, key=lambda key: missed[key])
 
 
-def _with(moved: Moved, formula: str | None) -> Moved:
-    return Moved(
+def _with(moved: WeightMove, formula: str | None) -> WeightMove:
+    return WeightMove(
         moved.name, moved.status, moved.before, moved.after, moved.held, moved.raw, moved.clip, formula
     )
 

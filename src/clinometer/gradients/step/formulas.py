@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -236,15 +237,38 @@ def _or_zero(kept: Tensor | None, theta: Tensor) -> Tensor:
 
 Formula = Callable[[OptimizerState], ReplayedUpdate]
 
-FORMULAS: dict[str, Formula] = {
-    "sgd": sgd,
-    "adam": adam,
-    "adamw": adamw,
-    "adamw-after": adamw_after,
-    "muon": muon,
-}
-WHOLE = {"muon"}
-"""Formulas in which an entry depends on the rest of its tensor."""
+
+@dataclass(frozen=True)
+class RegisteredFormula:
+    """One line of FORMULAS: a formula, and the optimizers that claim to follow it."""
+
+    name: str
+    """What an optimizer's attribute `formula` says, and an anatomy shows."""
+    replay: Formula
+    classes: tuple[str, ...]
+    """Names of optimizer classes that claim it: their own or an ancestor's."""
+    options: frozenset[str]
+    """What such an optimizer must have in its param_groups."""
+    of_whole: bool = False
+    """Whether an entry depends on the rest of its tensor."""
+
+    def __call__(self, state: OptimizerState) -> ReplayedUpdate:
+        """Returns what the formula makes of a state."""
+        return self.replay(state)
+
+
+_ADAM = frozenset(("lr", "betas", "eps"))
+_MUON = frozenset(("lr", "momentum", "ns_coefficients", "ns_steps", "eps"))
+# To add an optimizer: its function above, its line here. Of several formulas that one class claims, the
+# likeliest stands first.
+_REGISTERED = (
+    RegisteredFormula("sgd", sgd, ("SGD",), frozenset(("lr",))),
+    RegisteredFormula("adam", adam, ("Adam",), _ADAM),
+    RegisteredFormula("adamw", adamw, ("AdamW",), _ADAM),
+    RegisteredFormula("adamw-after", adamw_after, ("AdamW",), _ADAM),
+    RegisteredFormula("muon", muon, ("Muon",), _MUON, of_whole=True),
+)
+FORMULAS: dict[str, RegisteredFormula] = {formula.name: formula for formula in _REGISTERED}
 
 SLIPS: dict[str, Formula] = {
     "eps-inside": lambda held: _adam(held, decoupled=True, eps_inside=True),
@@ -259,10 +283,6 @@ SLIPS: dict[str, Formula] = {
 }
 """What an Adam that misses its formula may be doing instead; the key is that of its sentence."""
 
-_NAMES = {"SGD": ("sgd",), "Adam": ("adam",), "AdamW": ("adamw", "adamw-after"), "Muon": ("muon",)}
-_NEEDED = {"SGD": {"lr"}, "Adam": {"lr", "betas", "eps"}, "AdamW": {"lr", "betas", "eps"}}
-_NEEDED["Muon"] = {"lr", "momentum", "ns_coefficients", "ns_steps", "eps"}
-
 
 def claims(optimizer: Any) -> tuple[str, ...]:
     """The formulas an optimizer claims to follow, the likeliest first; empty when it claims none here.
@@ -274,7 +294,8 @@ def claims(optimizer: Any) -> tuple[str, ...]:
         stated = cls.__dict__.get("formula")
         if isinstance(stated, str) and stated in FORMULAS:
             return (stated,)
-        if cls.__name__ in _NAMES and _NEEDED[cls.__name__] <= set(optimizer.param_groups[0]):
-            named = _NAMES[cls.__name__]
-            return named[:1] if cls.__module__.startswith("torch.optim") else named
+        given = set(optimizer.param_groups[0])
+        named = [f.name for f in _REGISTERED if cls.__name__ in f.classes and f.options <= given]
+        if named:
+            return tuple(named[:1] if cls.__module__.startswith("torch.optim") else named)
     return ()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clinometer.gradients.step.formulas import WHOLE, Formula
+from clinometer.gradients.step.formulas import FORMULAS, Formula
 from clinometer.gradients.step.optimizer_state import OptimizerState, ReplayedUpdate, wide
 
 ULP_ALLOWED = 4.0
@@ -18,7 +18,7 @@ ULP_ALLOWED = 4.0
 
 
 @dataclass(frozen=True, eq=False)
-class Moved:
+class WeightMove:
     """One tensor around a step: copies, so that what happens afterwards changes nothing here."""
 
     name: str
@@ -33,7 +33,7 @@ class Moved:
     """The factor of clipping, where it is known."""
     formula: str | None = None
 
-    def part(self, index: Any) -> Moved:
+    def part(self, index: Any) -> WeightMove:
         """The same of some entries only."""
         held = self.held
         if held is not None:
@@ -45,7 +45,7 @@ class Moved:
             }
             held = OptimizerState(held.theta[index], held.grad[index], state, held.options)
         raw = None if self.raw is None else self.raw[index]
-        return Moved(
+        return WeightMove(
             self.name,
             self.status,
             self.before[index],
@@ -62,7 +62,7 @@ class Moved:
             raise ValueError(f"nothing to replay: {self.status}")
         if index is None:
             return function(self.held)
-        if self.formula not in WHOLE:
+        if self.formula is None or not FORMULAS[self.formula].of_whole:
             return function(self.part(index).held)  # pyright: ignore[reportArgumentType]
         whole = function(self.held)
         chosen = {
@@ -181,7 +181,7 @@ class Measures:
         return told
 
 
-def measure(moved: Moved, function: Formula | None, replay: ReplayedUpdate | None = None) -> Measures:
+def measure(moved: WeightMove, function: Formula | None, replay: ReplayedUpdate | None = None) -> Measures:
     """The measures of one tensor; without a formula only what needs none.
 
     `replay`: for a part, where the formula needs the whole tensor.
@@ -222,7 +222,7 @@ def measure(moved: Moved, function: Formula | None, replay: ReplayedUpdate | Non
     )
 
 
-def ulps_apart(moved: Moved, replay: ReplayedUpdate) -> Tensor:
+def ulps_apart(moved: WeightMove, replay: ReplayedUpdate) -> Tensor:
     """|θ after − replay| in units of the rounding to expect: ulp(θ) + 5/4 ε·(|momentum| + |fresh|).
 
     ulp(θ) is that of max(|θ before|, |θ after|), and for most weights there is nothing else to see. Near
@@ -235,7 +235,7 @@ def ulps_apart(moved: Moved, replay: ReplayedUpdate) -> Tensor:
     return _distance(after, replay.theta) / unit
 
 
-def misses(moved: Moved, replay: ReplayedUpdate) -> Tensor:
+def misses(moved: WeightMove, replay: ReplayedUpdate) -> Tensor:
     """Where the step cannot be the formula's."""
     return ulps_apart(moved, replay) > ULP_ALLOWED
 
@@ -247,7 +247,7 @@ def ulp(size: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.ldexp(torch.full_like(size, info.eps), exponent).clamp(min=info.tiny * info.eps)
 
 
-def fitting(moved: Moved, functions: dict[str, Formula]) -> list[tuple[str, int]]:
+def fitting(moved: WeightMove, functions: dict[str, Formula]) -> list[tuple[str, int]]:
     """How many entries each formula misses, the best first."""
     counted: list[tuple[str, int]] = []
     for key, function in functions.items():
@@ -255,7 +255,7 @@ def fitting(moved: Moved, functions: dict[str, Formula]) -> list[tuple[str, int]
     return sorted(counted, key=lambda pair: pair[1])
 
 
-def constant_ratio(moved: Moved, function: Callable[[OptimizerState], ReplayedUpdate]) -> float | None:
+def constant_ratio(moved: WeightMove, function: Callable[[OptimizerState], ReplayedUpdate]) -> float | None:
     """The c for which every update is c times the formula's; None if there is none but 1."""
     replay = moved.replay(function)
     real = wide(moved.after) - wide(moved.before) - replay.decay

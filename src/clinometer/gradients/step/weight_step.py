@@ -24,7 +24,7 @@ from clinometer.gradients.report.document import (
 from clinometer.gradients.report.formatting import MINUS, format_number
 from clinometer.gradients.report.result import Result
 from clinometer.gradients.step.formulas import FORMULAS
-from clinometer.gradients.step.measures import ULP_ALLOWED, Moved, ulps_apart
+from clinometer.gradients.step.measures import ULP_ALLOWED, WeightMove, ulps_apart
 from clinometer.gradients.step.optimizer_state import ReplayedUpdate, wide
 from clinometer.messages import say
 
@@ -43,7 +43,7 @@ class StepContext:
     skipped: str | None = None
     predict: Callable[[], float] = float
 
-    def step_of(self, moved: Moved) -> int | None:
+    def step_of(self, moved: WeightMove) -> int | None:
         """The count of this step, where the optimizer counts."""
         counts = moved.held is not None and ("step" in moved.held.state or moved.formula in _COUNTING)
         return moved.held.t if counts and moved.held is not None else None
@@ -68,7 +68,7 @@ _COUNTING = {"adam", "adamw", "adamw-after"}
 class WeightStep(Result):
     """One weight's step; each quantity is a float, named as in the formula."""
 
-    def __init__(self, moved: Moved, index: Any, context: StepContext) -> None:
+    def __init__(self, moved: WeightMove, index: Any, context: StepContext) -> None:
         self._context = context
         self._part = moved.part(index)
         self.name = moved.name
@@ -264,7 +264,7 @@ class WeightStep(Result):
         return spans
 
 
-def title(context: StepContext, moved: Moved, place: str) -> Callable[[str | None], Spans]:
+def title(context: StepContext, moved: WeightMove, place: str) -> Callable[[str | None], Spans]:
     """ "weight[3, 5], step 137 (AdamW)"."""
     step = context.step_of(moved)
     key = "step.title" if step is not None else "step.title_uncounted"

@@ -1,4 +1,4 @@
-"""One backward, watched: through which edges of the graph nothing came, zeros came, or NaN came.
+"""One backward, observed: the edges of the graph through which no gradient, zeros or NaN came.
 
 Every gradient is reduced to its largest absolute value while it passes; none is kept.
 """
@@ -18,6 +18,7 @@ from torch import Tensor
 from clinometer.gradients.sandbox.tensors import largest, plain
 from clinometer.gradients.trace.forward_trace import Trace
 from clinometer.gradients.trace.graph import Graph, Node, operation, same_values
+from clinometer.torch_internals.nodes import saved
 
 Read = Callable[[str], Any]
 """What a node saved under a name; None when it saved nothing, or it may not be read."""
@@ -27,7 +28,7 @@ ReadClue = Callable[[Node, int, Sequence[Tensor | None], Sequence[Tensor | None]
 
 @dataclass
 class Event:
-    """What passed a node, where something was missing, zero or not finite."""
+    """The gradients of one node, where some are missing, zero or not finite."""
 
     node: Node
     out: list[float | None]
@@ -35,7 +36,7 @@ class Event:
     into: list[float | None]
     """The same for each input."""
     clues: dict[int, Any]
-    """For the inputs where it happened in this very node: what the clue function said."""
+    """Input → what the clue function returned, for the inputs whose gradient this node made zero or NaN."""
     scalar: bool = False
     """Whether all that came in is one number: the loss, or a term of it."""
 
@@ -66,7 +67,7 @@ class Flow:
         self._hooked: set[Node] = set()
 
     def run(self, loss: Tensor, keep_graph: bool) -> None:
-        """The backward; afterwards no hook is left."""
+        """Runs the backward; removes all hooks afterwards."""
         with ExitStack() as inside:
             try:
                 for node in self.graph.nodes:
@@ -97,7 +98,7 @@ class Flow:
         self._hooks += [node.register_prehook(begin), node.register_hook(end)]
 
     def hook(self, node: Node) -> None:
-        """Watch one node, unless it only passes on what it got."""
+        """Observes one node, unless it only rearranges gradients."""
         if node in self._hooked or not node.next_functions or same_values(node):
             return
         self._hooked.add(node)
@@ -163,7 +164,7 @@ class Flow:
         self.events[node] = event
 
     def _saved(self, node: Node, name: str) -> Any:
-        return plain(getattr(node, f"_saved_{name}", None)) if self.trace.may_read(node) else None
+        return plain(saved(node, name)) if self.trace.may_read(node) else None
 
     def _cancels(
         self,

@@ -1,4 +1,4 @@
-"""One forward, watched: where each node of the graph was made, and where paths out of parameters end.
+"""One forward, observed: the line that made each node of the graph, and where paths out of parameters end.
 
 A set of parameters is an int with one bit a parameter: unions and differences of hundreds of names cost
 one machine operation, and a healthy forward hardly needs them.
@@ -23,12 +23,13 @@ from clinometer.gradients.sandbox.subject import Subject
 from clinometer.gradients.sandbox.tensors import tensors_in
 from clinometer.gradients.trace import operations
 from clinometer.gradients.trace.cuts import Cell, Cut, Escape, each_bit, nudge
+from clinometer.gradients.trace.function_calls import seen_calls
 from clinometer.gradients.trace.grad_mode import GradOff
 from clinometer.gradients.trace.graph import Node, live_below
 from clinometer.gradients.trace.index_errors import note_range
-from clinometer.gradients.trace.torch_patches import seen_calls
-
-_top_saved_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
+from clinometer.torch_internals.nodes import packs_saved_tensors
+from clinometer.torch_internals.tensors import base_of
+from clinometer.torch_support import offers
 
 
 class Trace(TorchFunctionMode):
@@ -53,7 +54,7 @@ class Trace(TorchFunctionMode):
         self.own_losses: list[Tensor] = []
         """Losses of backwards that the closure ran itself; of several that reach the same, the first."""
         self.vanished = 0
-        """Parameters that `autograd.grad` differentiated away: constants in what it was asked for."""
+        """Parameters that `autograd.grad` differentiated away: no gradient of its result reaches them."""
         self.amp: dict[str, Where | None] = {}
         """Where the closure "scaled" a loss, "unscaled" gradients, and "clipped" still scaled ones."""
         self.masks: dict[Any, str] = {}
@@ -73,6 +74,7 @@ class Trace(TorchFunctionMode):
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Active inside, with what the mode alone cannot see: Function.apply, Parameter(), modules."""
+        offers("functions", "saved")
         with seen_calls(self._function, self._parameter, self._modules, self._grad_off.inference):
             with self:
                 yield
@@ -121,8 +123,9 @@ class Trace(TorchFunctionMode):
         """The cuts whose values are in `tensor`, as bits of positions in `cuts`."""
         cell = self._cell(tensor)
         found = cell.cuts if cell else 0
-        if tensor._base is not None and (base := self._cell(tensor._base)):
-            found |= base.cuts
+        base = base_of(tensor)
+        if base is not None and (whole := self._cell(base)):
+            found |= whole.cuts
         return found
 
     def __torch_function__(
@@ -156,11 +159,11 @@ class Trace(TorchFunctionMode):
             return self._escape(name, ins, out)
         if name == "grad" and any(tensor.grad_fn is not None for tensor in out):
             self.vanished |= self._live_in(args[0]) & ~self._live_in(out)
-        self._note(name, kind, ins, out, kwargs, came)
+        self._note(name, kind, ins, out, kwargs=kwargs, came=came)
         return out
 
     def _note(
-        self, name: str, kind: str, ins: list[Tensor], out: Any, kwargs: Mapping[str, Any], came: int
+        self, name: str, kind: str, ins: list[Tensor], out: Any, *, kwargs: Mapping[str, Any], came: int
     ) -> None:
         written = operations.written_by(name, kind, ins, kwargs)
         outs = list(tensors_in(out))
@@ -179,11 +182,11 @@ class Trace(TorchFunctionMode):
                 suspect = suspect or not tensor.requires_grad or tensor.is_leaf
             else:
                 self._made(tensor.grad_fn, where)
-        for tensor in () if written is None else (written, written._base):
+        for tensor in () if written is None else (written, base_of(written)):
             if tensor is not None and tensor.grad_fn is not None:
                 self._made(tensor.grad_fn, where)
         if suspect:
-            self._judge(name, kind, ins, outs, written, where, came)
+            self._judge(name, kind, ins, outs, written, where=where, inner=came)
         elif self._cells:
             self._carry(ins, outs, written)
         if self.after_call is not None:
@@ -193,7 +196,7 @@ class Trace(TorchFunctionMode):
         if node in self.places:
             return
         self.places[node] = where
-        if _top_saved_hooks(False) is not None:
+        if packs_saved_tensors():
             self.packed.add(node)
         if self.on_node is not None:
             self.on_node(node)
@@ -205,6 +208,7 @@ class Trace(TorchFunctionMode):
         ins: list[Tensor],
         outs: list[Tensor],
         written: Tensor | None,
+        *,
         where: Where | None,
         inner: int = 0,
     ) -> None:
@@ -246,7 +250,7 @@ class Trace(TorchFunctionMode):
             cell = self._cells[id(tensor)] = Cell(weakref.ref(tensor))
         cell.cuts |= cuts
         cell.shares += [weakref.ref(source) for source in sources]
-        for owner in (*[ref() for ref in cell.shares if not sources], tensor._base):
+        for owner in (*[ref() for ref in cell.shares if not sources], base_of(tensor)):
             if (
                 owner is not None
                 and owner is not tensor
@@ -309,14 +313,14 @@ class Trace(TorchFunctionMode):
         # A reentrant checkpoint reaches what its function uses by a backward of its own.
         hidden = 0 if name == "checkpoint" and joined else inside.live
         kind = "checkpoint" if name == "checkpoint" else "function"
-        self._judge(name, kind, ins, outs, None, where, hidden)
+        self._judge(name, kind, ins, outs, None, where=where, inner=hidden)
         if self.after_call is not None:
             self.after_call(name, ins, outs, where)
         return out
 
     def _parameter(self, data: Any, made: Tensor) -> None:
         if isinstance(data, Tensor) and not self._inside and not _copying(sys._getframe(1)):
-            self._judge("Parameter", "alias", [data], [made], None, self._where("Parameter"))
+            self._judge("Parameter", "alias", [data], [made], None, where=self._where("Parameter"))
 
 
 class _Inside:

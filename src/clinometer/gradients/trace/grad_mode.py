@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from clinometer.gradients.report.places import Where, is_machinery, user_frame
+from clinometer.torch_internals.frames import switches_grad_mode
 
 
 class GradOff:
@@ -37,7 +38,7 @@ class GradOff:
                 if (id(frame), frame.f_code) == opener:
                     break
                 inner = frame
-            elif frame.f_code.co_name == "decorate_context":
+            elif switches_grad_mode(frame.f_code):
                 break
             frame = frame.f_back
         else:

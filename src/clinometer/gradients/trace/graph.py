@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from clinometer.gradients.report.formatting import words
+from clinometer.torch_internals.custom_functions import function_of
 
 Node = Any
 """torch.autograd.graph.Node: torch's nodes only look like it, they are not instances."""
@@ -108,4 +109,4 @@ def leaf_through(node: Node | None) -> Tensor | None:
 
 def is_custom(node: Node) -> bool:
     """Whether a node belongs to a Python autograd.Function."""
-    return hasattr(type(node), "_forward_cls")
+    return function_of(node) is not None

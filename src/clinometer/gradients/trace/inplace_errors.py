@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -20,11 +19,11 @@ from clinometer.gradients.sandbox.closure import Closure, evaluate
 from clinometer.gradients.sandbox.sandbox import Before
 from clinometer.gradients.sandbox.tensors import tensors_in
 from clinometer.gradients.trace.forward_trace import Trace
-from clinometer.gradients.trace.graph import Graph, Node, is_custom
+from clinometer.gradients.trace.function_calls import seen_calls
+from clinometer.gradients.trace.graph import Graph, Node
 from clinometer.gradients.trace.operations import kind_of
-from clinometer.gradients.trace.torch_patches import seen_calls
-
-_top_saved_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
+from clinometer.torch_internals.nodes import names_saved, packs_saved_tensors
+from clinometer.torch_internals.tensors import memory_of, version_of
 
 
 def is_overwritten(error: BaseException) -> bool:
@@ -58,7 +57,7 @@ def find_overwritten(closure: Closure, before: Before) -> Overwritten | None:
         if roots and node not in reached:
             continue
         for tensor, version in saved:
-            if tensor._version != version and (needed := writes.places.get(node)) is not None:
+            if version_of(tensor) != version and (needed := writes.places.get(node)) is not None:
                 return Overwritten(needed, writes.first(tensor, version))
     return None
 
@@ -67,7 +66,7 @@ def find_needed(roots: Iterable[Tensor], trace: Trace) -> Overwritten | None:
     """The line that needs the value, without another forward: to read what was written over is refused."""
     for node in (node for root in roots for node in Graph(root).nodes):
         needed = trace.places.get(node) if trace.may_read(node) else None
-        if needed is not None and any(_is_refused(node, name) for name in _names_saved_by(node)):
+        if needed is not None and any(_is_refused(node, name) for name in names_saved(node)):
             return Overwritten(needed, None)
     return None
 
@@ -100,12 +99,12 @@ class _Writes(TorchFunctionMode):
             self.roots.append(args[0])
             return func(*args, **{**kwargs, "retain_graph": True})
         ins = [tensor for tensor in tensors_in(args, kwargs) if not tensor.is_inference()]
-        versions = [tensor._version for tensor in ins]
+        versions = [version_of(tensor) for tensor in ins]
         out = func(*args, **kwargs)
         where = user_frame(sys._getframe(1), op=name)
         for tensor, version in zip(ins, versions, strict=True):
-            if tensor._version > version:
-                self._written.setdefault(_memory(tensor), []).append((tensor._version, where))
+            if version_of(tensor) > version:
+                self._written.setdefault(_memory(tensor), []).append((version_of(tensor), where))
         for tensor in tensors_in(out):
             self._know(tensor.grad_fn, where)
         return out
@@ -125,14 +124,10 @@ class _Writes(TorchFunctionMode):
             node = stack.pop()
             if node is None or node in self.saved:
                 continue
-            packed = _top_saved_hooks(False) is not None  # a checkpoint's may be read once only
-            self.saved[node] = [] if packed else [(t, t._version) for t in _saved_by(node)]
+            packed = packs_saved_tensors()  # a checkpoint's may be read once only
+            self.saved[node] = [] if packed else [(t, version_of(t)) for t in _saved_by(node)]
             self.places[node] = where
             stack += [below for below, _ in node.next_functions]
-
-
-def _names_saved_by(node: Node) -> list[str]:
-    return ["saved_tensors"] if is_custom(node) else [n for n in dir(node) if n.startswith("_saved_")]
 
 
 def _is_refused(node: Node, name: str) -> bool:
@@ -145,7 +140,7 @@ def _is_refused(node: Node, name: str) -> bool:
 
 def _saved_by(node: Node) -> list[Tensor]:
     found = []
-    for name in _names_saved_by(node):
+    for name in names_saved(node):
         try:
             found.append(getattr(node, name))
         except RuntimeError:  # written over already, or let go
@@ -155,6 +150,6 @@ def _saved_by(node: Node) -> list[Tensor]:
 
 def _memory(tensor: Tensor) -> int:
     try:
-        return tensor.untyped_storage()._cdata
+        return memory_of(tensor.untyped_storage())
     except (NotImplementedError, RuntimeError):  # sparse tensors and wrappers have none
         return id(tensor)

@@ -57,7 +57,7 @@ def observe(
             loss = evaluate(closure)
     except RuntimeError as error:
         if is_overwritten(error):
-            _say_who_wrote(error, closure, before, ranks, trace, trace.own_losses)
+            _say_who_wrote(error, closure, before, ranks, trace, roots=trace.own_losses)
         raise
     own = {name: t.grad for name, t in subject.tensors.items() if t.is_leaf and t.grad is not None}
     before.set_grads_aside()  # what a closure's own backwards left
@@ -79,7 +79,7 @@ def observe(
                 raise
             ran = {loss.grad_fn for loss in trace.own_losses}
             if ran.isdisjoint(graph.nodes):
-                _say_who_wrote(error, closure, before, ranks, trace, [result.loss])
+                _say_who_wrote(error, closure, before, ranks, trace, roots=[result.loss])
                 raise
             # The closure steps between its own backwards, each of which was in time: what they left counts.
             result.flow = None
@@ -111,7 +111,13 @@ def _what_trains(loss: Tensor, trace: Trace) -> Tensor:
 
 
 def _say_who_wrote(
-    error: RuntimeError, closure: Closure, before: Before, ranks: Ranks, trace: Trace, roots: Sequence[Tensor]
+    error: RuntimeError,
+    closure: Closure,
+    before: Before,
+    ranks: Ranks,
+    trace: Trace,
+    *,
+    roots: Sequence[Tensor],
 ) -> None:
     """Add both lines to the error: the one that needs the value and the one that wrote over it.
 
@@ -145,4 +151,4 @@ def gradients_kept(subject: Subject) -> Iterator[None]:
 
 
 def _no_clue(*_: Any) -> None:
-    """Nobody asks why."""
+    """Returns no clue: for a caller that needs no reasons."""

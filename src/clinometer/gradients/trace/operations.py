@@ -12,6 +12,7 @@ from torch import Tensor
 
 from clinometer.distributed.sharded_tensors import is_sharded
 from clinometer.gradients.report.formatting import words
+from clinometer.torch_internals.frames import is_clipping, is_scaler
 
 _ESCAPES = {
     "item": "item",
@@ -69,7 +70,7 @@ def kind_of(func: Any) -> tuple[str, str]:
         return _ESCAPES[name], "escape"
     if name in ("_set_grad_enabled", "set_grad_enabled"):
         return name, "grad_mode"
-    if name == "backward" and getattr(func, "__module__", "") == "torch._tensor":
+    if func is Tensor.backward:
         return name, "backward"
     if name in ("detach", "detach_"):
         return name, "alias"
@@ -154,11 +155,11 @@ def amp_event(name: str, frame: Any) -> str:
     if name.startswith("_amp"):
         return "unscaled"
     if "mul" in name:
-        return "scaled" if frame.f_code.co_filename.endswith("grad_scaler.py") else ""
+        return "scaled" if is_scaler(frame.f_code) else ""
     for _ in range(6):
         if frame is None:
             break
-        if frame.f_code.co_name == "clip_grad_norm_":
+        if is_clipping(frame.f_code):
             return "clipped"
         frame = frame.f_back
     return ""

@@ -1,1 +1,1 @@
-"""Rules that say when a run has trouble, and their words."""
+"""Rules that decide when a run has trouble, and the alerts they open."""

@@ -1,32 +1,20 @@
-"""Alerts: one for each cause, opened when it has lasted, grown with each tensor that joins, closed when calm.
+"""Alerts: one for each cause. An alert opens when the cause lasts, grows with each new tensor, and closes.
 
-A rule looks at each step and says which tensors show its cause now. An alert opens when some have shown it
-for `opens` steps in a row, and closes after `closes` steps without any: a healthy run must stay silent, so
-one strange step is no alert unless the rule says that one is enough.
+A rule looks at each step and returns the tensors that show its cause. An alert opens when a tensor has shown
+it for `opens` steps in a row, and closes after `closes` steps without any: a healthy run must stay silent,
+so one unusual step is not an alert unless `opens` is 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from clinometer.messages import say, sentences
-from clinometer.monitoring.alerts.facts import Facts
-from clinometer.monitoring.alerts.rules_run import RUN_RULES
-from clinometer.monitoring.alerts.rules_tensors import TENSOR_RULES
-from clinometer.monitoring.alerts.trouble import Trouble
+from clinometer.monitoring.alerts.facts import Facts, Trouble
+from clinometer.monitoring.alerts.rules import RULES, Rule
 
 SHOWN = 3
-
-
-class Rule(Protocol):
-    """Keeps what it needs of the past; `look` is called once a step, in order."""
-
-    cause: str
-    opens: int
-    closes: int
-
-    def look(self, facts: Facts) -> Trouble | None: ...
 
 
 class _Case(NamedTuple):
@@ -40,7 +28,7 @@ class Alerts:
 
     def __init__(self, tell: Callable[[dict[str, Any]], None]) -> None:
         self._tell = tell
-        self._cases = [_Case(make(), {}) for make in (*TENSOR_RULES, *RUN_RULES)]
+        self._cases = [_Case(make(), {}) for make in RULES]
         self._open: dict[str, dict[str, Any]] = {}
         self._calm: dict[str, int] = {}
         self._last: dict[str, int] = {}
@@ -67,7 +55,7 @@ class Alerts:
             elif trouble is None and rule.cause in self._open:
                 self._calm[rule.cause] += 1
                 if self._calm[rule.cause] >= rule.closes:
-                    self._told(self._open.pop(rule.cause))
+                    self._close(self._open.pop(rule.cause))
 
     def _show(self, rule: Rule, facts: Facts, trouble: Trouble, names: list[str]) -> None:
         self._calm[rule.cause] = 0
@@ -98,7 +86,7 @@ class Alerts:
             alert["tensors"] = [*alert["tensors"], *joined]
             self._tell(dict(alert))
 
-    def _told(self, alert: dict[str, Any]) -> None:
+    def _close(self, alert: dict[str, Any]) -> None:
         alert["until"] = self._last[alert["cause"]]
         self._tell(dict(alert))
 

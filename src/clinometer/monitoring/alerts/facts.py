@@ -1,24 +1,39 @@
-"""What the alerts look at: one finished step, as arrays over the tensors."""
+"""What an alert rule takes and returns: the facts of one finished step, and the trouble they show."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from clinometer.monitoring.measure.statistics import STATISTICS
 from clinometer.monitoring.measure.step_row import StepRow
 from clinometer.monitoring.measure.watched_tensors import Roster
+from clinometer.vocabulary import COLUMN
 
-_PLACE = {name: place for place, name in enumerate(STATISTICS)}
+
+@dataclass(frozen=True)
+class Trouble:
+    """A rule's cause shows in this step: where, and with which values for the message."""
+
+    severity: Literal["fault", "warning", "explained"]
+    tensors: tuple[int, ...] = ()
+    """Indices of the tensors; empty: the loop as a whole."""
+    values: dict[str, Any] = field(default_factory=dict)
+    variant: str = ""
+    """Names sentences of its own: `alert.{cause}.{variant}.what`."""
+
+
+def indices_of(mask: np.ndarray) -> tuple[int, ...]:
+    """The indices where `mask` is true."""
+    return tuple(int(i) for i in np.flatnonzero(mask))
 
 
 def median(values: Iterable[float]) -> float:
-    """numpy's of finite numbers, which takes ten times as long for a hundred."""
+    """The median of finite numbers; numpy takes ten times as long for a hundred of them."""
     ordered = sorted(values)
     half = len(ordered) // 2
     return float(ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2)
@@ -58,7 +73,7 @@ class Facts:
     step: int
     scalars: dict[str, float]
     statistics: np.ndarray
-    """(T, 8)."""
+    """(T, number of statistics), in the order of the vocabulary."""
     tensors: Tensors
     owned: np.ndarray
     """(T,) bool: some watched optimizer holds it."""
@@ -67,7 +82,7 @@ class Facts:
     learns: np.ndarray
     """(T,) bool: requires_grad."""
     moved_elsewhere: np.ndarray
-    """(T,) bool: somebody else than a watched optimizer wrote to it once."""
+    """(T,) bool: something other than a watched optimizer wrote to it once."""
     first_norm: np.ndarray
     """(T,) float: ‖θ‖ before its first step."""
     lr: np.ndarray
@@ -94,7 +109,7 @@ class Facts:
         return self.tensors.matrix
 
     def of(self, statistic: str) -> np.ndarray:
-        return self.statistics[:, _PLACE[statistic]]
+        return self.statistics[:, COLUMN[statistic]]
 
     @cached_property
     def grad_rms(self) -> np.ndarray:

@@ -1,1 +1,1 @@
-"""What torch's own calls tell: clipping, unscaling, losses, zero_grad."""
+"""What torch's own calls report: clipping, unscaling, losses, zero_grad."""

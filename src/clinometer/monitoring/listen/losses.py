@@ -1,8 +1,7 @@
-"""The loss of a step, overheard: the sum of the scalars that were backward()ed since the last one.
+"""The loss of a step, read from its backward calls: the sum of the scalars they differentiated.
 
-That is the function whose gradient `.grad` is: micro-batches that each count for a part add up to the whole.
-Whether a backward concerns the watched tensors is seen from their `.grad`, so that the losses of another
-model's loop are not taken for this one's.
+`.grad` is the gradient of that sum: micro-batches that each count for a part add up to the batch. Whether a
+backward reaches the watched tensors shows in their `.grad`, so that the losses of another model do not count.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from clinometer.distributed.sharded_tensors import local, version
 
 
 class Losses:
-    """What was heard since the last step."""
+    """The backward calls since the last step."""
 
     def __init__(self) -> None:
         self.parts = 0
@@ -36,16 +35,24 @@ class Losses:
         self._depth += 1
         if self._depth > 1:  # a backward inside a backward: reentrant checkpointing
             return
-        self._held = [t.grad if t.is_leaf else None for t in tensors]  # held, so that no id comes twice
+        self._held = [
+            t.grad if t.is_leaf else None for t in tensors
+        ]  # referenced, so that no id is used twice
         self._before = [None if g is None else (id(g), version(g)) for g in self._held]
         if not self.parts:
             self.clean = all(state is None for state in self._before)
 
     def ended(
-        self, tensors: Iterable[Any], losses: Sequence[Tensor], given: Any, scale: Any, own: float = math.inf
+        self,
+        tensors: Iterable[Any],
+        losses: Sequence[Tensor],
+        given: Any,
+        scale: Any,
+        *,
+        own: float = math.inf,
     ) -> bool:
         """Whether this backward, the outermost one, reached a watched tensor; then its loss is added.
-        The first `own` tensors are the watched ones themselves."""
+        The first `own` tensors are the watched ones; others are what FSDP gathers from them."""
         self._depth = max(0, self._depth - 1)
         if self._depth:
             return False
@@ -69,12 +76,12 @@ class Losses:
         return True
 
     def failed(self) -> None:
-        """A backward raised: what it began is over."""
+        """A backward raised: its record is dropped."""
         self._depth = 0
         self._held, self._before = [], []
 
     def take(self) -> Any:
-        """The loss, a number or a tensor on the device, or None if it was not heard in full; then anew."""
+        """Return the loss (a number or a device tensor; None if a part was not a scalar) and start again."""
         values, whole = self._values, self._whole
         self._values, self._whole, self.parts, self.clean = [], True, 0, False
         return sum(values) if values and whole else None

@@ -1,13 +1,12 @@
 """Where a watch listens in torch: backward, clipping, the loss scaler.
 
-While at least one listener lives, a few functions of torch are wrapped in ones that pass everything through
-and tell the listeners; with the last one they are put back. A listener must not raise: whatever it does wrong
-is its own affair (Watch guards each of its methods), and what the wrapped function raises passes through.
+While at least one listener lives, a few functions of torch are wrapped (`torch_patches`) in ones that pass
+everything through and tell the listeners. A listener must not raise (Watch guards each of its methods); what
+the wrapped function raises passes through.
 """
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
@@ -18,6 +17,8 @@ from torch.amp import grad_scaler
 from torch.nn.utils import clip_grad
 
 from clinometer import clip_observers
+from clinometer.gradients.trace.torch_patches import patch
+from clinometer.torch_internals.kernels import CLIPPING
 
 
 class Listener(Protocol):
@@ -60,36 +61,20 @@ def leave(listener: Listener) -> None:
 
 
 def _wrap_all() -> None:
-    _replace(torch.autograd, "backward", _backward)
-    _replace(clip_grad, "_clip_grads_with_norm_", _clip_with_norm)
-    _replace(torch.nn.utils, "clip_grads_with_norm_", _clip_with_norm)
-    for place in (clip_grad, torch.nn.utils):
-        _replace(place, "clip_grad_value_", _clip_value)
     scaler = grad_scaler.GradScaler
-    _replace(scaler, "scale", _scale)
-    _replace(scaler, "unscale_", _unscale)
-    _replace(scaler, "step", _scaler_step)
+    for owner, name, around in (
+        (torch.autograd, "backward", _backward),
+        (clip_grad, CLIPPING, _clip_with_norm),
+        (torch.nn.utils, "clip_grads_with_norm_", _clip_with_norm),
+        (clip_grad, "clip_grad_value_", _clip_value),
+        (torch.nn.utils, "clip_grad_value_", _clip_value),
+        (scaler, "scale", _scale),
+        (scaler, "unscale_", _unscale),
+        (scaler, "step", _scaler_step),
+    ):
+        _put_back.append(patch(owner, name, around))
     clip_observers.observers.append(_ours_clips)
     _put_back.append(lambda: clip_observers.observers.remove(_ours_clips))
-
-
-def _replace(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
-    original = vars(owner).get(name)
-    if original is None:  # a torch that names it otherwise: what it would have told is not known
-        return
-
-    @functools.wraps(original)
-    def passing(*args: Any, **kwargs: Any) -> Any:
-        return wrapper(original, *args, **kwargs)
-
-    setattr(owner, name, passing)
-
-    def back() -> None:
-        # Somebody who wrapped it after us keeps theirs; ours then passes through and tells nobody.
-        if vars(owner).get(name) is passing:
-            setattr(owner, name, original)
-
-    _put_back.append(back)
 
 
 def _backward(original: Any, tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> Any:

@@ -1,9 +1,8 @@
-"""Was zero_grad() called? The gradients of one optimizer, followed from its step to its next.
+"""Whether zero_grad() was called: a few gradients of an optimizer are compared from its step to its next.
 
-A few of them are enough. If each is the same tensor in the same version when a backward begins as it was
-after the step (or the backward) before, nobody cleared it, and the backward adds to it. Looked at over the
-whole way from step to step: another model's backward may pass over old gradients that are cleared later, as
-in a GAN.
+If each is the same tensor in the same version when a backward begins as it was after the step (or the
+backward) before, it was not cleared, and the backward adds to it. This must hold from one step to the next:
+another model's backward may add to old gradients that are cleared later, as in a GAN.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ class _Chain:
 
 
 class Chains:
-    """One for each optimizer, by its id."""
+    """The gradients of each optimizer since its last step, by the optimizer's id."""
 
     def __init__(self, roster: Roster) -> None:
         self._roster = roster
@@ -45,7 +44,7 @@ class Chains:
         having = [
             w for w in self._roster.owned_by(optimizer) if (t := w.ref()) is not None and t.grad is not None
         ]
-        having.sort(key=lambda w: w.numel)  # small ones: a look into them costs nothing
+        having.sort(key=lambda w: w.numel)  # small ones are cheap to read
         chain.tensors = [w.ref for w in having[:_FOLLOWED]]
         chain.states = chain.now()
         chain.unbroken = bool(having)
@@ -69,7 +68,7 @@ class Chains:
 
 
 def _is_zero(chain: _Chain) -> bool:
-    """Cleared behind the version's back, by `.grad.data.zero_()`: then there is nothing but zeros."""
+    """Cleared by `.grad.data.zero_()`, which leaves the version: then all entries are zero."""
     for reference in chain.tensors:
         tensor = reference()
         if tensor is None or tensor.grad is None:

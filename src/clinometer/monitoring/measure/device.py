@@ -1,6 +1,6 @@
-"""The same statistics for tensors that are not on the host: a few kernels for all, and no waiting.
+"""The same statistics for tensors on a GPU: a few kernels for all tensors, without waiting.
 
-What is launched here is read a step later: the caller copies the result without blocking.
+The results are read a step later: the caller copies them without blocking.
 """
 
 from __future__ import annotations
@@ -9,10 +9,7 @@ import torch
 from torch import Tensor
 
 from clinometer.distributed.sharded_tensors import local
-
-_foreach_norm = torch._foreach_norm  # pyright: ignore[reportPrivateImportUsage]
-_foreach_sub_ = torch._foreach_sub_  # pyright: ignore[reportPrivateImportUsage]
-_foreach_copy_ = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
+from clinometer.torch_internals.kernels import foreach_copy_, foreach_norm, foreach_sub_
 
 _LOST = 1e-15
 """Below this norm the squares of a float32 dot product may have vanished: no cosine is given."""
@@ -36,8 +33,8 @@ def gradients_on_device(grads: list[Tensor], moments: list[Tensor | None]) -> Te
     for (index, moment), norm in zip(known.items(), _norms(list(known.values()), precision), strict=True):
         product = torch.dot(_wide(rows[index]), _wide(moment)).to(precision)
         cosine = (product / norms[index] / norm).clamp(-1, 1)
-        told = (norms[index] > _LOST) & (norm > _LOST) & norms[index].isfinite()
-        cosines[index] = torch.where(told, cosine, nothing)
+        defined = (norms[index] > _LOST) & (norm > _LOST) & norms[index].isfinite()
+        cosines[index] = torch.where(defined, cosine, nothing)
         moment_norms[index] = norm
     bad = torch.stack(nonfinite) > 0
     infinite = torch.full_like(torch.stack(norms), float("inf"))
@@ -60,11 +57,11 @@ def weights_on_device(weights: list[Tensor], before: list[Tensor]) -> Tensor:
     rows = [_row(local(weight)) for weight in weights]
     norms = _norms(rows, precision)
     if all(old.dtype in (torch.float32, torch.float64) for old in before):
-        _foreach_sub_(before, rows)
+        foreach_sub_(before, rows)
         moved = _norms(before, precision)
     else:
         moved = _norms([_wide(old) - _wide(new) for old, new in zip(before, rows, strict=True)], precision)
-    _foreach_copy_(before, rows)
+    foreach_copy_(before, rows)
     return torch.stack([torch.stack(norms), torch.stack(moved)], dim=1)
 
 
@@ -77,7 +74,7 @@ def _norms(tensors: list[Tensor], precision: torch.dtype) -> list[Tensor]:
         groups.setdefault(tensor.dtype, []).append(index)
     found: dict[int, Tensor] = {}
     for indices in groups.values():
-        norms = _foreach_norm([tensors[i] for i in indices], 2, dtype=precision)
+        norms = foreach_norm([tensors[i] for i in indices], 2, dtype=precision)
         found.update(zip(indices, norms, strict=True))
     return [found[i].nan_to_num(nan=float("inf"), posinf=float("inf")) for i in range(len(tensors))]
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BUCKETS = 64
-LOW_EXPONENT = -48
+from clinometer.vocabulary import BUCKETS, LOW_EXPONENT
+
 _LOWEST = 127 + LOW_EXPONENT + 1
 """The largest biased exponent of float32 in bucket 1."""
 

@@ -11,6 +11,16 @@ until the loop logs how many tokens a step has.
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
+import torch
+
+from clinometer.distributed.rendezvous import replicas
+from clinometer.monitoring.measure.shard_measures import Shards, square_of
+from clinometer.monitoring.measure.step_row import StepRow
+from clinometer.monitoring.measure.watched_tensors import Roster
+
 EVERY = 16
 _KEEP = 0.9
 """Of the averages, at each measurement: about the last ten count."""
@@ -49,3 +59,61 @@ class NoiseScale:
         if self._count < _ENOUGH or self._signal <= 0 or self._noise < 0:
             return None
         return self._noise / self._signal
+
+
+class FirstMicroBatch:
+    """‖g‖² of the first micro-batch of a step, every `EVERY` steps, and the noise scale."""
+
+    def __init__(self, roster: Roster, shards: Shards) -> None:
+        self._roster = roster
+        self._shards = shards
+        self._replicas = [weakref.ref(one) for one in replicas(roster.model)]
+        self._noise = NoiseScale()
+        self._parts_before = 0
+        """Micro-batches of the step before."""
+        self._square: Any = None
+        self._ranks = 1
+
+    @property
+    def replicated(self) -> bool:
+        """Whether DDP averages the gradients."""
+        return bool(self._replicas)
+
+    def backward_ended(self, step: int, backwards: int, *, clean: bool) -> None:
+        """Measure the gradients if a measurement is due after step `step` and they are those of one
+        micro-batch: of the first backward, `clean` if no tensor had a gradient before it."""
+        if step % EVERY or self._parts_before < 2 or backwards != 1 or not clean:
+            return
+        if self._shards.active:
+            self._square = self._shards.first_square()
+            return
+        grads = [t.grad for t in self._roster.tensors() if t.is_leaf and t.grad is not None]
+        self._square = sum(square_of(g) for g in grads)
+        self._ranks = self._ranks_not_averaged()
+
+    def step_complete(self, row: StepRow) -> None:
+        """The step's row gets the measurement, if there is one."""
+        row.first_square, self._square = self._square, None
+        row.noise_ranks = self._ranks
+        self._parts_before = row.parts
+
+    def add_noise_scale(self, row: StepRow) -> None:
+        """Count the step in, and add the noise scale to its numbers."""
+        whole = row.scalars.get("total_norm")  # None: every gradient was set to None before the step
+        usable = row.parts >= 2 and row.taken and not row.after_clipping
+        if usable and row.first_square is not None and whole is not None:
+            scale = row.scalars.get("grad_scale", 1.0)
+            self._noise.add(float(row.first_square) / scale**2, whole**2, row.parts, row.noise_ranks)
+        value = self._noise.value()
+        if value is not None and row.parts >= 2:
+            tokens = row.scalars.get("tokens")
+            row.scalars["noise_scale"] = value * tokens / row.parts if tokens else value
+            row.scalars["noise_scale.batches"] = value / (row.parts * row.noise_ranks)
+
+    def _ranks_not_averaged(self) -> int:
+        """The ranks whose gradients are each rank's own now: those of a DDP model under no_sync()."""
+        for reference in self._replicas:
+            replica = reference()
+            if replica is not None and not replica.require_backward_grad_sync:
+                return torch.distributed.get_world_size(replica.process_group)
+        return 1

@@ -1,4 +1,4 @@
-"""Pinned weights: one entry of one tensor, every step of it written down in full."""
+"""Pinned weights: single entries of tensors, of which every step is recorded in full."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from clinometer.monitoring.measure.watched_tensors import Roster, WatchedTensors
 _STATE = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 _NUMBERS = ("before", "grad", "after", *(f"{name}_{when}" for name in _STATE for when in ("before", "after")))
 MOST = 16
-"""Pins of a sharded run: room for them travels in every step's vector."""
+"""Pins of a sharded run: the vector of every step has room for so many."""
 
 
 class Pins:
-    """The pinned entries and what this step said of them; numbers are exact float32, kept as float64."""
+    """The pinned entries and their numbers in this step: exact float32 values, recorded as float64."""
 
     def __init__(self) -> None:
         self._pins: dict[tuple[int, tuple[int, ...]], WatchedTensors] = {}
@@ -45,11 +45,11 @@ class Pins:
         self._pins[watched.index, index] = watched
 
     def forget(self) -> None:
-        """A step begins: what was kept of one that nobody measured is not this one's."""
+        """A step begins: gradients copied in a step that was not measured are dropped."""
         self._raw = {}
 
     def before_clipping(self) -> None:
-        """The gradients are about to be scaled: keep those that count."""
+        """Copy the pinned entries of the gradients before clipping changes them."""
         for key, watched in self._pins.items():
             tensor = watched.ref()
             if tensor is not None and tensor.grad is not None and key not in self._raw:
@@ -93,22 +93,22 @@ class Pins:
             plain = {k: float(v) if isinstance(v, Tensor) else v for k, v in row.items()}
             if self._agreed is not None:
                 place = list(self._pins).index(key)
-                told = zip(_NUMBERS, *self._agreed[place], strict=True)
-                plain |= {name: value for name, value, known in told if known}
+                numbers = zip(_NUMBERS, *self._agreed[place], strict=True)
+                plain |= {name: value for name, value, known in numbers if known}
             plain["lr"] = None if plain["lr"] is None else float(plain["lr"])
             plain["weight_decay"] = float(plain["weight_decay"])
             rows.append({**plain, "clip": clip})
         self._rows, self._raw, self._agreed = {}, {}, None
         return rows
 
-    # Of a sharded tensor one rank has the entry, and tells it to the others.
+    # Of a sharded tensor one rank has the entry, and sends it to the others.
 
     def mark(self) -> float:
-        """A number that tells other pins from these."""
+        """A number that differs if another rank has other pins."""
         return float(zlib.crc32(repr(list(self._pins)).encode()))
 
     def numbers(self, counts: Sequence[bool]) -> np.ndarray:
-        """[pins there is room for, 2, kinds of numbers]: what is here of each, and whether it is here."""
+        """[MOST, 2, kinds of numbers]: the numbers of entries on this rank, and 1 for each that exists."""
         found = np.zeros((MOST, 2, len(_NUMBERS)))
         for place, key in enumerate(list(self._pins)[:MOST]):
             if not counts[key[0]]:
@@ -121,7 +121,7 @@ class Pins:
         return found
 
     def agree(self, numbers: np.ndarray, same: bool) -> None:
-        """All ranks' numbers; without the same pins everywhere they say nothing, and there are no rows."""
+        """Take the numbers of all ranks; if the ranks have different pins, the step has no rows."""
         self._agreed = numbers
         if not same:
             self._rows = {}

@@ -1,7 +1,7 @@
-"""A watch over sharded tensors: when its ranks send their numbers, and what the answer changes in a step.
+"""A watch over sharded tensors: when its ranks send their numbers, and how a row changes by the totals.
 
-Nothing of this happens while no watched tensor is a DTensor: under DDP each rank holds the whole gradient,
-already averaged, and one rank's numbers are right without a word.
+Without a DTensor among the watched tensors nothing is exchanged: under DDP each rank has the full gradient,
+already averaged, and the numbers of one rank are those of all.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clinometer.distributed.ranks import fsdp_groups
-from clinometer.distributed.rendezvous import Meeting, any_sharded, told_of
+from clinometer.distributed.reduce import all_reduce
+from clinometer.distributed.rendezvous import WatchRanks, any_sharded, watch_signature
 from clinometer.distributed.sharded_tensors import is_distributed, is_sharded, local
 from clinometer.monitoring.measure.pins import Pins
-from clinometer.monitoring.measure.rank_sums import Exchange
+from clinometer.monitoring.measure.rank_sums import PartMeasures, StepExchange
 from clinometer.monitoring.measure.statistics import flat
 from clinometer.monitoring.measure.step_row import StepRow
 from clinometer.monitoring.measure.watched_tensors import Roster
+from clinometer.torch_internals.modules import fsdp_groups, gathered, was_gathered
 
 
-class Gathered:
-    """A parameter as FSDP computes with it, whole; its gradient before it is reduced."""
+class GatheredParameter:
+    """A full parameter as FSDP computes with it, and its gradient before it is reduced."""
 
     is_leaf = True
 
@@ -35,7 +36,7 @@ class Gathered:
 
     @property
     def parameter(self) -> Tensor:
-        return self._part._unsharded_param
+        return gathered(self._part)
 
     @property
     def sharded(self) -> Tensor:
@@ -45,58 +46,59 @@ class Gathered:
     def grad(self) -> Tensor | None:
         # Kept in the reduction's precision elsewhere, where that is another one.
         kept = getattr(self._part, "unsharded_accumulated_grad", None)
-        return self._part._unsharded_param.grad if kept is None else kept
+        return gathered(self._part).grad if kept is None else kept
 
 
 class Shards:
-    """The sharded side of a session; idle where nothing is sharded."""
+    """The exchange between the ranks of a watch; does nothing if no tensor is sharded."""
 
     def __init__(self, roster: Roster, every: int) -> None:
         self._roster = roster
         self._every = every
-        self._meeting: Meeting | None = None
-        self._gathered: list[Gathered] | None = None
+        self._ranks: WatchRanks | None = None
+        self._gathered: list[GatheredParameter] | None = None
         self._closures = False
         self.backwards = 0
         """Backwards that brought sharded gradients: all ranks take part in each."""
-        self.meet()
+        self.agree()
 
     @property
     def active(self) -> bool:
-        return self._meeting is not None
+        return self._ranks is not None
 
     @property
     def writes(self) -> bool:
-        """Whether this rank tells the sinks."""
-        return self._meeting is None or self._meeting.writes
+        """Whether this rank writes to the sinks."""
+        return self._ranks is None or self._ranks.writes
 
-    def meet(self) -> None:
+    def agree(self) -> None:
         """Agree with the other ranks on the tensors, at the beginning and when there are more."""
         tensors = [one.ref() for one in self._roster.watched]
-        if self._meeting is None and not any_sharded(tensors):
+        if self._ranks is None and not any_sharded(tensors):
             return
-        told = told_of(self._roster.watched, self._every, [type(o).__name__ for o in self._roster.living()])
+        names = [type(optimizer).__name__ for optimizer in self._roster.living()]
+        signature = watch_signature(self._roster.watched, self._every, names)
         self._gathered = None
-        if self._meeting is None:
-            self._meeting = Meeting(tensors, told)
+        if self._ranks is None:
+            self._ranks = WatchRanks(tensors, signature)
         else:
-            self._meeting.grown(tensors, told)
+            self._ranks.grow(tensors, signature)
 
     def leave(self, reason: str) -> None:
         """This rank watches no longer."""
-        meeting, self._meeting = self._meeting, None
-        if meeting is not None and is_distributed():
-            with suppress(RuntimeError):  # the store's host is gone, and so is everybody who would ask
-                meeting.left(reason)
+        ranks, self._ranks = self._ranks, None
+        if ranks is not None and is_distributed():
+            with suppress(RuntimeError):  # the process that holds the store has ended
+                ranks.leave(reason)
 
-    def gathered(self) -> list[Gathered]:
-        """FSDP's whole parameters, as far as it has made them: it does when it first gathers."""
-        if self._meeting is None:
+    def gathered_parameters(self) -> list[GatheredParameter]:
+        """FSDP's full parameters, as far as they exist: FSDP makes them when it first gathers."""
+        if self._ranks is None:
             return []
         if self._gathered is None:
             model = self._roster.model
             parts = list(_fsdp_params(model)) if isinstance(model, nn.Module) else []
-            found = [Gathered(part) for part in parts if hasattr(part, "_unsharded_param")]
+            found = [GatheredParameter(part) for part in parts if was_gathered(part)]
             if len(found) < len(parts):
                 return found
             self._gathered = found
@@ -104,62 +106,60 @@ class Shards:
 
     def stand_ins(self) -> dict[int, int]:
         """id of a whole parameter in the graph → id of the one it is gathered from."""
-        return {id(one.parameter): id(one.sharded) for one in self.gathered()}
+        return {id(one.parameter): id(one.sharded) for one in self.gathered_parameters()}
 
     def first_square(self) -> tuple[str, Any] | None:
         """‖·‖² of the first micro-batch's gradient: of the shards, if it was reduced already ("shards"), else
         of this rank's own whole gradient ("whole"); None where neither is there."""
-        meeting = self._meeting
-        assert meeting is not None
+        ranks = self._ranks
+        assert ranks is not None
         tensors = [one.ref() for one in self._roster.watched]
         grads = [
             (tensor.grad, counts)
-            for tensor, counts in zip(tensors, meeting.together.counts_once, strict=False)
+            for tensor, counts in zip(tensors, ranks.reduction.counts_once, strict=False)
             if tensor is not None and tensor.is_leaf and tensor.grad is not None
         ]
         if any(is_sharded(grad) for grad, _ in grads):
             return "shards", sum(square_of(grad) for grad, counts in grads if counts)
-        waiting = [grad for one in self.gathered() if (grad := one.grad) is not None]
+        waiting = [grad for one in self.gathered_parameters() if (grad := one.grad) is not None]
         if not waiting or any(is_sharded(grad) for grad in waiting):
             return None
         return "whole", sum(square_of(grad) for grad in waiting)
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so on any rank, if all have a closure and so all ask; a small reduction."""
-        meeting = self._meeting
-        if meeting is None:
+        """Whether `flag` is true on any rank: a small reduction. False unless every rank has a closure."""
+        ranks = self._ranks
+        if ranks is None:
             return flag
         if not self._closures:
             return False
-        import torch.distributed as dist
-
-        told = torch.tensor([float(flag)])
-        work: Any = dist.all_reduce(told, dist.ReduceOp.MAX, group=meeting.group, async_op=True)
-        meeting.wait_for(work, time.monotonic())
-        return bool(told)
+        on_any = torch.tensor([float(flag)])
+        work = all_reduce(on_any, "max", ranks.group, wait=False)
+        ranks.wait_for(work, time.monotonic())
+        return bool(on_any)
 
     def send(self, row: StepRow, pins: Pins, closure: Callable[[], Any] | None) -> None:
-        """Send what this rank measured; again without effect."""
-        meeting = self._meeting
-        if meeting is None or row.exchange is not None or not row.measured:
+        """Send what this rank measured, once a step."""
+        ranks = self._ranks
+        if ranks is None or row.exchange is not None or not row.measured:
             return
         row.fetch()
-        if meeting.together.tensors != len(row.statistics):
-            self.meet()
+        if ranks.reduction.tensors != len(row.statistics):
+            self.agree()
         watched = self._roster.watched[: len(row.statistics)]
         tensors = [one.ref() for one in watched]
         parts = np.array([0 if t is None else local(t).numel() for t in tensors], float)
-        row.exchange = Exchange(
-            meeting,
-            row.statistics,
-            row.counts,
-            np.array([one.numel for one in watched], float),
-            parts,
-            np.array([one.first_norm for one in watched]),
-            np.array([one.moved_elsewhere for one in watched], bool),
-            pins.numbers(meeting.together.counts_once),
-            self._scalars(row, pins, closure),
+        part = PartMeasures(
+            statistics=row.statistics,
+            counts=row.counts,
+            numel=np.array([one.numel for one in watched], float),
+            local_numel=parts,
+            first_norm=np.array([one.first_norm for one in watched]),
+            moved_elsewhere=np.array([one.moved_elsewhere for one in watched], bool),
+            pinned=pins.numbers(ranks.reduction.counts_once),
+            scalars=self._scalars(row, pins, closure),
         )
+        row.exchange = StepExchange(ranks, part)
 
     def _scalars(self, row: StepRow, pins: Pins, closure: Any) -> dict[str, float]:
         loss = row.scalars.get("loss")
@@ -185,22 +185,22 @@ class Shards:
         }
 
     def receive(self, row: StepRow, pins: Pins, closure: Callable[[], Any] | None) -> None:
-        """The row becomes that of the whole tensors, the same on every rank."""
+        """The row becomes that of the full tensors, the same on every rank."""
         self.send(row, pins, closure)  # from a GPU, whose numbers have arrived by now
         if row.exchange is None:
             return
-        agreed = row.exchange.wait()
+        totals = row.exchange.wait()
         row.exchange = None
-        row.statistics, row.first_norm = agreed.statistics, agreed.first_norm
-        row.moved_elsewhere = agreed.moved_elsewhere
-        if agreed.counts is not None:
-            row.counts = agreed.counts
-        row.taken = not agreed.largest["skipped"]
+        row.statistics, row.first_norm = totals.statistics, totals.first_norm
+        row.moved_elsewhere = totals.moved_elsewhere
+        if totals.counts is not None:
+            row.counts = totals.counts
+        row.taken = not totals.largest["skipped"]
         for name in ("piled_up", "after_clipping", "clipped_while_scaled", "clipped"):
-            setattr(row, name, bool(agreed.largest[name]))
-        if agreed.largest["memory"]:
-            row.scalars["memory"] = agreed.largest["memory"]
-        summed = agreed.summed
+            setattr(row, name, bool(totals.largest[name]))
+        if totals.largest["memory"]:
+            row.scalars["memory"] = totals.largest["memory"]
+        summed = totals.summed
         if summed["losses"]:
             row.scalars["loss"] = summed["loss"] / summed["losses"]
         if row.first_square is not None:
@@ -209,8 +209,8 @@ class Shards:
                 summed["first_whole"] / summed["wholes"] if kind == "whole" else summed["first_shards"]
             )
             row.noise_ranks = int(summed["wholes"]) or 1
-        pins.agree(agreed.pinned, agreed.same["pins"])
-        self._closures = agreed.same["closure"] and closure is not None
+        pins.agree(totals.pinned, totals.same["pins"])
+        self._closures = totals.same["closure"] and closure is not None
 
 
 def square_of(grad: Tensor) -> Any:

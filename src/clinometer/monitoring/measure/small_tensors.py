@@ -1,10 +1,10 @@
-"""The same eight numbers for small tensors, many of them together.
+"""The same statistics for many small tensors at once.
 
-A call costs some microseconds, however little it has to do, and a model has more small tensors than large
-ones. So they are copied beside each other, each from the beginning of a row of 1,024 entries on, into a place
-that stays in a core's cache, and one call does for all what one did for each. The sum over a row is float32,
-the sum over a tensor's rows float64: a tensor's numbers do not depend on its neighbours. What float32 cannot
-hold is measured again by statistics.py.
+A call costs some microseconds even for a tensor of few entries, and a model has more small tensors than
+large ones. So small tensors are copied side by side into a buffer that fits a core's cache, each from the
+beginning of a row of 1,024 entries, and one call serves all of them. The sum over a row is float32, the sum
+over a tensor's rows float64: a tensor's numbers do not depend on its neighbours. statistics.py measures
+again what exceeds float32.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clinometer.monitoring.measure.histograms import BUCKETS, LOW_EXPONENT
 from clinometer.monitoring.measure.statistics import (
     LARGEST,
     TRUSTED,
@@ -24,6 +23,7 @@ from clinometer.monitoring.measure.statistics import (
     Scratch,
     measure_gradient,
 )
+from clinometer.vocabulary import BUCKETS, LOW_EXPONENT
 
 ROW = 1024
 _MOST = 1 << 16
@@ -37,7 +37,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def is_small(tensor: Tensor) -> bool:
-    """Whether it may stand among the joined ones, whose copies are float32."""
+    """Whether the tensor is measured with others; their copies are float32."""
     return (
         type(tensor) in _TYPES
         and 0 < tensor.numel() <= _MOST
@@ -132,7 +132,7 @@ class Group:
         found = np.empty((count, BUCKETS), np.int64)
         found[:, 1:] = np.add.reduceat(raw.numpy().reshape(count, 256), _EDGES, axis=1)
         found[:, 0] = self.zeros(values, alive)
-        # What has no exponent of its own is a zero or smaller than any other; gaps count for nobody.
+        # What has no exponent of its own is a zero or smaller than any other; gaps are not counted.
         found[:, 1] += self.sizes - found.sum(axis=1)
         return found
 

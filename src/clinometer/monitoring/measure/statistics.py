@@ -1,8 +1,4 @@
-"""The eight numbers of one tensor in one step, on the host.
-
-    grad_norm ‖g‖₂ · grad_max max|g| · grad_zeros share of exact zeros · grad_nonfinite NaN and Inf entries
-    weight_norm ‖θ‖₂ after the step · update_norm ‖θ_after − θ_before‖₂
-    cosine ⟨g, m⟩/(‖g‖‖m‖) and moment_norm ‖m‖₂, m the first moment as it was before the step
+"""The statistics of one tensor in one step (clinometer.vocabulary), on the host.
 
 A tensor is read once, in pieces that fit a core's cache: all sums over one piece come before the next, so
 memory is paid for one pass and not for five. Sums over a piece are float32 (dot products: many accumulators,
@@ -22,18 +18,6 @@ from torch import Tensor
 from clinometer.distributed.sharded_tensors import local
 from clinometer.monitoring.measure.histograms import count_into, count_zeros
 
-STATISTICS = (
-    "grad_norm",
-    "grad_max",
-    "grad_zeros",
-    "grad_nonfinite",
-    "weight_norm",
-    "update_norm",
-    "cosine",
-    "moment_norm",
-)
-"""The order of the numbers in a row."""
-
 PIECE = 1 << 17
 """Entries looked at together: with the scratch 1 to 1.5 MiB, shared by two cores' caches."""
 
@@ -44,7 +28,7 @@ TRUSTED_SQUARE = (1e-24, 1e30)
 
 
 class OfGradient(NamedTuple):
-    """What one gradient and its first moment say."""
+    """The statistics of one gradient and its first moment, in the order of the vocabulary."""
 
     norm: float
     largest: float
@@ -55,7 +39,7 @@ class OfGradient(NamedTuple):
 
 
 class OfWeight(NamedTuple):
-    """What one weight and its last update say."""
+    """The statistics of one weight and its last update, in the order of the vocabulary."""
 
     norm: float
     update_norm: float
@@ -127,7 +111,13 @@ def measure_gradient(
             if high > 0:
                 product += _dot(g, part.to(g.dtype), small_is_fine=high >= TRUSTED[0])
     return _finished(
-        size, square, largest, zeros, nonfinite, product, moment_square if m is not None else None
+        size,
+        zeros=zeros,
+        nonfinite=nonfinite,
+        largest=largest,
+        square=square,
+        product=product,
+        moment_square=moment_square if m is not None else None,
     )
 
 
@@ -186,10 +176,11 @@ def _norm(square: float) -> float:
 
 def _finished(
     size: int,
-    square: float,
-    largest: float,
+    *,
     zeros: int,
     nonfinite: int,
+    largest: float,
+    square: float,
     product: float,
     moment_square: float | None,
 ) -> OfGradient:

@@ -12,24 +12,33 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clinometer.distributed.sharded_tensors import local
+from clinometer.monitoring.measure.computations import (
+    GRADIENT_PASS,
+    OF_GRADIENT,
+    OF_WEIGHT,
+    WEIGHT_PASS,
+)
 from clinometer.monitoring.measure.device import gradients_on_device, weights_on_device
-from clinometer.monitoring.measure.histograms import BUCKETS, count_into
+from clinometer.monitoring.measure.histograms import count_into
 from clinometer.monitoring.measure.small_tensors import Gradients, Places, Room, is_small
 from clinometer.monitoring.measure.statistics import (
     PIECE,
-    STATISTICS,
     Scratch,
     flat,
     measure_gradient,
     measure_weight,
 )
 from clinometer.monitoring.measure.watched_tensors import WatchedTensors, give_memory, state_of
+from clinometer.vocabulary import BUCKETS, COLUMN, HISTOGRAM_KINDS, MEASURED, STATISTICS, OverRanks, Source
 
-_GRADIENT = [STATISTICS.index(n) for n in ("grad_norm", "grad_max", "grad_zeros", "grad_nonfinite")] + [
-    STATISTICS.index(n) for n in ("cosine", "moment_norm")
+_NORM = COLUMN["grad_norm"]
+_SCALED = [
+    column
+    for column, one in enumerate(MEASURED)
+    if one.source is Source.GRADIENT and one.over_ranks in (OverRanks.ROOT_OF_SQUARES, OverRanks.MAXIMUM)
 ]
-_WEIGHT = [STATISTICS.index(n) for n in ("weight_norm", "update_norm")]
-_NORM, _LARGEST = 0, 1
+"""The columns that a loss scale and clipping multiply."""
+_KINDS = len(HISTOGRAM_KINDS)
 _MOMENTS = ("exp_avg", "momentum_buffer")
 
 
@@ -39,7 +48,6 @@ class StepRow:
     def __init__(self, step: int, watched: list[WatchedTensors], *, measured: bool, histograms: bool) -> None:
         self.step = step
         self.measured = measured
-        self.told = False
         self.batch: dict[str, Any] | None = None
         """The batch's identity, if the loop said it."""
         self.device: torch.device | None = None
@@ -54,8 +62,8 @@ class StepRow:
         self.scales: list[tuple[list[int], Any]] = []
         """Which tensors were measured with a loss scale on them, and which."""
         self.statistics = np.full((len(watched), len(STATISTICS)), np.nan, np.float64)
-        self.statistics[:, _WEIGHT[1]] = 0.0
-        self.counts = np.zeros((len(watched), 3, BUCKETS), np.int64) if histograms else None
+        self.statistics[:, COLUMN["update_norm"]] = 0.0
+        self.counts = np.zeros((len(watched), _KINDS, BUCKETS), np.int64) if histograms else None
         self.stepped: set[int] = set()
         """Ids of the optimizers that had their turn."""
         self.taken = True
@@ -83,17 +91,17 @@ class StepRow:
         more = len(watched) - len(self.statistics)
         if more > 0:
             rows = np.full((more, len(STATISTICS)), np.nan, np.float64)
-            rows[:, _WEIGHT[1]] = 0.0
+            rows[:, COLUMN["update_norm"]] = 0.0
             self.statistics = np.concatenate([self.statistics, rows])
             if self.counts is not None:
-                self.counts = np.concatenate([self.counts, np.zeros((more, 3, BUCKETS), np.int64)])
+                self.counts = np.concatenate([self.counts, np.zeros((more, _KINDS, BUCKETS), np.int64)])
 
     def read_gradients(
         self,
         watched: Iterable[WatchedTensors],
         optimizers: Iterable[Optimizer],
         scratch: Scratch,
-        joined: Gradients,
+        small_gradients: Gradients,
     ) -> list[int]:
         """Measure each gradient once, beside the first moment its optimizer holds; returns which."""
         found: list[int] = []
@@ -111,6 +119,8 @@ class StepRow:
             self.read.add(one.index)
             found.append(one.index)
             moment = _moment_of(tensor, states)
+            for name, computed in OF_GRADIENT.items():
+                self.statistics[one.index, COLUMN[name]] = computed(grad, moment)
             if not grad.is_cpu:
                 self.device = grad.device
                 elsewhere.setdefault(grad.device, []).append((one.index, grad, moment))
@@ -119,18 +129,20 @@ class StepRow:
                 small.append((one.index, grad, moment))
                 continue
             counts = None if self.counts is None else self.counts[one.index, 0]
-            self.statistics[one.index, _GRADIENT] = measure_gradient(grad, moment, scratch, counts)
+            self.statistics[one.index, GRADIENT_PASS] = measure_gradient(grad, moment, scratch, counts)
         if small:
             indices = [index for index, _, _ in small]
             counts = None if self.counts is None else np.zeros((len(small), BUCKETS), np.int64)
-            numbers = joined.measure([g for _, g, _ in small], [m for _, _, m in small], scratch, counts)
-            self.statistics[np.array(indices)[:, None], _GRADIENT] = numbers
+            numbers = small_gradients.measure(
+                [g for _, g, _ in small], [m for _, _, m in small], scratch, counts
+            )
+            self.statistics[np.array(indices)[:, None], GRADIENT_PASS] = numbers
             if self.counts is not None and counts is not None:
                 self.counts[indices, 0] += counts
         for members in elsewhere.values():
             indices = [index for index, _, _ in members]
             numbers = gradients_on_device([g for _, g, _ in members], [m for _, _, m in members])
-            self._read_later(indices, _GRADIENT, numbers)
+            self._read_later(indices, GRADIENT_PASS, numbers)
             if self.counts is not None:
                 for index, grad, _ in members:
                     dense = grad if grad.layout is torch.strided else grad.to_dense()
@@ -145,6 +157,8 @@ class StepRow:
             tensor = one.ref()
             if tensor is None or one.before is None:
                 continue
+            for name, computed in OF_WEIGHT.items():
+                self.statistics[one.index, COLUMN[name]] = computed(flat(tensor), one.before)
             if one.room is not None:
                 rooms.setdefault(one.room, []).append((one, tensor))
                 continue
@@ -169,15 +183,15 @@ class StepRow:
                     _count(self.counts[one.index, 1], now, scratch)
                     _count(self.counts[one.index, 2], now - old, scratch)
             numbers = weights_on_device([t for _, t, _ in members], [b for _, _, b in members])
-            self._read_later([one.index for one, _, _ in members], _WEIGHT, numbers)
+            self._read_later([one.index for one, _, _ in members], WEIGHT_PASS, numbers)
 
     def _is_still(self, one: WatchedTensors, tensor: Tensor) -> bool:
-        """Whether it is frozen and nobody wrote to it: then what was measured before holds."""
+        """Whether the weight has no gradient and was not written to: then the last measurement holds."""
         state = state_of(tensor)
         still = state == one.look and one.index not in self.read and not math.isnan(one.weight_norm)
         one.look = state
         if still:
-            self.statistics[one.index, _WEIGHT] = one.weight_norm, 0.0
+            self.statistics[one.index, WEIGHT_PASS] = one.weight_norm, 0.0
         return still and self.counts is None
 
     def _read_weight(self, one: WatchedTensors, tensor: Tensor, scratch: Scratch) -> None:
@@ -185,13 +199,13 @@ class StepRow:
         counts = None if self.counts is None else (self.counts[one.index, 1], self.counts[one.index, 2])
         found = measure_weight(tensor, one.before, scratch, counts)
         one.weight_norm = found.norm
-        self.statistics[one.index, _WEIGHT] = found
+        self.statistics[one.index, WEIGHT_PASS] = found
 
     def _read_room(self, room: Room, members: list[tuple[WatchedTensors, Tensor]]) -> None:
         counts = None if self.counts is None else np.zeros((2, len(members), BUCKETS), np.int64)
         numbers = room.measure([tensor for _, tensor in members], counts)
         indices = [one.index for one, _ in members]
-        self.statistics[np.array(indices)[:, None], _WEIGHT] = numbers
+        self.statistics[np.array(indices)[:, None], WEIGHT_PASS] = numbers
         if self.counts is not None and counts is not None:
             self.counts[indices, 1] += counts[0]
             self.counts[indices, 2] += counts[1]
@@ -201,7 +215,7 @@ class StepRow:
 
     def nonfinite(self) -> bool:
         """Whether a gradient on the host has an entry that is not finite."""
-        return bool(np.any(self.statistics[:, STATISTICS.index("grad_nonfinite")] > 0))
+        return bool(np.any(self.statistics[:, COLUMN["grad_nonfinite"]] > 0))
 
     def fetch(self) -> None:
         """What a device still holds, once it is there."""
@@ -214,16 +228,15 @@ class StepRow:
     def finish(self) -> None:
         """Fetch what a device still holds, and take scale and clipping off the gradients' norms."""
         self.fetch()
-        both = slice(_NORM, _LARGEST + 1)
         for indices, scale in self.scales:
-            self.statistics[indices, both] /= float(scale)
+            self.statistics[np.ix_(indices, _SCALED)] /= float(scale)
         factors = []
         for indices, total, largest in self.clips:
             total = float(total)
             factor = min(1.0, largest / (total + 1e-6)) if math.isfinite(total) else math.nan
             factors.append(factor)
             if factor > 0:
-                self.statistics[indices, both] /= factor
+                self.statistics[np.ix_(indices, _SCALED)] /= factor
             elif any(self.statistics[indices, _NORM] == 0) or not math.isfinite(total):
                 self.after_clipping = True
             self.scalars["max_norm"] = largest
@@ -257,9 +270,9 @@ class StepRow:
 
 
 def refresh(watched: Iterable[WatchedTensors], places: Places, *, stepped: bool = False) -> None:
-    """Weights that somebody moved since the last look: their copies follow, for that was not this step.
+    """Copy the weights that changed since the last measurement, other than by this step.
 
-    `stepped`: steps were taken that nobody measured. torch's fused kernels write and leave the version.
+    `stepped`: steps were taken that were not measured. torch's fused kernels write and leave the version.
     """
     give_memory(watched, places)
     for one in watched:

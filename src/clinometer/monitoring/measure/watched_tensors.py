@@ -1,12 +1,14 @@
-"""Which tensors are watched: the model's, then what else the optimizers hold; and their copies from before.
+"""Which tensors are watched (the model's, then others that the optimizers hold), their copies from before the
+step, and how each is described: its layer, its kind, its place in the forward.
 
 Nothing here keeps a model, an optimizer or a tensor alive.
 """
 
 from __future__ import annotations
 
+import re
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +19,9 @@ from clinometer.distributed.sharded_tensors import local, version
 from clinometer.gradients.sandbox.subject import Subject
 from clinometer.monitoring.measure.small_tensors import Places, Room, is_small
 from clinometer.monitoring.measure.statistics import flat
+from clinometer.torch_internals.nodes import order_of
+
+_LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.)")
 
 
 class WatchedTensors:
@@ -49,15 +54,15 @@ class WatchedTensors:
         self.room: Room | None = None
         """Where that copy stands beside those of other small tensors."""
         self.look: tuple[int, int] | None = None
-        """Version and address of the tensor at the last look; other ones mean that somebody wrote to it."""
+        """Version and address of the tensor at the last measurement; if they differ, it was written to."""
         self.moved_elsewhere = False
-        """Somebody wrote to it between two steps."""
+        """It was written to between two steps."""
         self.weight_norm = self.first_norm = float("nan")
         """After the last step; and before the first."""
 
 
 def state_of(tensor: Tensor) -> tuple[int, int]:
-    """What changes when somebody writes to a tensor, `tensor.data.add_()` apart."""
+    """A value that changes when a tensor is written to, except by `tensor.data.add_()`."""
     return (-1 if tensor.is_inference() else version(tensor)), local(tensor).data_ptr()
 
 
@@ -137,7 +142,7 @@ class Roster:
             return known
         taken = {w.name for w in self.watched} if any(w.name == name for w in self.watched) else set()
         while name in taken:
-            name += "'"  # it took the place of one that is gone
+            name += "'"  # the tensor that had the name was freed
         new = WatchedTensors(len(self.watched), name, tensor)
         self.watched.append(new)
         self._by_id[id(tensor)] = new
@@ -177,4 +182,79 @@ def _sum_in(dtype: torch.dtype) -> torch.dtype:
 def _weak(model: Any) -> Callable[[], Any]:
     if isinstance(model, nn.Module):
         return weakref.ref(model)
-    return lambda: model  # a mapping of tensors: whoever gives one keeps it alive anyway
+    return lambda: model  # a mapping of tensors: the caller keeps it alive
+
+
+def layer_of(name: str) -> int | None:
+    """The first whole number in the path of the module: 3 in "h.3.attn.c_attn.weight"."""
+    found = _LAYER.search(name)
+    return int(found[1]) if found else None
+
+
+def kind_of(name: str) -> str:
+    """The path without what comes up to the layer's number, and without ".weight": "attn.c_attn"."""
+    found = _LAYER.search(name)
+    inside = name[found.end() + 1 :] if found else name
+    return inside.removesuffix(".weight") if inside != "weight" else inside
+
+
+def describe(
+    watched: Iterable[WatchedTensors], groups: Mapping[int, int], positions: Mapping[int, int]
+) -> list[dict[str, Any]]:
+    """One entry a tensor; `groups` is by the tensor's id, `positions` by its place in the list."""
+    return [
+        {
+            "id": one.index,
+            "name": one.name,
+            "shape": list(one.shape),
+            "dtype": one.dtype,
+            "numel": one.numel,
+            "group": groups.get(id(one.ref())),
+            "layer": layer_of(one.name),
+            "kind": kind_of(one.name),
+            "position": positions.get(one.index, one.index),
+        }
+        for one in watched
+    ]
+
+
+def order_of_use(
+    losses: Iterable[Tensor], watched: Sequence[WatchedTensors], stand_ins: Mapping[int, int] | None = None
+) -> dict[int, int]:
+    """Position of each tensor, by its place in the list, in the order in which the forward first used it.
+
+    Nodes of the autograd graph are numbered as the forward makes them, and a tensor stands where its first
+    user stands; a compiled function is one node, whose inputs come in the order of use. What the graph does
+    not reach (frozen, unused) keeps its place behind the tensor registered before it. Empty if
+    it reaches none. `stand_ins`: by the id of a tensor that the graph holds instead, that of the watched one.
+    """
+    used: dict[int, tuple[int, int]] = {}
+    names = stand_ins or {}
+    seen: set[Any] = set()
+    queue = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
+    while queue:
+        node = queue.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        number = order_of(node)
+        if number is None:  # this torch does not number its nodes
+            return {}
+        for place, (following, _) in enumerate(node.next_functions):
+            if following is None:
+                continue
+            leaf = getattr(following, "variable", None)
+            if leaf is None:
+                queue.append(following)
+            else:
+                at = (number, place)
+                name = names.get(id(leaf), id(leaf))
+                used[name] = min(used.get(name, at), at)
+    if not any(id(one.ref()) in used for one in watched):
+        return {}  # another model's loss
+    keys: list[tuple[tuple[int, int], int]] = []
+    place = (-1, -1)
+    for one in watched:
+        place = used.get(id(one.ref()), place)
+        keys.append((place, one.index))
+    return {index: position for position, (_, index) in enumerate(sorted(keys))}

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from clinometer.record.format.columns import statistics_of
 from clinometer.record.format.rollups import ABSENT_NUMBER
-from clinometer.record.format.schema import ABSENT, LEVELS, STATISTICS, rollup_key
+from clinometer.record.format.schema import ABSENT, LEVELS, rollup_key
 
 MOST_BYTES = 24 << 20
 """What one answer may read: a wider range is then seen in fewer, coarser cells."""
@@ -115,11 +116,11 @@ def statistics(
     connection: sqlite3.Connection,
     wanted: Sequence[int],
     level: int,
+    *,
     first: int,
     last: int,
     ids: Sequence[int],
     width: int,
-    *,
     ends: bool = True,
 ) -> list[Pieces]:
     """For each statistic in `wanted`, its pieces for the tensors `ids`; `width` tensors are known in all.
@@ -131,11 +132,11 @@ def statistics(
     for size in [size for size in reversed(LEVELS) if size <= level]:
         begin = first
         for pieces, statistic in zip(found, wanted, strict=True):
-            if piece := _windows(connection, size, statistic, first, last, cut, ends):
+            if piece := _windows(connection, size, statistic, cut, first=first, last=last, ends=ends):
                 pieces.append(piece)
                 begin = int(piece.start[-1]) + size
         first = begin
-    size = len(STATISTICS)
+    size = len(statistics_of(connection))
     rows = connection.execute(
         f"SELECT step, {cut.sql('statistics', size)} FROM steps WHERE step BETWEEN ? AND ?", (first, last)
     ).fetchall()
@@ -168,7 +169,14 @@ class _Cut:
 
 
 def _windows(
-    connection: sqlite3.Connection, level: int, statistic: int, first: int, last: int, cut: _Cut, ends: bool
+    connection: sqlite3.Connection,
+    level: int,
+    statistic: int,
+    cut: _Cut,
+    *,
+    first: int,
+    last: int,
+    ends: bool,
 ) -> Pieces | None:
     """The closed windows of one level, or None if there are none."""
 
@@ -203,7 +211,7 @@ def _padded(counts: np.ndarray, width: int) -> np.ndarray:
 
 
 def scalars(
-    connection: sqlite3.Connection, ids: np.ndarray, level: int, first: int, last: int, width: int
+    connection: sqlite3.Connection, ids: np.ndarray, level: int, first: int, last: int, *, width: int
 ) -> Pieces:
     """The pieces of the scalars `ids` and, as the last column, the time of each piece's first step."""
     found = []

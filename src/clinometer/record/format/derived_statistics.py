@@ -1,30 +1,18 @@
-"""Statistics that are computed when somebody reads them."""
+"""Statistics that are computed when they are read: root mean squares and ratios of stored ones."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from clinometer.record.format.cells import Pieces
-from clinometer.record.format.schema import STATISTICS
-
-DERIVED = {
-    "grad_rms": ("grad_norm",),
-    "weight_rms": ("weight_norm",),
-    "update_rms": ("update_norm",),
-    "moment_rms": ("moment_norm",),
-    "update_ratio": ("update_norm", "weight_norm"),
-}
-"""*_rms = *_norm / √numel; update_ratio = update_norm / weight_norm."""
-
-STORED_FOR: dict[str, tuple[str, ...]] = {**{name: (name,) for name in STATISTICS}, **DERIVED}
 
 
-def derive(statistic: str, parts: list[Pieces], numel: np.ndarray) -> Pieces:
-    """The derived statistic of each piece. A division by zero gives inf; 0/0 gives NaN, nothing there."""
-    top = parts[0]
+def derive(operands: list[Pieces], numel: np.ndarray) -> Pieces:
+    """One operand: operand / √numel. Two: their ratio. x/0 gives inf; 0/0 gives NaN, no value."""
+    top = operands[0]
     with np.errstate(all="ignore"):
-        if statistic == "update_ratio":
-            bottom = parts[1]
+        if len(operands) == 2:
+            bottom = operands[1]
             mean = top.mean / bottom.mean
             low, high = (mean, mean) if not top.ends else (top.low / bottom.high, top.high / bottom.low)
         else:

@@ -13,7 +13,7 @@ import zlib
 
 import numpy as np
 
-from clinometer.record.format.schema import BUCKETS, HISTOGRAM_KINDS
+from clinometer.vocabulary import BUCKETS, HISTOGRAM_KINDS
 
 MOST = 1024
 NEWEST = 256

@@ -1,4 +1,4 @@
-"""Opening a file that says it is a run: what it must have, and what is said when it has not."""
+"""Opening a file that may be a run: what it must have, and the errors if it does not."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def open_for_reading(path: Path) -> sqlite3.Connection:
             version = _check(connection, path)
         except sqlite3.OperationalError as error:
             # A folder that cannot be written has no place for WAL's shared memory. Where no WAL is left
-            # nobody is writing either, and the file can be read as it stands.
+            # no process writes either, and the file can be read as it is.
             connection.close()
             wal = path.with_name(path.name + "-wal")
             if _is_busy(error) or os.access(path.parent, os.W_OK) or (wal.exists() and wal.stat().st_size):

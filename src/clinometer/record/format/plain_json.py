@@ -1,4 +1,4 @@
-"""Values from anybody's program as JSON: what has no JSON form becomes its text."""
+"""Values of any program as JSON: a value without a JSON form becomes its text."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def _machine() -> str:
 
 
 def _start_of(pid: int) -> int | None:
-    """When a process began, in clock ticks after the boot; None if there is none (or it is a zombie)."""
+    """When a process began, in clock ticks after the boot; None if it has ended (or is a zombie)."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (OSError, ValueError):

@@ -28,7 +28,7 @@ class Cells:
 
 @dataclass
 class Window:
-    """One closed window: of tensors (T, 8) and of scalars (n,)."""
+    """One closed window: of tensors (T, number of statistics) and of scalars (n,)."""
 
     level: int
     start: int
@@ -78,7 +78,7 @@ class Rollups:
     """The windows that are still open, at every level."""
 
     def __init__(self) -> None:
-        self._statistics = np.empty((LEVELS[0], 0, 8), dtype=np.float32)
+        self._statistics = np.empty((LEVELS[0], 0, 0), dtype=np.float32)
         self._scalars = np.empty((LEVELS[0], 0), dtype=np.float64)
         self._rows = 0
         self._step = -1
@@ -102,6 +102,8 @@ class Rollups:
         """Count a step in; call `close_before` first."""
         if self._rows == 0:
             self._time = time
+        if self._statistics.shape[2] != statistics.shape[1]:
+            self._statistics = np.empty((LEVELS[0], 0, statistics.shape[1]), dtype=np.float32)
         if self._statistics.shape[1] < len(statistics):
             self._statistics = _widened(self._statistics, len(statistics), np.nan)
         if self._scalars.shape[1] < len(scalars):

@@ -1,14 +1,16 @@
 """The tables of a run file, their version, and what makes files of other versions readable.
 
-The format is documented in docs/en/run-file.md; whoever changes it raises VERSION, adds to UPGRADES what
+The format is documented in docs/en/run-file.md. To change it, raise VERSION, add to UPGRADES what
 turns the version before into it, and to VIEWS what lets a reader see the version before as if it were it.
 """
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from pathlib import Path
 
+from clinometer.vocabulary import STATISTICS
 from clinometer.whole_files import whole_file
 
 FILE_NAME = "run.sqlite"
@@ -19,23 +21,11 @@ VERSION = 1
 PAGE_SIZE = 4096
 """A step of 300 tensors changes three pages of this size, and all that a commit writes is changed pages."""
 
-STATISTICS = (
-    "grad_norm",
-    "grad_max",
-    "grad_zeros",
-    "grad_nonfinite",
-    "weight_norm",
-    "update_norm",
-    "cosine",
-    "moment_norm",
-)
-"""The columns of a step's float32 row a tensor. Each file repeats them as meta.statistics."""
-
 LEVELS = (16, 256, 4096)
 """Steps in one roll-up, level by level; each is 16 of the one before."""
 
 PARTS = ("mean", "low", "high")
-"""What a roll-up keeps of a statistic, a row each: who asks for means reads a third of the bytes."""
+"""What a roll-up keeps of a statistic, a row each: a query for means reads a third of the bytes."""
 
 LAST_STEP = (1 << 40) - 1
 """The last step there is place for in a roll-up's key."""
@@ -61,10 +51,6 @@ WEIGHT_FIELDS = (
     "lr",
     "weight_decay",
 )
-
-HISTOGRAM_KINDS = ("grad", "weight", "update")
-BUCKETS = 64
-LOW_EXPONENT = -48
 
 TABLES = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -109,7 +95,7 @@ VIEWS: dict[int, str] = {}
 
 
 def create(path: Path, identity: str) -> None:
-    """Put an empty run file at `path`, where there is none; made beside it first, so nobody sees half."""
+    """Create an empty run file at `path`, which must not exist; it appears whole or not at all."""
     with whole_file(path) as partial:
         connection = connect(partial)
         try:
@@ -119,13 +105,14 @@ def create(path: Path, identity: str) -> None:
             connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             connection.execute(f"PRAGMA user_version = {VERSION}")
             connection.execute("INSERT INTO meta VALUES ('id', ?)", (f'"{identity}"',))
+            connection.execute("INSERT INTO meta VALUES ('statistics', ?)", (json.dumps(STATISTICS),))
             connection.execute("COMMIT")
         finally:
             connection.close()
 
 
 def connect(path: Path, *, mode: str = "rwc", wait: float = 5.0) -> sqlite3.Connection:
-    """A connection that commits each statement unless told BEGIN; text is text, whatever its bytes."""
+    """A connection that commits each statement outside BEGIN; in text, bytes not in UTF-8 are replaced."""
     uri = f"{path.absolute().as_uri()}?mode={mode}"
     connection = sqlite3.connect(uri, uri=True, timeout=wait, isolation_level=None, check_same_thread=False)
     connection.text_factory = lambda raw: raw.decode("utf-8", "replace")

@@ -7,8 +7,9 @@ from itertools import pairwise
 
 import numpy as np
 
+from clinometer.record.format.columns import statistics_of
 from clinometer.record.format.rollups import Cells, Rollups, Window
-from clinometer.record.format.schema import LAST_STEP, LEVELS, PARTS, STATISTICS, rollup_key
+from clinometer.record.format.schema import LAST_STEP, LEVELS, PARTS, rollup_key
 
 
 def insert(connection: sqlite3.Connection, window: Window) -> None:
@@ -18,7 +19,7 @@ def insert(connection: sqlite3.Connection, window: Window) -> None:
     as_implied = (tensors.counts == implied).all(axis=0)
     parts = [np.ascontiguousarray(part.T) for part in (tensors.mean, tensors.low, tensors.high)]
     rows = []
-    for statistic in range(len(STATISTICS)):
+    for statistic in range(tensors.mean.shape[1]):
         counts = None if as_implied[statistic] else tensors.counts[:, statistic].astype("<u2").tobytes()
         for part, cells in enumerate(parts):
             key = rollup_key(statistic, part, window.start)
@@ -40,13 +41,13 @@ def counts_of(mean: np.ndarray, rows: int, counts: bytes | None) -> np.ndarray:
 
 def load(connection: sqlite3.Connection, level: int, start: int) -> list[Window]:
     """The windows of a level that begin at `start` or later, oldest first."""
-    windows = []
+    windows, width = [], len(statistics_of(connection))
     for begin, rows, time, raw in connection.execute(
         f"SELECT start, rows, time, cells FROM scalar_rollup_{level} WHERE start >= ? ORDER BY start",
         (start,),
     ).fetchall():
         cells = np.frombuffer(raw, dtype="<f8").reshape(-1, 4)
-        columns = [_load_statistic(connection, level, s, begin) for s in range(len(STATISTICS))]
+        columns = [_load_statistic(connection, level, s, begin) for s in range(width)]
         mean, low, high, counts = (np.stack(part, axis=1) for part in zip(*columns, strict=True))
         scalars = Cells(cells[:, 0], cells[:, 1], cells[:, 2], cells[:, 3].astype(np.int64))
         windows.append(Window(level, begin, rows, time, Cells(mean, low, high, counts), scalars))
@@ -70,10 +71,11 @@ def _load_statistic(
 
 def delete_from(connection: sqlite3.Connection, last_step: int | None) -> None:
     """Remove the windows that `last_step`, now the last one, leaves open; all of them if there is no step."""
+    width = len(statistics_of(connection))
     for level in LEVELS:
         start = 0 if last_step is None else last_step // level * level
         connection.execute(f"DELETE FROM scalar_rollup_{level} WHERE start >= ?", (start,))
-        for statistic in range(len(STATISTICS)):
+        for statistic in range(width):
             for part in range(len(PARTS)):
                 connection.execute(
                     f"DELETE FROM rollup_{level} WHERE key BETWEEN ? AND ?",
@@ -89,6 +91,7 @@ def reopen(connection: sqlite3.Connection, last_step: int | None) -> Rollups:
     rollups.restore(
         [load(connection, level, last_step // parent * parent) for level, parent in pairwise(LEVELS)]
     )
+    width = len(statistics_of(connection))
     rows = connection.execute(
         "SELECT step, time, scalars, statistics FROM steps WHERE step >= ? ORDER BY step",
         (last_step // LEVELS[0] * LEVELS[0],),
@@ -98,6 +101,6 @@ def reopen(connection: sqlite3.Connection, last_step: int | None) -> Rollups:
             step,
             time,
             np.frombuffer(scalars, dtype="<f8"),
-            np.frombuffer(statistics, dtype="<f4").reshape(-1, len(STATISTICS)),
+            np.frombuffer(statistics, dtype="<f4").reshape(-1, width),
         )
     return rollups

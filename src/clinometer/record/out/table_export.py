@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from clinometer.messages import InputError
-from clinometer.record.format.schema import STATISTICS, WEIGHT_FIELDS
+from clinometer.record.format.schema import WEIGHT_FIELDS
 from clinometer.record.read.reader import RunFile
 from clinometer.whole_files import whole_file
 
@@ -63,9 +63,10 @@ def _batches(run: RunFile, table: str, first: int | None, last: int | None) -> I
     if table in ("steps", "tensors"):
         names = run.scalar_names()
         tensors = [tensor["name"] for tensor in run.tensors()]
+        statistics = run.info()["statistics"]
         while True:
             rows = run.rows(first, last, _STEPS_AT_ONCE)
-            yield _steps(rows, names) if table == "steps" else _tensors(rows, tensors)
+            yield _steps(rows, names) if table == "steps" else _tensors(rows, tensors, statistics)
             if len(rows["step"]) < _STEPS_AT_ONCE:
                 return
             first = int(rows["step"][-1]) + 1
@@ -95,14 +96,14 @@ def _steps(rows: dict[str, Any], names: list[str]) -> Columns:
     return columns
 
 
-def _tensors(rows: dict[str, Any], tensors: list[str]) -> Columns:
+def _tensors(rows: dict[str, Any], tensors: list[str], names: list[str]) -> Columns:
     statistics = rows["statistics"][:, : len(tensors)]
     columns: Columns = {
         "step": np.repeat(rows["step"], statistics.shape[1]).tolist(),
         "tensor": tensors[: statistics.shape[1]] * len(rows["step"]),
     }
-    flat = statistics.reshape(-1, len(STATISTICS))
-    return columns | {name: list(flat[:, column]) for column, name in enumerate(STATISTICS)}
+    flat = statistics.reshape(-1, len(names))
+    return columns | {name: list(flat[:, column]) for column, name in enumerate(names)}
 
 
 def _weights(run: RunFile, first: int | None, last: int | None) -> Iterator[Columns]:

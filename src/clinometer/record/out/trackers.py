@@ -1,4 +1,4 @@
-"""Other places for the same numbers: TensorBoard's event files, and what logs as Weights & Biases does."""
+"""Sinks for the same numbers elsewhere: TensorBoard's event files, and trackers with the API of W&B."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from clinometer.messages import InputError
-from clinometer.record.format.schema import BUCKETS, HISTOGRAM_KINDS, LOW_EXPONENT, STATISTICS
+from clinometer.vocabulary import BUCKETS, HISTOGRAM_KINDS, LOW_EXPONENT, STATISTICS
 
 
 class _Numbers:
@@ -142,7 +142,7 @@ class TensorBoard(_Numbers):
 
 
 class Logs(Protocol):
-    """What logs as Weights & Biases does: the modules wandb, trackio and swanlab, or a run of theirs."""
+    """The logging API of Weights & Biases: the modules wandb, trackio and swanlab, or their runs."""
 
     def log(self, data: dict[str, Any], *, step: int) -> Any: ...
 
@@ -173,7 +173,7 @@ class Tracker(_Numbers):
         self._step: int | None = None
 
     def begin(self, run: dict[str, Any]) -> None:
-        """The configuration is the tracker's own init's business."""
+        """Nothing: the tracker's own init takes the configuration."""
 
     def step(self, step: int, time: float, scalars: Mapping[str, Any], statistics: np.ndarray) -> None:
         self._add(step, self._of_step(step, scalars, statistics))

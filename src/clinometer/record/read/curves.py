@@ -1,4 +1,4 @@
-"""What a reader asks of a range of steps: curves, maps, histogram_codec, a weight's history."""
+"""The answers of a reader about a range of steps: curves, maps, histograms, a weight's history."""
 
 from __future__ import annotations
 
@@ -12,24 +12,23 @@ import numpy as np
 from clinometer.foreign_files import parse_json
 from clinometer.messages import InputError
 from clinometer.record.format import cells, histogram_codec
-from clinometer.record.format.derived_statistics import DERIVED, STORED_FOR, derive
+from clinometer.record.format.columns import derived_statistics, statistics_of
+from clinometer.record.format.derived_statistics import derive
 from clinometer.record.format.rollups import ABSENT_NUMBER
 from clinometer.record.format.schema import (
     ABSENT,
-    HISTOGRAM_KINDS,
     LAST_STEP,
     LEVELS,
-    LOW_EXPONENT,
-    STATISTICS,
     WEIGHT_FIELDS,
 )
+from clinometer.vocabulary import BUCKETS, HISTOGRAM_KINDS, LOW_EXPONENT
 
 _MOST_CELLS = 1 << 24
 """Of a map, whatever number of tensors a file names: 64 MB, and more than any screen has."""
 
 
 class Range:
-    """The steps a question means, within what there is; `every`: steps from one record to the next."""
+    """The steps of a query that the run has; `every`: steps from one record to the next."""
 
     def __init__(self, connection: sqlite3.Connection, first: int | None, last: int | None) -> None:
         (lowest,) = connection.execute("SELECT min(step) FROM steps").fetchone()
@@ -81,7 +80,7 @@ def scalars(
         window_bytes=32 * len(known) + 64,
     )
     ids = np.array([known[name] for name in logged], dtype=np.int64)
-    found = cells.scalars(connection, ids, level, *steps.cells(stride), len(known)).combined(stride)
+    found = cells.scalars(connection, ids, level, *steps.cells(stride), width=len(known)).combined(stride)
     counts = found.weights()
     there = counts > 0
     out: dict[str, Any] = {"step": steps.first_steps(found.start, stride), "stride": stride}
@@ -107,7 +106,7 @@ def first_not_finite(connection: sqlite3.Connection, name: str) -> int | None:
     first, last = Range(connection, None, None).cells(LEVELS[-1])
     ids = np.array([known[name]], dtype=np.int64)
     for level in (*reversed(LEVELS), 1):
-        found = cells.scalars(connection, ids, level, first, last, len(known))
+        found = cells.scalars(connection, ids, level, first, last, width=len(known))
         bad = np.flatnonzero((found.weights()[:, 0] > 0) & ~np.isfinite(found.mean[:, 0]))
         if not len(bad):
             return None
@@ -124,6 +123,7 @@ def series(
     statistic: str,
     first: int | None,
     last: int | None,
+    *,
     points: int,
 ) -> dict[str, Any]:
     steps = Range(connection, first, last)
@@ -142,6 +142,7 @@ def grid(
     statistic: str,
     first: int | None,
     last: int | None,
+    *,
     columns: int,
     ids: Sequence[int] | None,
 ) -> dict[str, Any]:
@@ -167,6 +168,7 @@ def histogram(
     kind: str,
     first: int | None,
     last: int | None,
+    *,
     count: int,
 ) -> dict[str, Any]:
     if kind not in HISTOGRAM_KINDS:
@@ -179,7 +181,7 @@ def histogram(
     steps = [step for (step,) in rows]
     if len(steps) > count:
         steps = [steps[i] for i in np.linspace(0, len(steps) - 1, max(1, count)).round().astype(int)]
-    out = np.zeros((len(steps), histogram_codec.BUCKETS), dtype=np.int64)
+    out = np.zeros((len(steps), BUCKETS), dtype=np.int64)
     for place, step in enumerate(steps):
         (blob,) = connection.execute("SELECT counts FROM histograms WHERE step = ?", (step,)).fetchone()
         out[place] = histogram_codec.decode(blob, tensor, known)[HISTOGRAM_KINDS.index(kind)]
@@ -192,6 +194,7 @@ def weight(
     index: Sequence[int],
     first: int | None,
     last: int | None,
+    *,
     points: int,
 ) -> dict[str, Any]:
     steps = Range(connection, first, last)
@@ -220,14 +223,15 @@ def rows(connection: sqlite3.Connection, first: int, last: int, limit: int) -> d
         (first, last, limit),
     ).fetchall()
     names, width = scalar_ids(connection), width_of(connection)
+    columns = len(statistics_of(connection))
     numbers = cells.stacked([row[2] for row in found], "<f8", len(names), ABSENT_NUMBER)
-    statistics = cells.stacked([row[3] for row in found], "<f4", width * len(STATISTICS), np.nan)
+    statistics = cells.stacked([row[3] for row in found], "<f4", width * columns, np.nan)
     return {
         "step": np.array([row[0] for row in found], dtype=np.int64),
         "time": np.array([row[1] for row in found], dtype=np.float64),
         "scalars": {name: numbers[:, column] for name, column in names.items()},
         "logged": {name: numbers.view("<u8")[:, column] != ABSENT for name, column in names.items()},
-        "statistics": statistics.reshape(len(found), width, len(STATISTICS)),
+        "statistics": statistics.reshape(len(found), width, columns),
     }
 
 
@@ -244,24 +248,28 @@ def _statistic(
     *,
     ends: bool,
 ) -> tuple[cells.Pieces, int]:
-    if statistic not in STORED_FOR:
-        raise InputError("record.no_statistic", name=statistic, known=", ".join(STORED_FOR))
+    stored = statistics_of(connection)
+    derived = derived_statistics(stored)
+    if statistic not in stored and statistic not in derived:
+        raise InputError("record.no_statistic", name=statistic, known=", ".join((*stored, *derived)))
     width = _must_be_known(connection, ids)
     level, stride = cells.plan(
         steps.first,
         steps.last,
         points,
         every=steps.every,
-        row_bytes=32 * width + 512,
+        row_bytes=4 * len(stored) * width + 512,
         window_bytes=12 * width + 64,
     )
-    wanted = [STATISTICS.index(name) for name in STORED_FOR[statistic]]
+    wanted = [stored.index(name) for name in derived.get(statistic, (statistic,))]
     begin, end = steps.cells(stride)
-    parts = cells.statistics(connection, wanted, level, begin, end, ids, width, ends=ends)
+    parts = cells.statistics(
+        connection, wanted, level, first=begin, last=end, ids=ids, width=width, ends=ends
+    )
     found = parts[0]
-    if statistic in DERIVED:
+    if statistic not in stored:
         numel = dict(connection.execute("SELECT id, numel FROM tensors").fetchall())
-        found = derive(statistic, parts, np.array([numel[i] for i in ids]))
+        found = derive(parts, np.array([numel[i] for i in ids]))
     return found.combined(stride), stride
 
 

@@ -1,4 +1,4 @@
-"""The reader of run files: opens without writing, answers within bounds, never holds a writer up."""
+"""The reader of run files: opens without writing, answers within bounds, never blocks a writer."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ import numpy as np
 
 from clinometer.foreign_files import parse_json
 from clinometer.messages import InputError
+from clinometer.record.format.columns import derived_statistics, statistics_of
 from clinometer.record.format.open_run import damaged, open_for_reading
-from clinometer.record.format.schema import ABSENT, FILE_NAME, STATISTICS
+from clinometer.record.format.schema import ABSENT, FILE_NAME
 from clinometer.record.read import curves, run_state
 from clinometer.record.read.curves import bounded
 from clinometer.record.read.find_runs import find_runs as find_runs
@@ -106,6 +107,7 @@ class RunFile:
         tensors, numel = query("SELECT count(*), coalesce(sum(numel), 0) FROM tensors").fetchone()
         (alerts,) = query("SELECT count(*) FROM alerts").fetchone()
         now, since = self._state(meta)
+        statistics = statistics_of(self._connection)
         return {
             "id": str(meta.get("id", "")),
             "name": str(meta.get("name") or self.folder.name),
@@ -118,7 +120,8 @@ class RunFile:
             "every": curves.every_of(self._connection),
             "config": _dict(meta.get("config")),
             "environment": _dict(meta.get("environment")),
-            "statistics": list(STATISTICS),
+            "statistics": list(statistics),
+            "derived": list(derived_statistics(statistics)),
             "model": meta.get("model"),
             "optimizers": meta.get("optimizers") or [],
             "numel": numel,
@@ -180,10 +183,10 @@ class RunFile:
     ) -> dict[str, Any]:
         """One statistic of some tensors: "step" (n,), "stride"; "mean", "min", "max": float32 (len(ids), n).
 
-        Besides the stored statistics: grad_rms, weight_rms, update_rms, moment_rms and update_ratio. Over
-        several steps the last is the ratio of the means, and its ends are bounds. NaN: no gradient.
+        The file's statistics and those derived from them: root mean squares (`grad_rms`, …), and ratios
+        (`update_ratio`), which over several steps are ratios of means with bounds as ends. NaN: no gradient.
         """
-        return curves.series(self._connection, ids, statistic, first, last, points)
+        return curves.series(self._connection, ids, statistic, first, last, points=points)
 
     @_reading
     def grid(
@@ -198,11 +201,11 @@ class RunFile:
 
         The columns are evenly spaced; NaN where no step was recorded or the tensor had no gradient.
         """
-        return curves.grid(self._connection, statistic, first, last, columns, ids)
+        return curves.grid(self._connection, statistic, first, last, columns=columns, ids=ids)
 
     @_reading
     def row(self, step: int) -> dict[str, Any] | None:
-        """Everything of one step, or None: "step", "time", "scalars", "statistics" (T, 8) float32."""
+        """Everything of one step, or None: "step", "time", "scalars", "statistics" float32 (T, S)."""
         found = self._connection.execute(
             "SELECT time, scalars, statistics FROM steps WHERE step = ?", (bounded(step),)
         ).fetchone()
@@ -210,8 +213,8 @@ class RunFile:
             return None
         numbers = np.frombuffer(found[1], dtype="<f8")
         there = numbers.view("<u8") != ABSENT
-        names = list(curves.scalar_ids(self._connection))
-        statistics = np.frombuffer(found[2], dtype="<f4").reshape(-1, len(STATISTICS)).copy()
+        names, width = list(curves.scalar_ids(self._connection)), len(statistics_of(self._connection))
+        statistics = np.frombuffer(found[2], dtype="<f4").reshape(-1, width).copy()
         scalars = {names[i]: float(numbers[i]) for i in np.flatnonzero(there)}
         return {"step": step, "time": found[0], "scalars": scalars, "statistics": statistics}
 
@@ -219,7 +222,7 @@ class RunFile:
     def rows(self, first: int | None = None, last: int | None = None, limit: int = 1000) -> dict[str, Any]:
         """The first `limit` steps of a range as they are, for exports: read on from the last step + 1.
 
-        {"step", "time" (n,), "scalars": {name: (n,)}, "logged": {name: (n,) bool}, "statistics": (n, T, 8)}
+        {"step", "time" (n,), "scalars": {name: (n,)}, "logged": {name: (n,) bool}, "statistics": (n, T, S)}
         """
         return curves.rows(self._connection, 0 if first is None else bounded(first), bounded(last), limit)
 
@@ -237,13 +240,13 @@ class RunFile:
         Bucket k counts the entries with floor(log2 |x|) = k + low_exponent; bucket 0 exact zeros, 63 what is
         larger or not finite.
         """
-        return curves.histogram(self._connection, tensor_id, kind, first, last, count)
+        return curves.histogram(self._connection, tensor_id, kind, first, last, count=count)
 
     @_reading
     def alerts(
         self, first: int | None = None, last: int | None = None, limit: int = 1000
     ) -> list[dict[str, Any]]:
-        """The newest `limit` alerts that touch a range of steps, the oldest first, as the watch told them."""
+        """The newest `limit` alerts that touch a range of steps, oldest first, as the watch reported them."""
         rows = self._connection.execute(
             "SELECT data, until FROM alerts WHERE step <= ? AND (until IS NULL OR until >= ?)"
             " ORDER BY id DESC LIMIT ?",
@@ -289,7 +292,7 @@ class RunFile:
 
         More than `points` steps are not averaged; one of each cell is taken. Empty if it is not pinned.
         """
-        return curves.weight(self._connection, tensor_id, index, first, last, points)
+        return curves.weight(self._connection, tensor_id, index, first, last, points=points)
 
     def _ends(self) -> tuple[int | None, int | None, float | None]:
         query = self._connection.execute

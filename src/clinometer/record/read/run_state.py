@@ -15,8 +15,9 @@ QUIET = 300.0
 def state_of(meta: dict[str, Any], times: Sequence[float], now: float) -> tuple[str, float | None]:
     """("live" | "done" | "stopped" | "failed" | "crashed" | "empty", since when).
 
-    `times`: of the last steps, the newest first. A process that is gone without a word has crashed, since its
-    last step; where its machine cannot be asked, it has if it is silent for 300 s and for 20 of its steps.
+    `times`: of the last steps, the newest first. A process that has ended without writing a state has
+    crashed, since its last step; where its machine cannot be asked, it has if it is silent for 300 s and for
+    20 of its steps.
     """
     written, since = meta.get("state"), meta.get("since")
     newest = times[0] if times else since

@@ -1,4 +1,4 @@
-"""What may stand in a replay's step.json, for those who read it: a run folder can come from somebody else."""
+"""Validation of a replay's step.json: a run folder can come from another person."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ FORMAT = 1
 STEP_FILE, TENSORS_FILE, WEIGHTS = "step.json", "tensors.safetensors", "weights"
 TOKENS_FILE, TOKENS = "tokens.safetensors", "shares"
 MOST_MOVED = 100
-"""Tensors that are told of one token."""
+"""Tensors that are reported for one token."""
 KINDS = ("grad", "weight", "update", "exp_avg", "exp_avg_sq")
 _STATE = {"exp_avg": ("exp_avg", "momentum_buffer"), "exp_avg_sq": ("exp_avg_sq",)}
 _NAME = re.compile(r"step-(\d{8,})")
@@ -73,7 +73,7 @@ class Replay:
 
     @classmethod
     def open(cls, folder: Path, step: int) -> Replay | None:
-        """The replay of `step` of the run in `folder`; None if there is none, or none that is whole."""
+        """The replay of `step` of the run in `folder`; None if there is none, or it is incomplete."""
         for place in replay_places(folder):
             if (found := cls.at(place / f"step-{step:08d}")) is not None:
                 return found
@@ -106,6 +106,7 @@ class Replay:
         kind: str,
         rows: tuple[int, int] | None = None,
         cols: tuple[int, int] | None = None,
+        *,
         height: int = 256,
         width: int = 256,
     ) -> dict[str, Any]:
@@ -222,7 +223,7 @@ class Replay:
         return sorted(found, key=lambda one: -one["norm"])[:most]
 
     def weight(self, name: str, index: Sequence[int]) -> dict[str, Any] | None:
-        """What was told about a weight (or a part of a tensor), if it was asked for."""
+        """The anatomy of a weight (or of a part of a tensor), if it was computed."""
         try:
             told = parse_json((self.path / WEIGHTS / weight_key(name, index)).read_text(encoding="utf-8"))
             return told if told["name"] == name and told["index"] == [int(i) for i in index] else None

@@ -16,12 +16,14 @@ import numpy as np
 
 from clinometer.messages import InputError
 from clinometer.record.format import histogram_codec, windows
+from clinometer.record.format.columns import arrange_columns, statistics_of
 from clinometer.record.format.plain_json import clean, to_json
 from clinometer.record.format.process import this_process
 from clinometer.record.format.rollups import ABSENT_NUMBER, Rollups
-from clinometer.record.format.schema import LAST_STEP, STATISTICS, WEIGHT_FIELDS
+from clinometer.record.format.schema import LAST_STEP, WEIGHT_FIELDS
 from clinometer.record.write.outage import Outage, warn
 from clinometer.record.write.writer_file import WriterFile
+from clinometer.vocabulary import STATISTICS
 
 MOST_SCALARS = 1000
 """Names of scalars in one run; a program that invents a name a step would otherwise fill every row."""
@@ -88,7 +90,8 @@ class Recorder:
                 self._write_tensors()
 
     def step(self, step: int, time: float, scalars: Mapping[str, Any], statistics: np.ndarray) -> None:
-        """Record one step: `scalars`, and (T, 8) float32 statistics. A step not after the last is left out.
+        """Record one step: `scalars`, and float32 statistics, a row for each
+        tensor in the order of `STATISTICS`. A step not after the last is left out.
 
         Raises `InputError` if `statistics` has another shape than the tensors that were named.
         """
@@ -104,13 +107,14 @@ class Recorder:
             if not self._last < step <= LAST_STEP:
                 self._warn_once("record.order", step=step, last=self._last)
                 return
+            rows = arrange_columns(rows, self._columns)
             numbers = self._numbers(step, scalars)
             closed = self._rollups.close_before(step)
             if closed:
                 self._file.begin()
                 for window in closed:
                     windows.insert(self._file.connection, window)
-            # sqlite3 takes a bytearray as it is; for anything else it first asks who could adapt it.
+            # sqlite3 takes a bytearray as it is; for anything else it first looks for an adapter.
             values = (step, float(time), bytearray(numbers), bytearray(rows))
             self._file.connection.execute("INSERT INTO steps VALUES (?, ?, ?, ?)", values)
             if closed or self._file.connection.in_transaction:
@@ -168,7 +172,7 @@ class Recorder:
     def close(self, state: str | None = "done") -> None:
         """Write how the run ended ("done", "stopped" or "failed") and let go of the file; once is enough.
 
-        None leaves the state as it is, for who only adds an event to a run that has ended.
+        None leaves the state as it is, to add an event to a run that has ended.
         """
         if self._outage is not None:
             self._outage.try_now()
@@ -257,6 +261,8 @@ class Recorder:
         query = self._file.execute
         (last,) = query("SELECT max(step) FROM steps").fetchone()
         self._last: int = -1 if last is None else last
+        self._columns = STATISTICS if last is None else statistics_of(self._file.connection)
+        """The statistics that the file has."""
         self._names: list[str] = [
             name for (name,) in query("SELECT name FROM tensors ORDER BY id").fetchall()
         ]
@@ -317,7 +323,7 @@ class Recorder:
         return place
 
     def _write_run(self) -> None:
-        run = dict(self._run or {})
+        run = {**(self._run or {}), "statistics": list(self._columns)}
         started = float(run.pop("started", None) or clock.time())
         self._put(keep=True, started=started, name=str(run.pop("name", None) or self.folder.name))
         self._put(**run, process=this_process(), state="live", since=clock.time())

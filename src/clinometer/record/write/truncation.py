@@ -10,7 +10,7 @@ from clinometer.record.format import windows
 def cut_after(connection: sqlite3.Connection, step: int) -> None:
     """Remove everything later than `step`, in one transaction.
 
-    An alert that began before and was seen after it ends at `step`: who continues watches afresh.
+    An alert that began before and was seen after it ends at `step`: a continued run opens its own alerts.
     """
     connection.execute("BEGIN IMMEDIATE")
     try:

@@ -16,7 +16,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from clinometer.distributed.launch import Board, host_name
+from clinometer.distributed.board import Board
+from clinometer.distributed.launch import host_name
 from clinometer.messages import InputError
 from clinometer.training.checkpoints import checkpoint
 from clinometer.training.checkpoints.checkpoint import Snapshot

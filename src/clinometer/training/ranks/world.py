@@ -23,8 +23,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from clinometer.distributed.board import Board, unreachable
 from clinometer.distributed.heartbeat import GIVE_UP, LOST, Heart, RankTrouble
-from clinometer.distributed.launch import OPENING_SECONDS, Board, Launch, host_name, launched, unreachable
+from clinometer.distributed.launch import OPENING_SECONDS, Launch, host_name, launched
+from clinometer.distributed.reduce import all_reduce
 from clinometer.messages import InputError, say
 
 if TYPE_CHECKING:
@@ -89,7 +91,8 @@ class World:
         place = f"{self.launch.address}:{self.launch.port}"
         names = [f"beat/{rank}" for rank in range(self.size)] if self.first else ["beat/0"]
         try:
-            self.heart = Heart(self.board.again(), self.rank, self.size, PATIENCE, self._tell, place)
+            board = self.board.again()
+            self.heart = Heart(board, self.rank, self.size, patience=PATIENCE, tell=self._tell, place=place)
             self._wait(names, OPENING_SECONDS)
         except RuntimeError as error:  # whoever held the board ended before all had met
             self.heart = None  # pyright: ignore[reportAttributeAccessIssue]  (there is nobody to tell)
@@ -241,7 +244,7 @@ class World:
         packet = torch.cat((torch.tensor(flags, dtype=torch.float64).to(loss.device), loss.double().view(1)))
         norm = norm.detach().to(loss.device, torch.float64).view(1)
         packet = torch.cat((packet, (~norm.isfinite()).double()))
-        torch.distributed.all_reduce(packet)
+        all_reduce(packet, "sum")
         interrupts, terminations, total, unusable, found = torch.cat((packet, norm)).tolist()
         if interrupts or terminations:
             self._agreed = signal.SIGTERM if terminations else signal.SIGINT
@@ -260,7 +263,7 @@ class World:
         if self.alone:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(total)
+        all_reduce(total, "sum")
         return total.tolist()
 
     def settle(self, model: Any) -> None:

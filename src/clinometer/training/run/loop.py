@@ -6,6 +6,7 @@ import math
 import signal
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,31 +22,40 @@ from clinometer.training.run.finite_checks import NotFinite
 from clinometer.training.run.recording import RunRecord
 from clinometer.training.run.run_tokens import begin_with
 from clinometer.training.run.session import Display, Outcome, TrainingSession
-from clinometer.training.run.stop_signals import ECHO_SECONDS, stop_on_signal
+from clinometer.training.run.stop_signals import ECHO_SECONDS, StopRequest, stop_on_signal
 from clinometer.training.settings.config import RunConfig
 from clinometer.whole_files import write_whole
 
 
-def train(session: TrainingSession, display: Display, record: RunRecord | None = None) -> Outcome:
+def train(
+    session: TrainingSession,
+    display: Display,
+    record: RunRecord | None = None,
+    request: StopRequest | None = None,
+) -> Outcome:
     """Take the steps that are left: batch → loss → backward → clip → step, with what comes between them.
 
-    On Ctrl-C or SIGTERM the step in hand is finished and a checkpoint written. A loss or gradient that is not
-    finite takes no step and leaves the optimizer as it was; after `max_skipped` of them the run stops, and at
-    once, without a checkpoint, when it is the weights or moments themselves that are not finite.
+    On Ctrl-C or SIGTERM the step in hand is finished and a checkpoint written (stop_signals.py). A caller
+    that gives `request` takes the signals itself. A loss or gradient that is not finite takes no step and
+    leaves the optimizer as it was; after `max_skipped` of them the run stops, and at once, without a
+    checkpoint, when it is the weights or moments themselves that are not finite.
     """
     record = record or RunRecord()
     try:
-        return _train(session, display, record)
+        return _train(session, display, record, request)
     except NotFinite as found:
         session.spoilt = True
         display.notice(found.key, **found.values)
         return Outcome.NOT_FINITE
 
 
-def _train(session: TrainingSession, display: Display, record: RunRecord) -> Outcome:
+def _train(
+    session: TrainingSession, display: Display, record: RunRecord, request: StopRequest | None
+) -> Outcome:
     config, world = session.config, session.world
     last_step = config.training.steps
-    with stop_on_signal(0.0 if world.alone else ECHO_SECONDS) as request:
+    signals = nullcontext(request) if request else stop_on_signal(0.0 if world.alone else ECHO_SECONDS)
+    with signals as request:
         world.listen(request)
         while session.step < last_step:
             began = time.perf_counter()
@@ -67,15 +77,20 @@ def _train(session: TrainingSession, display: Display, record: RunRecord) -> Out
             if session.skipped_in_a_row == 1:  # are the weights good, so that going on can help?
                 session.must_be_finite()
             if session.skipped_in_a_row >= config.training.max_skipped:
+                request.end()
                 session.checkpoint(must=True)
                 return Outcome.NOT_FINITE
             improved = (at % config.eval_every == 0 or at == last_step) and validate(session, display, record)
             if config.training.sample_tokens and (at % config.sample_every == 0 or at == last_step):
                 write_sample(session, display, record)
-            if improved or world.asked or at % config.checkpoint_every == 0 or at == last_step:
-                save(session, display, record, must=bool(world.asked) or at == last_step)
-            if world.asked:
-                return Outcome.INTERRUPTED if world.asked == signal.SIGINT else Outcome.TERMINATED
+            asked = world.asked  # read once: a signal from here on means the next step, and its checkpoint
+            if asked or at == last_step:
+                request.end()
+            if improved or asked or at % config.checkpoint_every == 0 or at == last_step:
+                with request.uninterruptible():
+                    save(session, display, record, must=bool(asked) or at == last_step)
+            if asked:
+                return Outcome.INTERRUPTED if asked == signal.SIGINT else Outcome.TERMINATED
     return Outcome.DONE
 
 

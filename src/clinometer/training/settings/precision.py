@@ -13,6 +13,7 @@ from functools import cache
 import torch
 
 from clinometer.messages import InputError, say
+from clinometer.torch_internals.kernels import bfloat16_instructions
 
 COMPILE_SECONDS = 40.0
 """Compiling the blocks and the loss takes 5 to 30 s on two cores, and makes steps about a third shorter."""
@@ -121,11 +122,8 @@ def bfloat16_is_fast(device: torch.device) -> tuple[bool, str]:
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return major >= 8, f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}"
-    if device.type == "cpu":
-        # Private names in torch, present since 2.4; a torch without them means float32.
-        for name, probe in (("AMX", "_is_amx_tile_supported"), ("AVX512-BF16", "_is_avx512_bf16_supported")):
-            if getattr(torch.cpu, probe, lambda: False)():
-                return True, name
+    if device.type == "cpu" and (name := bfloat16_instructions()):
+        return True, name
     return False, say("doctor.no_bfloat16")
 
 

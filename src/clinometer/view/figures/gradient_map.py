@@ -16,6 +16,7 @@ from clinometer.view.figures.order import in_order, short_name
 from clinometer.view.figures.scalars import escaped, over_steps
 from clinometer.view.figures.style import Figure, Style, four, packed, style, times
 from clinometer.view.figures.words import is_log, statistic_axis, statistic_label, statistic_unit
+from clinometer.vocabulary import REGISTRY
 
 RECENT = 0.1
 """The share of columns, at the end, by which rows are compared."""
@@ -23,7 +24,8 @@ FAR = 30.0
 """A row this many times away from the median of its like is named in the caption."""
 MAX_HATCHED = 400
 """Stretches of zeros that are drawn, the longest first."""
-GRADIENT = frozenset({"grad_norm", "grad_max", "grad_rms"})
+GRADIENT = frozenset(one.name for one in REGISTRY if one.axis == "grad")
+"""Statistics of a gradient's size: 0 is a gradient that is zero throughout."""
 
 
 @dataclass

@@ -25,6 +25,7 @@ from clinometer.view.figures.style import (
     times,
 )
 from clinometer.view.figures.words import is_log, statistic_axis, statistic_label, statistic_unit
+from clinometer.vocabulary import BY_NAME
 
 BUCKETS = 64
 FLOAT16_ZERO = -25
@@ -203,13 +204,7 @@ def _series_caption(say: Style, name: str, step: np.ndarray, mean: np.ndarray) -
 
 
 def _family(name: str) -> str:
-    if name == "update_ratio":
-        return "ratio"
-    if name == "cosine":
-        return "cosine"
-    if name in ("grad_zeros", "grad_nonfinite"):
-        return "counts"
-    return name.partition("_")[0]
+    return BY_NAME[name].axis if name in BY_NAME else name
 
 
 def _zeros(say: Style, step: np.ndarray, colour: str) -> dict[str, Any]:

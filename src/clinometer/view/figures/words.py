@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from clinometer.messages import say, sentences
 from clinometer.view.figures.style import four
-
-_BY_MAGNITUDE = ("_norm", "_max", "_rms", "_ratio")
+from clinometer.vocabulary import BY_NAME
 
 
 def statistic_label(name: str, language: str) -> str:
     """What a statistic is called: "gradient norm ‖g‖"."""
-    return _known(f"figure.statistic.{name}", language) or name
+    return (_known(BY_NAME[name].label_key, language) if name in BY_NAME else None) or name
 
 
 def statistic_unit(name: str, language: str) -> str:
-    return _known(f"figure.unit.{name}", language) or ""
+    return (_known(BY_NAME[name].unit_key, language) if name in BY_NAME else None) or ""
+
+
+def statistic_choices(recorded: Sequence[str], language: str) -> list[dict[str, str]]:
+    """Names and labels of the recorded statistics and of those derived from them, as a page offers them."""
+    known = [
+        {"name": one.name, "label": _known(one.choice_key, language) or one.name}
+        for one in BY_NAME.values()
+        if one.name in recorded
+    ]
+    return known + [{"name": name, "label": name} for name in recorded if name not in BY_NAME]
 
 
 def statistic_axis(name: str, language: str) -> str:
@@ -27,7 +37,7 @@ def statistic_axis(name: str, language: str) -> str:
 
 def is_log(name: str) -> bool:
     """Whether a statistic is shown by its order of magnitude."""
-    return name.endswith(_BY_MAGNITUDE)
+    return name in BY_NAME and BY_NAME[name].log
 
 
 def alert_sentences(alert: dict[str, Any], language: str) -> tuple[str, str]:

@@ -13,9 +13,8 @@ from clinometer.view.errors import ApiError
 from clinometer.view.figures.compare import METRICS
 from clinometer.view.figures.gradient_map import map_answer, read_map
 from clinometer.view.figures.style import style
-from clinometer.view.http.api_runs import DERIVED
 from clinometer.view.http.calls import RUN, RouteCall, Routes, version_of
-from clinometer.view.http.query import HISTOGRAM_KINDS
+from clinometer.vocabulary import HISTOGRAM_KINDS
 
 MAX_POINTS = 4_000
 MAX_COLUMNS = 2_560
@@ -98,7 +97,8 @@ def _points(call: RouteCall) -> dict[str, Any]:
 
 
 def _statistic(call: RouteCall, run: RunFile, name: str) -> str:
-    known = (*run.info()["statistics"], *DERIVED)
+    info = run.info()
+    known = (*info["statistics"], *info["derived"])
     if name not in known:
         raise ApiError(400, "view.choice", name="stat", given=name[:60], choices=", ".join(known))
     return name

@@ -66,8 +66,8 @@ def matrix(call: RouteCall) -> Any:
             query.choice("kind", KINDS, "grad"),
             query.range("rows"),
             query.range("cols"),
-            query.whole("height", 1, MAX_SIDE, 256) or 256,
-            query.whole("width", 1, MAX_SIDE, 256) or 256,
+            height=query.whole("height", 1, MAX_SIDE, 256) or 256,
+            width=query.whole("width", 1, MAX_SIDE, 256) or 256,
         )
     except KeyError:
         raise ApiError(404, "view.no_matrix", tensor=tensor["name"]) from None

@@ -15,7 +15,7 @@ from clinometer.record.replays.replays import replayed_steps
 from clinometer.view.errors import ApiError
 from clinometer.view.figures.order import in_order
 from clinometer.view.figures.strip import last_values, strip
-from clinometer.view.figures.words import alert_sentences
+from clinometer.view.figures.words import alert_sentences, statistic_choices
 from clinometer.view.http.calls import RUN, RouteCall, Routes, version_of
 from clinometer.view.library import MAX_RUNS, Library
 
@@ -23,7 +23,6 @@ MAX_ALERTS = 1_000
 MAX_EVENTS = 1_000
 MAX_REPORTS = 50
 NAMES_IN_ALERT = 1_000
-DERIVED = ("grad_rms", "weight_rms", "update_rms", "update_ratio", "moment_rms")
 
 routes = Routes()
 
@@ -78,12 +77,14 @@ def run(call: RouteCall) -> Any:
     tensors = in_order(run.tensors())
     names = {tensor["id"]: tensor["name"] for tensor in tensors}
     info = _summary(call.library, run)
+    whole = run.info()
     return {
         **info,
-        "config": run.info()["config"],
-        "environment": run.info()["environment"],
-        "statistics": list(run.info()["statistics"]),
-        "derived": list(DERIVED),
+        "config": whole["config"],
+        "environment": whole["environment"],
+        "statistics": whole["statistics"],
+        "derived": whole["derived"],
+        "choices": statistic_choices((*whole["statistics"], *whole["derived"]), call.language),
         "tensors": tensors,
         "scalar_names": run.scalar_names(),
         "alerts": _alerts(run, call.language, None, None),
@@ -184,7 +185,7 @@ def _summary(library: Library, run: RunFile) -> dict[str, Any]:
     if known is not None and known[0] == version:
         return {**known[1], "replayable": run.info()["replayable"]}
     info = run.info()
-    at_length = ("config", "environment", "statistics")
+    at_length = ("config", "environment", "statistics", "derived")
     told = {key: value for key, value in info.items() if key not in at_length}
     told |= {"folder": library.name(run.folder), **last_values(run)}
     library.summaries[run.id] = (version, told)

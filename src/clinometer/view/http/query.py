@@ -13,7 +13,6 @@ LAST_STEP = 2**53
 """JavaScript counts no further."""
 WHOLE = {"type": "integer", "minimum": 0}
 """The JSON schema of a whole number."""
-HISTOGRAM_KINDS = ("grad", "weight", "update")
 
 
 class Query:

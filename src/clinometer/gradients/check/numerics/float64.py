@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from clinometer.torch_internals.tensors import is_wrapper, version_of
 
 LIFT = {
     torch.float32: torch.float64,
@@ -34,7 +35,7 @@ _PLAIN = {int, float, bool, str, type(None)}
 _WORTH_KEEPING = 1 << 16
 
 
-class Doubled:
+class Float64Tensors:
     """Tensors made float64 in place; their memory of before is kept beside."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
@@ -43,7 +44,7 @@ class Doubled:
             self.lift(tensor)
 
     def lift(self, tensor: Tensor) -> None:
-        if is_traceable_wrapper_subclass(tensor):
+        if is_wrapper(tensor):
             return  # its memory is that of the tensors inside; lifted where it is used
         if tensor.dtype in LIFT and tensor.layout is torch.strided and id(tensor) not in self.before:
             # Noted first: an interruption between the two lines must not lose the old memory.
@@ -66,7 +67,7 @@ class InDouble(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.outside = Doubled(())
+        self.outside = Float64Tensors(())
         self._lifted: dict[int, tuple[Tensor, int, Tensor]] = {}
         self._default: list[torch.dtype] = []
 
@@ -129,19 +130,19 @@ class InDouble(TorchFunctionMode):
         return value
 
     def _up_tensor(self, tensor: Tensor) -> Tensor:
-        if tensor.requires_grad and tensor.is_leaf and not is_traceable_wrapper_subclass(tensor):
+        if tensor.requires_grad and tensor.is_leaf and not is_wrapper(tensor):
             # The same tensor must stay the same tensor: the closure may ask for the gradient by it.
             self.outside.lift(tensor)
             return tensor
         if tensor.requires_grad or tensor.numel() < _WORTH_KEEPING or tensor.is_inference():
             return tensor.to(LIFT[tensor.dtype])
         kept = self._lifted.get(id(tensor))
-        if kept is not None and kept[0] is tensor and kept[1] == tensor._version:
+        if kept is not None and kept[0] is tensor and kept[1] == version_of(tensor):
             return kept[2]
         if len(self._lifted) >= 16:
             self._lifted.clear()
         lifted = tensor.to(LIFT[tensor.dtype])
-        self._lifted[id(tensor)] = (tensor, tensor._version, lifted)
+        self._lifted[id(tensor)] = (tensor, version_of(tensor), lifted)
         return lifted
 
     def _lift_in_place(self, tensor: Tensor) -> None:
@@ -182,10 +183,10 @@ def is_low(values: Iterable[Any]) -> bool:
 
 
 @contextmanager
-def in_double(tensors: Iterable[Tensor]) -> Iterator[tuple[InDouble, Doubled]]:
+def in_double(tensors: Iterable[Tensor]) -> Iterator[tuple[InDouble, Float64Tensors]]:
     """The mode to run in, and the tensors made float64 until the end; then all is as before."""
     mode = InDouble()
-    doubled = Doubled(())
+    doubled = Float64Tensors(())
     try:
         with torch.no_grad():
             for tensor in tensors:

@@ -19,7 +19,7 @@ LOOKUPS = (F.embedding, F.embedding_bag)
 
 
 def undivided(func: Any, args: Any, kwargs: Any) -> dict[str, Any] | None:
-    """The arguments by name, without the division; None if it was not asked for."""
+    """Returns the arguments by name, without the division; None if the call does not divide."""
     if len(args) <= 2 and not kwargs:
         return None
     given = signature(func).bind(*args, **kwargs).arguments
@@ -32,7 +32,7 @@ def signature(func: Any) -> inspect.Signature:
     return inspect.signature(func)
 
 
-class Undivided(TorchFunctionMode):
+class UndividedLookups(TorchFunctionMode):
     """Inside, no gradient is divided by frequencies."""
 
     def __init__(self) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import _engine_run_backward
 
 from clinometer.gradients.check.numerics.finite_differences import (
     EPS,
@@ -20,11 +19,12 @@ from clinometer.gradients.check.numerics.finite_differences import (
     judge,
     reals,
 )
-from clinometer.gradients.check.numerics.float64 import Doubled, InDouble
+from clinometer.gradients.check.numerics.float64 import Float64Tensors, InDouble
 from clinometer.gradients.check.numerics.stop_gradients import StopGradients
 from clinometer.gradients.report.places import Where
 from clinometer.gradients.trace.graph import Graph
 from clinometer.messages import InputError
+from clinometer.torch_internals.nodes import run_backward
 
 MOST_RELEASED = 8
 """Lines that are tried one by one: an evaluation each."""
@@ -48,7 +48,7 @@ class Probe:
         run: Callable[[], Tensor],
         tensors: Mapping[str, Tensor],
         doubling: InDouble | None,
-        doubled: Doubled,
+        doubled: Float64Tensors,
     ) -> None:
         self._run = run
         self._doubling = doubling or nullcontext()
@@ -160,7 +160,7 @@ class Probe:
         return direction(self.tensors[name], generator)
 
     def judge_everything(self, seed: int) -> Judgement:
-        """One direction through all tensors in the graph, drawn anew at each step: it need not be kept."""
+        """One direction through all tensors in the graph, drawn again at each step instead of kept."""
         analytic = square = 0.0
         for name, v in self._drawn(seed):
             a, s = self.slope_by_gradient({name: v})
@@ -223,15 +223,7 @@ def backward(
     if not loss.requires_grad:
         return dict.fromkeys(tensors)
     try:
-        found = _engine_run_backward(
-            (loss,),
-            (torch.ones_like(loss),),
-            False,
-            False,
-            tuple(tensors.values()),
-            allow_unreachable=True,
-            accumulate_grad=False,
-        )
+        found = run_backward(loss, list(tensors.values()), accumulate=False)
     except RuntimeError as error:
         if "backward through the graph a second time" in str(error):
             raise InputError("check.graph_used_up") from error
@@ -240,9 +232,7 @@ def backward(
         # Reentrant checkpointing works only with gradients that are accumulated. It computes the block once
         # more in here, and must do so in double precision too.
         loss = again()
-        _engine_run_backward(
-            (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
-        )
+        run_backward(loss, [], accumulate=True)
         found = [tensor.grad for tensor in tensors.values()]
         for tensor in tensors.values():
             tensor.grad = None

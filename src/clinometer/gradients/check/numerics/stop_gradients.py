@@ -14,26 +14,26 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction, Function
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import CheckpointFunction
 
 from clinometer.gradients.check.numerics.float64 import InDouble, is_low, writes
 from clinometer.gradients.check.numerics.frequency_scaling import LOOKUPS, signature, undivided
 from clinometer.gradients.report.places import Where, user_frame
-from clinometer.gradients.sandbox.checkpointing import opened_checkpoints
 from clinometer.gradients.sandbox.random_state import RandomState
+from clinometer.gradients.trace.checkpointing import opened_checkpoints
+from clinometer.gradients.trace.function_calls import function_calls, in_custom
+from clinometer.torch_internals.custom_functions import transforms_active
+from clinometer.torch_internals.tensors import memory_of, version_of
 
 _DATA = torch.Tensor.data  # pyright: ignore[reportAttributeAccessIssue]
-_CUSTOM = {Function.apply.__func__.__code__, BackwardCFunction.apply.__code__}  # pyright: ignore[reportFunctionMemberAccess]
 _STRAIGHT: dict[Any, tuple[float, ...]] = {
     F.relu: (0.0,),
     torch.relu: (0.0,),
@@ -90,11 +90,12 @@ class StopGradients(TorchFunctionMode):
         self._aliases: list[_Alias] = []
         self._labels: dict[int, str] = {}
         self._position = 0
-        self._opened: list[Any] = []
+        self._opened: list[ExitStack] = []
 
     def __enter__(self) -> Any:
-        self._opened.append(opened_checkpoints())
-        self._opened[-1].__enter__()
+        self._opened.append(ExitStack())
+        self._opened[-1].enter_context(function_calls())
+        self._opened[-1].enter_context(opened_checkpoints())
         if self._doubling is not None:
             self._doubling.raise_default()
         return super().__enter__()
@@ -149,7 +150,7 @@ class StopGradients(TorchFunctionMode):
         out = self._call(func, args, kwargs)
         if not asked or (type(out) is Tensor and out.requires_grad and not writes(name)):
             return out
-        if torch._C._are_functorch_transforms_active():
+        if transforms_active():
             return out
         if writes(name):
             if isinstance(args[0], Tensor) and not args[0].requires_grad and not in_custom():
@@ -263,11 +264,11 @@ class StopGradients(TorchFunctionMode):
                 self._labels[len(self._values)] = where.label
         memory = _memory(out) if isinstance(out, Tensor) else None
         if memory is not None and any(isinstance(a, Tensor) and _memory(a) == memory for a in args):
-            self._aliases.append(_Alias(len(self._values), out, out._version, where))
+            self._aliases.append(_Alias(len(self._values), out, version_of(out), where))
 
     def _settle(self) -> None:
         for alias in self._aliases:
-            if alias.tensor._version != alias.version:
+            if version_of(alias.tensor) != alias.version:
                 name, _ = self._values[alias.position]
                 self._values[alias.position] = (name, _PASS)
                 if alias.where is not None:
@@ -324,7 +325,7 @@ def _asks(values: Iterable[Any]) -> bool:
 
 
 def _memory(tensor: Tensor) -> int | None:
-    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else None
+    return memory_of(tensor.untyped_storage()) if tensor.layout is torch.strided else None
 
 
 def _like(out: Any, parts: list[Any]) -> Any:
@@ -332,13 +333,3 @@ def _like(out: Any, parts: list[Any]) -> Any:
     if type(out) in (tuple, list):
         return type(out)(parts)
     return type(out)(*parts) if hasattr(out, "_fields") else type(out)(parts)
-
-
-def in_custom() -> bool:
-    """Whether a custom autograd Function is running: there, gradients are off and everything counts."""
-    frame = sys._getframe(2)
-    while frame is not None:
-        if frame.f_code in _CUSTOM and frame.f_locals.get("cls") is not CheckpointFunction:
-            return True
-        frame = frame.f_back
-    return False

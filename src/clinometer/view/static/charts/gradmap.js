@@ -190,16 +190,7 @@ export class GradientMap {
 
 // What colours the map: the statistics, the chosen one in the address.
 export function statisticChoice(info, chosen, title = say("page.coloured_by")) {
-  const label = {
-    grad_norm: say("page.stat_grad_norm"), grad_rms: say("page.stat_grad_rms"), grad_max: say("page.stat_grad_max"),
-    grad_zeros: say("page.stat_grad_zeros"), grad_nonfinite: say("page.stat_grad_nonfinite"),
-    weight_norm: say("page.stat_weight_norm"), weight_rms: say("page.stat_weight_rms"),
-    update_norm: say("page.stat_update_norm"), update_rms: say("page.stat_update_rms"),
-    update_ratio: say("page.stat_update_ratio"), cosine: say("page.stat_cosine"),
-    moment_norm: say("page.stat_moment_norm"), moment_rms: say("page.stat_moment_rms"),
-  };
-  const known = Object.keys(label).filter((name) => info.statistics.includes(name) || info.derived.includes(name));
   const select = h("select", { "aria-label": say("page.statistic"), onchange: () => go(altered({ stat: select.value })) },
-    known.map((name) => h("option", { value: name, selected: name === chosen }, label[name])));
+    info.choices.map(({ name, label }) => h("option", { value: name, selected: name === chosen }, label)));
   return h("label", {}, h("span", { class: "quiet" }, title, " "), select);
 }

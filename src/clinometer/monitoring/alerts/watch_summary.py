@@ -1,4 +1,4 @@
-"""A watch in a notebook's cell: how far it is, and the alerts."""
+"""A watch as a document, for a terminal or a notebook: how far it is, and its alerts."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from clinometer.messages import say
 from clinometer.monitoring.alerts.alerts import render
 
 
-def document(tensors: int, step: int, alerts: list[dict[str, Any]], closed: bool) -> Document:
-    """One line that says how far, then an alert a paragraph; those that are over are marked as notes."""
+def summary_of(tensors: int, step: int, alerts: list[dict[str, Any]], closed: bool) -> Document:
+    """One line that says how far, then one paragraph for each alert; a closed alert is marked as a note."""
     lines: Document = [
         Line(sentence("watch.watched" if closed else "watch.watching", count=tensors, step=step))
     ]

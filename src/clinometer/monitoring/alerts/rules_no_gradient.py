@@ -1,0 +1,57 @@
+"""The alerts `dead` (a gradient of zeros) and `no-gradient` (none at all)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from clinometer.monitoring.alerts.facts import Facts, Trouble, indices_of
+
+
+class Dead:
+    """Every entry of a gradient is exactly zero, for 50 steps, while other tensors have a gradient.
+
+    A zero step or two is usual: what stands above a zero-initialised weight (LoRA's A, a gated branch) has no
+    gradient until that weight has moved. A bias beside a weight that has a gradient cancels out of the loss
+    (a Wasserstein critic's last one: it adds the same to real and fake), and that is no fault.
+    """
+
+    cause, opens, closes = "dead", 50, 10
+
+    def look(self, facts: Facts) -> Trouble | None:
+        dead = (facts.of("grad_zeros") == 1) & (facts.numel > 0) & facts.learns
+        alive = facts.of("grad_norm") > 0
+        if not dead.any() or not alive.any():
+            return None
+        living = {facts.names[i] for i in np.flatnonzero(alive)}
+        for index in np.flatnonzero(dead):
+            stem = facts.names[index].removesuffix("bias")
+            dead[index] = stem == facts.names[index] or f"{stem}weight" not in living
+        if not dead.any():
+            return None
+        return Trouble("warning", indices_of(dead))
+
+
+class NoGradient:
+    """From the model's first matrix on, tensors have no gradient for 50 steps, though the optimizer holds
+    them and other tensors of the step have one: most likely detach() or no_grad() stands between.
+
+    Only with the first matrix among them. Unused tensors usually stand at the end (a pooler, a second task's
+    head), and a model with unused tensors is healthy.
+
+    Or no tensor has a gradient when the step is taken, though backward reached them: zero_grad() stands
+    between.
+    """
+
+    cause, opens, closes = "no-gradient", 50, 3
+
+    def look(self, facts: Facts) -> Trouble | None:
+        able = facts.stepped & facts.learns & (facts.numel > 0)
+        norm = facts.of("grad_norm")
+        first = np.flatnonzero(able & facts.matrix)[:1]
+        if not facts.taken or not first.size or not np.isnan(norm[first[0]]):
+            return None
+        if facts.backwards and np.isnan(norm).all():
+            return Trouble("fault", indices_of(able), {}, "none")
+        if not (norm[able] > 0).any():
+            return None
+        return Trouble("warning", indices_of(able & np.isnan(norm)))

@@ -1,0 +1,43 @@
+"""The alert `non-finite`: NaN or Inf in a gradient, or a loss that stays NaN."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from clinometer.monitoring.alerts.facts import Facts, Trouble, indices_of
+
+
+class NonFinite:
+    """A NaN or Inf in a gradient: one step is enough. A loss scaler looks for its scale by overflowing, so
+    with a scaler only overflows in a row count: 20 of them take the usual scale of 2¹⁶ below 1.
+
+    A loss that is NaN while the gradients are finite: a batch whose targets are all ignored gives 0/0 and no
+    gradient. One such batch is not a fault, so this must last.
+    """
+
+    cause, opens, closes = "non-finite", 1, 10
+    SCALED_STEPS = 20
+    """Overflows in a row where a loss scaler is at work."""
+    LOSS_STEPS = 3
+    """Losses in a row that are NaN while the gradients are finite."""
+
+    def __init__(self) -> None:
+        self._gradients_in_a_row = self._losses_in_a_row = 0
+
+    def look(self, facts: Facts) -> Trouble | None:
+        bad = facts.of("grad_nonfinite") > 0
+        loss = facts.scalars.get("loss", 0.0)
+        if not bad.any():
+            self._gradients_in_a_row = 0
+            is_bad = math.isnan(loss) and facts.backwards
+            self._losses_in_a_row = self._losses_in_a_row + 1 if is_bad else 0
+            if self._losses_in_a_row < self.LOSS_STEPS:
+                return None
+            return Trouble("fault", (), {}, "loss")
+        self._gradients_in_a_row += 1
+        if facts.scaler and not facts.taken and self._gradients_in_a_row < self.SCALED_STEPS:
+            return None
+        count = int(np.nansum(facts.of("grad_nonfinite")))
+        return Trouble("fault", indices_of(bad), {"entries": count})
