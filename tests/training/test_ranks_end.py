@@ -162,7 +162,7 @@ def test_a_rank_that_never_comes_is_named_by_the_first(tmp_path, come, seconds):
     ]
     told = [rank.communicate()[1] for rank in ranks]
     missing = "Ranks 1, 2" if come == [0] else "Rank 2"
-    assert_refused((ranks[0].returncode, "", told[0]), f"{missing} did not come within {seconds} s")
+    assert_refused((ranks[0].returncode, "", told[0]), f"{missing} did not join within {seconds} s")
     assert told[1:] in ([], [""])  # one says it
     assert {rank.returncode for rank in ranks} == {2}
     assert not (tmp_path / "run").exists()

@@ -149,7 +149,7 @@ def test_a_run_that_died_says_since_when(open_page, server):
     page = open_page(server, f"run={server.ids['crashed']}").page
     notice = page.locator(".notice.alarm")
     expect(notice).to_contain_text("This run ended without recording its end")
-    expect(notice).to_contain_text(re.compile(r"written since .+ ago.+last step kept is 40"))
+    expect(notice).to_contain_text(re.compile(r"written since .+ ago.+last recorded step is 40"))
 
 
 def test_what_is_not_there_is_said(open_page, server):
