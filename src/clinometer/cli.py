@@ -50,7 +50,7 @@ def main() -> NoReturn:
             raise
         tell(open_console(stderr=True), say("cli.memory", reason=error), "red")
         sys.exit(2)
-    except BrokenPipeError:  # `clinometer … | head`: whoever read us has had enough
+    except BrokenPipeError:  # `clinometer … | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:  # a disk that is full or read-only, a folder that went away
@@ -60,7 +60,7 @@ def main() -> NoReturn:
 
 
 def _refuse(text: str) -> NoReturn:
-    """Say what is wrong, and end with 2; of several ranks that find the same one says it."""
+    """Print what is wrong and exit with 2; if several ranks find the same error, one prints it."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         from clinometer.training.ranks.world import refuse_together
 
@@ -70,7 +70,7 @@ def _refuse(text: str) -> NoReturn:
 
 
 def _in_question(arguments: list[str]) -> str | None:
-    """The command that is called, "" where the list of commands is asked for, None if it is not clear."""
+    """The command in the arguments; "" for the list of commands; None if it is not known."""
     if not arguments or arguments in (["--help"], ["-h"]):
         return ""
     return arguments[0] if arguments[0] in COMMANDS else None
@@ -107,7 +107,7 @@ def build_app(only: str | None = None) -> App:
 
 
 def _layer_configuration(app: App, commands: tuple[str, ...], arguments: Any) -> None:
-    """Below what the command line says: the file of --config, then, on --resume, the run's own settings."""
+    """Values that the command line leaves open: from --config, then, on --resume, from the run."""
     if commands != ("train",):
         return
     given = {a.name: [t.value for t in a.tokens] for a in arguments if a.tokens}
@@ -118,7 +118,7 @@ def _layer_configuration(app: App, commands: tuple[str, ...], arguments: Any) ->
             continue
         path = Path(given[option][0]) / file
         if option == "--run" and not path.is_file():
-            continue  # the command says it better
+            continue  # the command reports it with its remedy
         table = read_toml(path)
         Dict(table, source=str(path), use_commands_as_keys=False)(app, commands, arguments)
 

@@ -9,9 +9,24 @@ from clinometer.text.validation_split import split
 DOCUMENTS = [f"document number {number}" for number in range(1000)]
 
 
+def documents_of(chosen, corpus):
+    """Each document, or part of one at a tail cut, whole in memory."""
+    gathered = []
+    current = "train"
+    for side, text, ends in chosen.parts(corpus):
+        if gathered and side != current:
+            yield current, "".join(gathered)
+            gathered = []
+        current = side
+        gathered.append(text)
+        if ends:
+            yield side, "".join(gathered)
+            gathered = []
+
+
 def sides(corpus, fraction=0.1):
     chosen = split(corpus, fraction)
-    pairs = list(chosen.documents_of(corpus))
+    pairs = list(documents_of(chosen, corpus))
     train = [text for side, text in pairs if side == "train"]
     return chosen, train, [text for side, text in pairs if side == "validation"]
 

@@ -97,7 +97,8 @@ def test_an_output_that_cannot_show_every_sign_still_works(corpus, tmp_path):
     script = f"""
 import sys
 from clinometer import cli
-cli._restart_with_settings = lambda: None
+from clinometer.commands.helpers import process_settings
+process_settings.restart_with_settings = lambda: None
 assert sys.stdout.encoding == "ascii"
 for command in {commands!r}:
     sys.argv = ["clinometer", *command]

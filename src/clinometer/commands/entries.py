@@ -1,4 +1,4 @@
-"""The commands: the name and the parameters of each. What a command does stands in the file of its name.
+"""The commands: the name and the parameters of each. The file of its name has its work.
 
 To add a command, add its function here and its file beside; the work is imported inside the function, so that
 `--help` answers before anything heavy is imported. The help's sentences are in `messages/` under
@@ -214,7 +214,7 @@ def demo(*, run: Path | None = None, quick: bool = False) -> int:
 
     console = open_console()
     code, folder = demo_command(console, run, quick)
-    if code == 0 and not quick and console.is_terminal:  # in a log nobody could close it
+    if code == 0 and not quick and console.is_terminal:  # in a log no reader could close it
         from clinometer.commands.view import view_command
 
         console.print()

@@ -32,7 +32,7 @@ def generate_command(
     checkpoint: str,
     device: str,
 ) -> int:
-    """Stream a continuation of the prompt to standard output; what is said about it to standard error."""
+    """Stream a continuation of the prompt to standard output; notices go to standard error."""
     undecoded = next((i for i, sign in enumerate(prompt) if 0xDC80 <= ord(sign) <= 0xDCFF), None)
     if undecoded is not None:  # how Python hands on a byte of the command line that is not UTF-8
         raise InputError("cli.prompt_bytes", at=undecoded)
@@ -44,7 +44,7 @@ def generate_command(
     ids = trained.tokenizer.encode(prompt) or begin_with(trained.tokenizer, trained.separated, "")
     window, dropped = fit_prompt(torch.tensor([ids], device=where), trained.model.config)
     generator = torch.Generator(device=where).manual_seed(seed)
-    continuation = generate(  # made before anything is printed: it refuses wrong settings
+    continuation = generate(  # before anything is printed: raises for wrong settings
         trained.model,
         window,
         tokens,

@@ -13,7 +13,7 @@ from clinometer.training.settings.config import DataConfig, RunConfig
 
 
 def import_command(console: Console, source: Path, run: Path, corpus: str) -> int:
-    """Make a run of a Llama-type model that somebody else trained."""
+    """Make a run of a Llama-type model that was trained elsewhere."""
     folder = import_run(source, run, RunConfig(data=DataConfig(corpus=corpus)))
     tell(console, say("cli.imported", path=folder.path))
     return 0

@@ -1,4 +1,4 @@
-"""`clinometer train`: trains a new run or continues one, and says how it went."""
+"""`clinometer train`: trains a new run or continues one, and reports how it ended."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def train_command(
     again: bool,
     began: Callable[[Path], None] | None = None,
 ) -> int:
-    """Train a new run or continue one; returns the exit code. `began` is told the run's folder.
+    """Train a new run or continue one; returns the exit code. `began` is called with the run's folder.
 
-    On several ranks (`torchrun … -m clinometer train …`) each calls this, and rank 0 alone speaks.
+    On several ranks (`torchrun … -m clinometer train …`) each calls this, and rank 0 alone prints.
     """
     world = World(launched())
     code = 0
@@ -71,7 +71,7 @@ def _train(
             session = resume(run, config, display, world)
         else:
             config = config or RunConfig()
-            if config.data.corpus == "python":  # the default: somebody may have meant to name a text
+            if config.data.corpus == "python":  # the default: the user may have forgotten to name a text
                 display.notice("train.python")
             session = start(config, run or next_run_folder(Path(config.data.corpus).stem), display, world)
     except KeyboardInterrupt:
@@ -119,7 +119,7 @@ def run_session(
     began: Callable[[Path], None] | None = None,
     onward: bool = True,
 ) -> int:
-    """Say what is about to happen, train, and say how it ended and, if `onward`, what to do next."""
+    """Print what will happen, train, and print how it ended and, if `onward`, what to do next."""
     config, model, header = session.config, session.model.config, session.data.header
     path, steps = session.folder.path, config.training.steps
     tokens_per_step = config.training.batch_size * model.context_length
@@ -190,7 +190,7 @@ def run_session(
 def _say_outcome(
     session: TrainingSession, display: RunDisplay, outcome: Outcome, seconds: float, tokens_per_second: float
 ) -> None:
-    if session.spoilt:  # told already
+    if session.spoilt:  # reported already
         return
     path = session.folder.path
     saved = checkpoints(session.folder.checkpoints)[-1]

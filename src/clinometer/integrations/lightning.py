@@ -37,7 +37,7 @@ class ClinometerCallback(Watching, Callback):
     The watch begins when model and optimizers are on their device and restored, and covers all optimizers
     of the module, in automatic and in manual optimization. A step is one of the optimizer's, however many
     batches were accumulated for it; of several optimizers, a round in which none steps twice. Validations
-    are marked if the module logs `validation_loss` ("val_loss"). `fit(ckpt_path=…)` goes on in the same
+    are marked if the module logs `validation_loss` ("val_loss"). `fit(ckpt_path=…)` continues in the same
     folder. No number of the training changes.
 
     Raises InputError when training begins: a folder that holds another run or cannot be written.

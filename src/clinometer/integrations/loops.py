@@ -1,4 +1,4 @@
-"""watch() for anybody's training loop.
+"""watch() for any training loop.
 
     import clinometer
     clinometer.watch(model, optimizer)           # made once, before the loop; the loop stays as it is
@@ -34,17 +34,17 @@ def watch(
     name: str | None = None,
     config: dict[str, Any] | None = None,
 ) -> Watch:
-    """Record every tensor of `model` at every step of `optimizer`, and say so when something goes wrong.
+    """Record every tensor of `model` at every step of `optimizer`, and report when something goes wrong.
 
     `model`: a module, or a mapping of names to tensors. `optimizer`: one, or several that share the model.
     `to`: a folder for a new run, a sink (`clinometer.record` has TensorBoard and W&B-shaped ones), or
-    several; None makes `runs/SCRIPT-N`. To go on with a run, give `Recorder(folder, continue_from=step)`.
-    `every`: measure each that many steps. `name` and `config`: what should stand in the
+    several; None makes `runs/SCRIPT-N`. To continue a run, give `Recorder(folder, continue_from=step)`.
+    `every`: measure each that many steps. `name` and `config`: what belongs in the
     run's description.
 
     The returned `Watch` takes what a loop knows and the optimizer does not: `.log(tokens=…)`, `.batch(…)`,
     `.pin(name, index)`; `.close()` ends it, else the end of the program does. Where the run is written and
-    each alert are printed to standard error; set `.on_alert` to hear them instead.
+    each alert are printed to standard error; set `.on_alert` to receive them instead.
 
     In several processes (torchrun) call it on every rank: numbers are those of the whole tensors, also under
     FSDP2, and the first rank writes the run file.
@@ -86,7 +86,7 @@ def _script_name() -> str:
 
 
 class _Printer:
-    """Prints each alert when it opens; that it grows or closes stands in the run file."""
+    """Prints each alert when it opens; the run file records how it grows and closes."""
 
     def __init__(self) -> None:
         self._seen: set[int] = set()

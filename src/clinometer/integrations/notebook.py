@@ -66,7 +66,7 @@ class LiveRun(AnyWidget):
             self._seen = version
 
     def close(self) -> None:
-        """Take the view away and let go of the file."""
+        """Remove the view and close the file."""
         self._over.set()
         self._file.close()
         super().close()

@@ -1,4 +1,4 @@
-"""What the callbacks for other people's trainers share: when a watch begins, goes on and ends."""
+"""What the callbacks for other trainers share: when a watch begins, continues and ends."""
 
 from __future__ import annotations
 

@@ -23,10 +23,10 @@ class ClinometerCallback(Watching, TrainerCallback):
     The watch begins when the model is on its device and wrapped, and a step is one of the optimizer's,
     however many batches were accumulated for it. Evaluations and checkpoints are marked, and so are each
     step's tokens where the Trainer counts them (`include_num_input_tokens_seen`).
-    `trainer.train(resume_from_checkpoint=…)` goes on in the same folder. No number of the training changes.
+    `trainer.train(resume_from_checkpoint=…)` continues in the same folder. No number of the training changes.
 
     Raises InputError when training begins: a folder that holds another run or cannot be written; DeepSpeed,
-    whose engine steps by itself.
+    whose engine takes the steps.
     """
 
     _tokens = 0

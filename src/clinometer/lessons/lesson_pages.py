@@ -1,9 +1,9 @@
 """A page of documentation as pieces: prose, code that runs, and what it printed.
 
-A ```python block runs; a ```text block right after it is what it printed. A block's code stands in step1.py,
+A ```python block runs; a ```text block right after it is what it printed. A block's code is in step1.py,
 step2.py, … ```python title="train.py" is a file that later blocks import: it is written and not run, unless
 what it printed follows.
-```python no-run is neither, and an HTML comment before it says why. Everything else is prose.
+```python no-run is neither, and an HTML comment before it gives the reason. Everything else is prose.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class Code:
 
     text: str
     line: int
-    """The line of the page, from 0, that its first line stands in."""
+    """The line of the page, from 0, that holds its first line."""
     file: str
     runs: bool = True
     is_file: bool = False
     """Written for later blocks to import, and not run itself."""
     output: str | None = None
-    """What the page says it printed; None where the page shows nothing."""
+    """The output that the page shows; None if it shows none."""
     end: int = 0
     """The line of the page after its closing fence."""
     output_lines: tuple[int, int] | None = None

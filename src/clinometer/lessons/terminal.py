@@ -18,7 +18,7 @@ from clinometer.messages import say
 COMMENT = re.compile(r"<!--.*?-->", re.S)
 IMAGE = re.compile(r"!\[([^]]*)\]\([^)]*\)")
 ONWARD = re.compile(r"^[^\n\[]{1,8}\[[^]]*\]\(\d+-[\w-]+\.md\)[.。]$", re.M)
-"""The last line of a page, which leads to the next one: here the command is said instead."""
+"""The last line of a page, which leads to the next one: the terminal shows the command instead."""
 LINK = re.compile(r"(?<!!)\[([^]]*)\]\((?!https?:)[^)]*\)")
 
 

@@ -38,8 +38,8 @@ def chunked_cross_entropy(
 ) -> Tensor:
     """`cross_entropy(linear(x, weight), targets)`; `reduction` is "mean" or "sum".
 
-    Targets outside 0 … V-1 other than `ignore_index` are the caller's to refuse. A second backward through
-    the same loss raises RuntimeError. `compiled`: what is between the products in one compiled pass.
+    Targets outside 0 … V-1 other than `ignore_index` must be rejected by the caller. A second backward
+    through the same loss raises RuntimeError. `compiled`: what is between the products in one compiled pass.
     """
     kind = x_BSD.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_BSD.dtype
@@ -97,7 +97,7 @@ class _Chunked(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("chunked_cross_entropy: backward a second time through the same loss")
         gradients, ctx.gradients = ctx.gradients, None
-        # In place: dW is as large as the weight, and nobody else holds it.
+        # In place: dW is as large as the weight, and no other code has a reference to it.
         dx, dw = (None if grad is None else grad.mul_(d_total) for grad in gradients)
         return dx, dw, *[None] * 6
 

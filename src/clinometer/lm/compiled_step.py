@@ -1,6 +1,6 @@
 """The block and the loss as a compiled training step on a CPU computes them.
 
-The equations are those of `functional.py`, which is the file to read; here they stand in the order and the
+The equations are those of `functional.py`, which is the file to read; here they have the order and the
 kernels that were measured fastest (docs/log.md), and `tests/lm/test_fast.py` holds loss and every gradient to
 the readable form. Only `torch.compile` comes through here: everything eager, gradient checks and diagnosis
 among it, computes with `functional.py`. Shapes as there.

@@ -45,7 +45,7 @@ class Cache(Protocol):
 
 
 class PackedBlock:
-    """One block's weights as its products want them."""
+    """One block's weights in the layout of its products."""
 
     def __init__(self, block: TransformerBlock, rows: int, dtype: torch.dtype) -> None:
         attn, ffn = block.attn, block.ffn
@@ -68,9 +68,9 @@ class Decoder:
             x ← x + W₂ (silu(W₁' u(x)) ⊙ W₃' u(x))
         logits = W_head' u(x)
 
-    A norm's weight w and √D stand in the columns of what multiplies next, W' = W diag(w) √D, and attention's
-    1/√K in W_q'. With products laid out for a few rows (products.py) that is the whole difference: fewer
-    operations, each of which costs more than its arithmetic in a small model.
+    A norm's weight w and √D are folded into the columns of the next product, W' = W diag(w) √D,
+    and attention's 1/√K into W_q'. With products laid out for a few rows (products.py) that is the whole
+    difference: fewer operations, each of which costs more than its arithmetic in a small model.
 
     The weights are copied once: about as many bytes as the model's own without its embedding, in `dtype`.
     """

@@ -120,7 +120,7 @@ def filter_logits(logits: Tensor, top_k: int | None = None, top_p: float | None 
     if top_p is not None and top_p < 1:
         ascending, order = logits.sort(dim=-1)
         outside = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
-        outside[:, -1] = False  # the likeliest stays whatever rounding says
+        outside[:, -1] = False  # the likeliest token stays under any rounding
         logits = logits.masked_fill(outside.scatter(-1, order, outside), -math.inf)
     return logits
 
@@ -156,7 +156,7 @@ def sample(
         values, ids = scores.topk(top_k, sorted=False)
         if int((scores >= values.amin(-1, keepdim=True)).sum()) > values.numel():
             ids = None  # more tokens equal the k-th than fit: the slow way keeps them all
-        else:  # go on with k columns instead of V; by id, so that near equals keep their places
+        else:  # continue with k columns instead of V; by id, so that near equals keep their places
             ids, order = ids.sort(-1)
             scores, top_k = values.gather(-1, order), None
     drawn = _draw(filter_logits(scores, top_k, top_p).softmax(-1), generator)
@@ -199,7 +199,7 @@ def _draw(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 class Generation(Iterator[Tensor]):
-    """The tokens `generate` makes, one (B,)-tensor a step, computed when asked for."""
+    """The tokens `generate` makes, one (B,)-tensor a step, computed when it is requested."""
 
     def __init__(
         self,
@@ -238,7 +238,7 @@ class Generation(Iterator[Tensor]):
                 ids = sample(self._next_logits(), **self._sampling)
             except BaseException:
                 if self._cache is not None:
-                    self._cache.clear()  # it may be half filled, and a caller may go on after Ctrl-C
+                    self._cache.clear()  # it may be half filled, and a caller may continue after Ctrl-C
                 raise
             self._remaining -= 1
             if self._stop_id is not None:
@@ -248,7 +248,7 @@ class Generation(Iterator[Tensor]):
                     self._remaining = 0
             if self._remaining:
                 self._extend(ids)
-        return ids.clone()  # a normal tensor: autograd refuses those of inference mode
+        return ids.clone()  # a normal tensor: autograd rejects those of inference mode
 
     def _next_logits(self) -> Tensor:
         """The last position's logits, (B, V)."""

@@ -95,7 +95,7 @@ def llama_config(config: TransformerConfig, dtype: torch.dtype, end_of_text_id: 
     kind = str(dtype).removeprefix("torch.")
     stretched = dict(zip(_STRETCHING, config.rope_scaling, strict=True)) if config.rope_scaling else {}
     if stretched:
-        stretched[_STRETCHING[3]] = round(stretched[_STRETCHING[3]])  # transformers wants whole positions
+        stretched[_STRETCHING[3]] = round(stretched[_STRETCHING[3]])  # transformers requires whole positions
     rope = {"rope_type": "llama3" if stretched else "default", **stretched}
     return {
         "architectures": ["LlamaForCausalLM"],

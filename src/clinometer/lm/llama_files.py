@@ -1,4 +1,4 @@
-"""To and from Hugging Face's Llama layout on disk (`llama.py` says what the layout is).
+"""To and from Hugging Face's Llama layout on disk (`llama.py` describes the layout).
 
 An export is a folder that transformers' AutoModelForCausalLM opens: config.json, generation_config.json,
 model.safetensors. It gets its name when its last byte is on the disk: there is no half-written export.
@@ -31,7 +31,7 @@ GENERATION_FILE = "generation_config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 WRITTEN_BY = {"format": "pt", "written_by": "clinometer"}
-"""The header of our safetensors files: transformers wants the format, we know our own by the other."""
+"""The header of our safetensors files: transformers needs the format, and the other marks our own."""
 
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -78,7 +78,7 @@ def export_llama(
         weight = weights[name].detach()
         if llama.is_rotated(name):
             weight = llama.halves_from_pairs(weight, config.num_heads)
-        # A copy each: safetensors refuses tensors that share memory, as a tied head does.
+        # A copy each: safetensors rejects tensors that share memory, as a tied head does.
         tensors[llama.llama_name(name)] = weight.to("cpu", dtype, copy=True).contiguous()
     # As padding too: transformers falls back to it anyway, with a warning each time.
     roles = () if end_of_text_id is None else ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -113,7 +113,7 @@ def import_llama(folder: str | Path) -> tuple[TransformerConfig, dict[str, Tenso
     precisions become the widest: all exact, or to float32's rounding. Reads safetensors, one file or
     sharded; never unpickles.
 
-    Raises `InputError` for whatever our model cannot represent, and files that are missing or broken.
+    Raises `InputError` for what our model cannot represent, and for files that are missing or broken.
     """
     folder = Path(folder)
     if not os.path.isdir(folder):
@@ -202,7 +202,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         raise InputError("export.config_field", path=folder / INDEX_FILE, field="weight_map")
     tensors: dict[str, Tensor] = {}
     for shard in sorted(set(places.values())):
-        if Path(shard).name != shard:  # a downloaded index must not lead out of its folder
+        if Path(shard).name != shard:  # a downloaded index must not name a file outside its folder
             raise InputError("export.shard_path", path=folder / INDEX_FILE, name=shard)
         if not os.path.isfile(folder / shard):  # exists() raises for a name that is too long
             raise InputError("export.shard_missing", path=folder, name=shard[:200])

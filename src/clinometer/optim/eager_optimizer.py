@@ -20,7 +20,7 @@ def _without_compiler(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(bare)
     def chosen(self: Optimizer, *arguments: Any, **named: Any) -> Any:
-        # Whoever has loaded the compiler may be inside a compiled function, and gets torch's own.
+        # If the compiler is loaded, the caller may be inside a compiled function and gets torch's own.
         return (method if compiler_is_loaded() else bare)(self, *arguments, **named)
 
     return chosen

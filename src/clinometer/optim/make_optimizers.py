@@ -3,7 +3,7 @@
 Weights with two or more dimensions decay; vectors (the norms' weights) do not, since a norm's weight near
 zero switches its layer off. The rule is nanoGPT's (`configure_optimizers`), after GPT-3's training.
 
-Muon (Jordan et al. 2024) replaces a matrix's update by the nearest orthogonal one. It is meant for matrices
+Muon (Jordan et al. 2024) replaces a matrix's update by the nearest orthogonal one. It is for matrices
 between two activations: the embeddings and the head, whose rows are tokens, and the norms stay with AdamW.
 Its update is rescaled to the size of AdamW's (Liu et al. 2025, §2.2), so one `lr` serves both.
 
@@ -47,7 +47,7 @@ def make_optimizers(
     Each group carries a `name` ("matrices", "embeddings", "decayed", "not decayed"), and state dicts the
     parameters' names. `momentum`: μ of SGD (default 0) or Muon (default 0.95). `betas`, `eps`: AdamW's.
     `embedding_lr` puts `token_embeddings` into a group of its own; who changes the rates later multiplies by
-    a group's `lr_factor` (1 where there is none; `set_lr` does). A tied weight counts once, under its first
+    a group's `lr_factor` (1 if it has none; `set_lr` does so). A tied weight counts once, under its first
     name. Raises `InputError` for an unknown name, for no parameters, and for `embedding_lr` without an `lr`.
     """
     if name not in OPTIMIZERS:

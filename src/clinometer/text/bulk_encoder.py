@@ -1,7 +1,7 @@
 """Encoding many texts at once, as fast as this machine can, with the tokenizer's own ids.
 
-tiktoken merges whatever pair gives the lowest id, where `tokenizers` follows a list of merges, and the two
-have Unicode tables of their own. For most vocabularies that comes to the same. So tiktoken is used only where
+tiktoken merges the pair that gives the lowest id, where `tokenizers` follows a list of merges, and the two
+have Unicode tables of their own. For most vocabularies the ids are the same. So tiktoken is used only where
 the vocabulary allows it, and its ids are compared with the tokenizer's on real text while it works.
 """
 

@@ -57,7 +57,7 @@ class Corpus:
                 parts = []
 
     def texts(self) -> Iterator[str]:
-        """The same text in pieces of bounded size, for whoever does not need to know where documents end."""
+        """The same text in pieces of bounded size, for callers that do not need the ends of documents."""
         return (text for text, _ in self.pieces() if text)
 
 

@@ -278,7 +278,7 @@ class _Writer:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what a killed process left: temporary folders whose key nobody holds the lock of."""
+    """Remove what a killed process left: temporary folders whose key no process has locked."""
     for orphan in folder.glob(".*.building-*"):
         key = orphan.name[1:].partition(".")[0]
         with _locked(folder / f".{key}.lock", wait=False) as mine:
@@ -288,7 +288,7 @@ def _sweep(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(file: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold `file`'s lock, which the system lets go when a process dies; False where that cannot be had."""
+    """Hold `file`'s lock, which the system releases when a process dies; yields False if it is taken."""
     try:
         import fcntl
     except ImportError:  # Windows: no waiting, and the rename decides

@@ -4,8 +4,8 @@ The GPT-2 pattern (Radford et al. 2019, `encoder.py`) splits a text into words a
 
     's|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+
 
-Whatever stands further away, two places are word boundaries:
-before white space that follows something else, since no alternative goes on from one to the other; and
+Independent of the text further away, two places are word boundaries:
+before white space that follows something else, since no alternative spans both; and
 before a punctuation mark that follows a letter, since every alternative that takes the letter ends there.
 The piece on the left then ends in no white space, so the look-ahead cannot tell that the rest is missing.
 """

@@ -27,7 +27,7 @@ class TokenSequence(Protocol):
 
 
 def windows_per_epoch(num_tokens: int, context_length: int) -> int:
-    """n: how many windows an epoch visits, whatever its offset; a window needs its S tokens and one more.
+    """n: how many windows an epoch visits, at any offset; a window needs its S tokens and one more.
 
     Raises InputError if not even one window fits.
     """
@@ -98,7 +98,7 @@ def batch(
 def parts(count: int, size: int, rank: int = 0, world_size: int = 1) -> list[tuple[slice, bool]]:
     """How a rank cuts its own windows, `[rank::world_size]` of `count`, into parts of at most `size`.
 
-    As many parts on every rank, whatever the remainders: a rank with fewer windows takes one again, marked
+    Every rank has the same number of parts: a rank with fewer windows takes one again, marked
     False, for its loss to be weighed with 0. All windows together are marked True exactly once.
     """
     mine = len(range(rank, count, world_size))

@@ -178,7 +178,7 @@ class TokenData:
 def find_tokens(folder: Path, content_hash: str, tokenizer_hash: str, fraction: float) -> TokenData | None:
     """Finished shards of that text, tokenizer and split among those in `folder`; the text is not read.
 
-    Damaged ones, by hash, are passed over.
+    Skips damaged ones (by hash).
     """
     for header in folder.glob(f"*/{HEADER_FILE}"):
         try:

@@ -84,7 +84,7 @@ class Tokenizer:
         return DecodeStream(self)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that one id stands for; InputError outside the vocabulary."""
+        """The bytes of one id; InputError outside the vocabulary."""
         if not 0 <= token_id < self.vocab_size:
             last = self.vocab_size - 1
             raise InputError("text.id_range", value=int(token_id), vocab_size=self.vocab_size, last=last)
@@ -104,7 +104,7 @@ class Tokenizer:
 
     @cached_property
     def mergeable_ranks(self) -> dict[bytes, int] | None:
-        """Bytes → id, where "merge whatever gives the lowest id" is this tokenizer's rule, else None.
+        """Bytes → id, where "merge the pair with the lowest id" is this tokenizer's rule, else None.
 
         That holds when the merges come in the order of the ids they make, each id made once, and all
         longer tokens are made by some merge.
@@ -335,7 +335,7 @@ def _require_ids(ids: list[int]) -> None:
 
 
 def _require_byte_level(state: dict[str, Any], source: str) -> None:
-    """Refuse what would not give every text back: other models, normalizers, prefix spaces, missing bytes."""
+    """Raise if a text may not come back: other models, normalizers, prefix spaces, missing bytes."""
 
     def refuse(reason: str) -> InputError:
         return InputError("text.tokenizer_kind", path=source, reason=reason)

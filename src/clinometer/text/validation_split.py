@@ -57,20 +57,6 @@ class Split:
                     yield "validation", text[before:], ends
             document += ends
 
-    def documents_of(self, corpus: Corpus) -> Iterator[tuple[Side, str]]:
-        """Each document, or part of one at a tail cut, whole in memory."""
-        gathered: list[str] = []
-        current: Side = "train"
-        for side, text, ends in self.parts(corpus):
-            if gathered and side != current:
-                yield current, "".join(gathered)
-                gathered = []
-            current = side
-            gathered.append(text)
-            if ends:
-                yield side, "".join(gathered)
-                gathered = []
-
 
 def split(corpus: Corpus, fraction: float = 0.1) -> Split:
     """Read the corpus once and decide; raises InputError if it is empty or `fraction` is not in (0, 1).

@@ -238,7 +238,7 @@ def _is_there(job: Job) -> bool:
     if replay is None:
         return False
     if job.tensor is None:
-        return replay.by_token  # one that an earlier version left is made again
+        return replay.by_token  # a replay of an earlier version is made again
     return replay.weight(job.tensor, job.index or ()) is not None
 
 

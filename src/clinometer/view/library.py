@@ -42,7 +42,7 @@ class Library:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.summaries: dict[str, tuple[Any, dict[str, Any]]] = {}
-        """By id: a version, and what was told of the run at that version."""
+        """By id: a version, and the run's summary at that version."""
         self._folders: dict[str, Path] = {}
         self._broken: list[Broken] = []
         self._ids: dict[Inode, str] = {}
@@ -99,7 +99,7 @@ class Library:
             if found is not None and found[0] == inode:
                 self._open.move_to_end(folder)
                 return found[1]
-            if found is not None:  # it vanished, or another run stands there now
+            if found is not None:  # it was deleted, or another run has its folder
                 self._leave(folder)
             if inode is None:
                 return None

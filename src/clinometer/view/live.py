@@ -1,4 +1,4 @@
-"""Server-sent events: which runs have something new, at most once a second, only while somebody listens."""
+"""Server-sent events: which runs have something new, at most once a second, only while a page listens."""
 
 from __future__ import annotations
 

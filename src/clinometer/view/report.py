@@ -85,7 +85,7 @@ def report(run: RunFile, language: str | None = None) -> str:
         (
             f'<!doctype html>\n{MARK}\n<html lang="{language_value(language, "tag")}">',
             '<head><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
-            # Not a server's header, but enough: whatever gets into this page, it loads and sends nothing.
+            # Not a server's header, but enough: the page loads and sends nothing, for any name in it.
             f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
             f"<title>{escape(title)}</title>\n<style>{style}</style></head>",
             "<body>",
@@ -224,13 +224,13 @@ def _when(time: float) -> str:
 
 
 def _in_script(value: Any) -> str:
-    """JSON that cannot end the script element it stands in, whatever a name holds."""
+    """JSON that cannot end its script element, for any name."""
     text = json.dumps(plain(value), allow_nan=False, separators=(",", ":"))  # ASCII: "\u2028" too
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _safe_script() -> str:
-    """Plotly's script, which must not hold what would end its element."""
+    """Plotly's script without text that would end its element."""
     return re.sub(r"</(script)", r"<\\/\1", plotly_script().decode(), flags=re.IGNORECASE)
 
 

@@ -1,4 +1,4 @@
-"""What `--help` says of a command's parameters, in the current language."""
+"""The help of a command's parameters, in the current language."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _whole(kind: type, tokens: Sequence[Token]) -> int:
 
 
 def _settings_type() -> type[RunConfig]:
-    """RunConfig whose fields carry their help and stand in a group for each section."""
+    """RunConfig with the help of each field, and a group for each section."""
     here = {"__module__": __name__}
     sections = []
     for number, (section, cls) in enumerate(SECTIONS.items(), 2):

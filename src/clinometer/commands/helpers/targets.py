@@ -32,7 +32,7 @@ CHECKED_TOKENS = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What is looked at: tensors, the closure that makes their loss, and who steps them, if that is known."""
+    """The tensors to examine, the closure that returns their loss, and the optimizer if it is known."""
 
     params: Any
     closure: Callable[[], Any]
@@ -145,7 +145,7 @@ def examine(target: Target, look: Callable[[], Any]) -> Any:
         if told and (is_overwritten(error) or isinstance(error, IndexError)):
             raise InputError("instrument.overwritten", told=told) from error
         line = None if target.file is None else _line_in(target.file, error)
-        if target.file is None or line is None:  # not the user's
+        if target.file is None or line is None:  # the error is ours
             raise
         raise _failed(target.file, line, error) from error
 
@@ -169,16 +169,16 @@ def show(console: Console, result: Result, as_json: bool) -> None:
 
 
 def aside(console: Console, as_json: bool) -> Console:
-    """Where notices and bars go: beside JSON they stand on stderr."""
+    """The console for notices and bars: stderr if stdout carries JSON."""
     return Console(stderr=True) if as_json else console
 
 
 def prints_to_stderr(as_json: bool) -> AbstractContextManager[Any]:
-    """What the user's file prints must not stand before the JSON."""
+    """Send what the user's file prints to stderr if stdout carries JSON."""
     return redirect_stdout(sys.stderr) if as_json else nullcontext()
 
 
 def keep(target: Target, result: Result) -> None:
-    """Beside the run, where it is one: the microscope shows it."""
+    """Store the result beside the run, if the target is a run: the microscope shows it."""
     if target.run is not None:
         add_report(*target.run, result)

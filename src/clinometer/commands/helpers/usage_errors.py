@@ -1,4 +1,4 @@
-"""What was wrong with the words of a command line, said in the language that is spoken."""
+"""Errors in the words of a command line, explained in the current language."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _KINDS |= {kind | None: name for kind, name in _KINDS.items()}
 
 
 def explain_usage(error: cyclopts.CycloptsError) -> str:
-    """One paragraph: what, the value, the remedy. What has no sentence of ours speaks for itself."""
+    """One paragraph: what, the value, the remedy; cyclopts' own text for an error without a sentence."""
     seen = "clinometer " + "".join(f"{name} " for name in error.command_chain or ()) + "--help"
     if isinstance(error, cyclopts.UnknownOptionError) and error.token.source == "cli":
         given = (error.token.keyword or error.token.value).partition("=")[0]

@@ -40,7 +40,7 @@ def split_shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
 class Stored:
     """Tensors of one kind, "model" or "optimizer", in a checkpoint with this state.json.
 
-    Raises `InputError` where a file does not hold what state.json says of it.
+    Raises `InputError` if a file does not hold what state.json lists.
     """
 
     def __init__(self, path: Path, state: Mapping[str, Any], kind: str) -> None:

@@ -1,4 +1,4 @@
-"""How a checkpoint gets to the disk: by one process or by all ranks, at once or beside the training.
+"""Writes checkpoints: by one process or by all ranks, at once or in a thread beside the training.
 
 Several ranks write one folder under a temporary name, each its files; rank 0 waits until every rank has
 said that its files are on the disk, writes state.json and renames the folder. What they say to each other
@@ -31,7 +31,7 @@ class Saver:
     def __init__(self, folder: Path, world: World) -> None:
         self._folder, self._world = folder, world
         self._board: Board | None = None
-        self._under_way: _Beside | None = None
+        self._under_way: _WriteThread | None = None
 
     def save(self, snapshot: Snapshot) -> Path:
         """Write it now. Raises `InputError` if it cannot be written, on every rank the same."""
@@ -48,13 +48,15 @@ class Saver:
         kept = snapshot.copied()
         name = self._world.turn()
         if self._world.alone:
-            self._under_way = _Beside(lambda: checkpoint.write_checkpoint(self._folder, kept))
+            self._under_way = _WriteThread(lambda: checkpoint.write_checkpoint(self._folder, kept))
         else:
             board = self._board = self._board or self._world.board.again()
-            self._under_way = _Beside(lambda: write_together(self._folder, kept, self._world, board, name))
+            self._under_way = _WriteThread(
+                lambda: write_together(self._folder, kept, self._world, board, name)
+            )
 
     def written(self, wait: bool = False) -> Path | None:
-        """The checkpoint that was begun, once it is there; None before, and after it was told.
+        """The checkpoint that was begun, once it is written; None before, and after it was returned.
 
         Raises `InputError` if it could not be written.
         """
@@ -70,7 +72,7 @@ class Saver:
         return beside.result()
 
 
-class _Beside(threading.Thread):
+class _WriteThread(threading.Thread):
     """A write in a thread of its own."""
 
     def __init__(self, write: Any) -> None:
@@ -114,7 +116,7 @@ def write_together(folder: Path, snapshot: Snapshot, world: World, board: Board,
 
 
 def _lead(final: Path, snapshot: Snapshot, world: World, board: Board, name: str) -> dict[str, Any]:
-    """Make the folder, gather what the ranks say, and commit; returns what went wrong, if anything did."""
+    """Make the folder, gather the ranks' reports, and commit; returns the error, or {}."""
     partial = temporary_name(final)
     shutil.rmtree(partial, ignore_errors=True)
     try:

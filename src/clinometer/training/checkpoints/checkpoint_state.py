@@ -1,6 +1,6 @@
-"""What may stand in a checkpoint's state.json: checked before anything acts on it.
+"""The valid content of a checkpoint's state.json, checked before it is used.
 
-A checkpoint can come from somebody else, with all its sums in order: what is in it must belong there.
+A checkpoint can come from a stranger, with correct checksums: each of its values is checked.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _named(fits: Test) -> Test:
 
 
 def _generator(value: Any) -> bool:
-    """A generator's state as hexadecimal text; too long a one is refused unread."""
+    """A generator's state as hexadecimal text; a text that is too long is rejected unread."""
     try:
         return isinstance(value, str) and len(value) <= 1 << 16 and len(bytes.fromhex(value)) > 0
     except ValueError:

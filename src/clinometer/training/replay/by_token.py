@@ -29,12 +29,12 @@ class ByToken(NamedTuple):
     shares: Tensor | None = None
     """‖δ xᵀ‖, what a position adds to a tensor's gradient, float32 (T, B, S).
 
-    NaN where it cannot be told, infinite where δ or x is not finite.
+    NaN where it cannot be computed, infinite where δ or x is not finite.
     """
 
 
 def piece_size(config: RunConfig, vocab_size: int) -> int:
-    """Sequences that are computed at once: all their logits are held here, which training avoids."""
+    """Sequences that are computed at once: all their logits are in memory, which training avoids."""
     return 1 if vocab_size >= CHUNKED_LOSS_VOCABULARY else config.micro_batch_size
 
 

@@ -1,9 +1,10 @@
 """Any step of a run again, bit for bit, with everything about it kept.
 
-A run goes on from a checkpoint with the bits it would have had, so a step that is long past can be taken once
-more: the newest checkpoint before it (or the run's beginning) is restored, the steps in between are taken by
-the training loop's own function, and each loss and gradient norm must be the recorded one. The step after it,
-where it was recorded, vouches for the weights the step left. The run is read and never locked or changed.
+A run continues from a checkpoint with the bits it would have had, so a step that is long past can be taken
+once more: the newest checkpoint before it (or the run's beginning) is restored, the steps in between are
+taken by the training loop's own function, and each loss and gradient norm must be the recorded one. The step
+after it, if it was recorded, vouches for the weights that the step left. The run is read and never locked or
+changed.
 """
 
 from __future__ import annotations
@@ -154,7 +155,7 @@ CLOSE = {"float32": 1e-3, "bfloat16": 5e-2}
 
 
 class _RecordedRows:
-    """What the run wrote down, to hold each replayed step against."""
+    """What the run recorded, to compare each replayed step with."""
 
     def __init__(
         self,
@@ -215,7 +216,7 @@ def _computation(folder: RunFolder, path: Path | None, progress: Progress) -> Co
     config = folder.config
     state = checkpoint.read_state(path) if path is not None else None
     choices = _choices(folder, state)
-    # Says so if this machine has no such device or no compiler.
+    # Raises if this machine has no such device or no compiler.
     choose(
         device=choices.device,
         precision=choices.precision,
@@ -282,7 +283,7 @@ def _configurations(folder: RunFolder) -> list[RunConfig]:
 def _take(
     computation: Computation, record: _RecordedRows
 ) -> tuple[dict[str, Any], dict[str, Tensor], Tensor]:
-    """Take the next step; returns what step.json says of it, its tensors, and each token's share of them."""
+    """Take the next step; returns its step.json, its tensors, and each token's share of them."""
     model, config, choices = computation.model, computation.config, computation.choices
     step = computation.step + 1
     row = record.row(step)

@@ -1,6 +1,6 @@
 """Where a replayed step is kept: written whole or not at all, the newest three, and found again.
 
-What is in a folder is said in record/replays/replays.py, which reads it.
+record/replays/replays.py, which reads a folder, describes what is in it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _LEFTOVER_SECONDS = 3600.0
 def save_replay(
     run: Path, step: int, info: dict[str, Any], tensors: dict[str, Tensor], shares: Tensor
 ) -> Path:
-    """Write the folder of a replayed step beside the run, or in the user's cache where that cannot be.
+    """Write the folder of a replayed step beside the run, or in the user's cache if that cannot be written.
 
     `shares` are each token's norms, float32 (tensors, B, S).
 
@@ -74,7 +74,7 @@ def save_replay(
 def find_replay(run: Path, step: int, loss: float, norm: float) -> Replay | None:
     """The replay of that step that is there already: exact, undamaged, with the numbers now recorded.
 
-    One that an earlier version left, without the tokens' shares, is to be made again.
+    A replay of an earlier version, without the tokens' shares, has to be made again.
     """
     replay = Replay.open(run, step)
     if replay is None or not replay.by_token:
@@ -98,7 +98,7 @@ def find_replay(run: Path, step: int, loss: float, norm: float) -> Replay | None
 
 
 def save_weight(path: Path, name: str, index: tuple[int, ...], told: dict[str, Any]) -> None:
-    """Keep what was told about a weight with its step, where that can be written."""
+    """Store the explanation of a weight with its step, if the folder can be written."""
     refuse_links(path.parent, (path.name,))
     refuse_links(path, (WEIGHTS,))
     try:
@@ -115,7 +115,7 @@ def _place(run: Path) -> Path:
     for place in (beside, *elsewhere):
         try:
             place.mkdir(parents=place is not beside, exist_ok=True)
-            # What lies there is pruned: a stranger's run must not send us to another run's steps.
+            # This folder is pruned: a stranger's run must not lead to another run's steps.
             if not place.is_symlink() and os.access(place, os.W_OK):
                 return place
         except OSError as error:

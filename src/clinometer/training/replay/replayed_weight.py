@@ -45,7 +45,7 @@ TEXT_WIDTH = 100
 
 @dataclass(frozen=True, kw_only=True)
 class Explained:
-    """A weight's step (a row's or a tensor's, where the index says less) and its gradient by token."""
+    """A weight's step (a row's or a tensor's for a shorter index) and its gradient by token."""
 
     anatomy: Result
     attribution: Attribution
@@ -62,7 +62,7 @@ class Explained:
 def explain_weight(path: Path, name: str, index: Index) -> Explained:
     """What the replayed step in the folder `path` did to a weight, and why; kept in the folder's weights/.
 
-    Raises `InputError` for a name or index there is none of.
+    Raises `InputError` if there is no such name or index.
     """
     with _Retaken.open(path) as step:
         name, index = step.place(name, index)
@@ -80,7 +80,7 @@ def replayed_weight(folder: Path, step: int, name: str, index: Index) -> dict[st
 
     As in a live row, the moments that the optimizer does not keep (`exp_avg` of SGD, all of them before its
     first step) are left out, and `momentum_buffer` has its own name. Raises `InputError` if the step was not
-    replayed or not taken, and for a name or index there is none of.
+    replayed or not taken, and if there is no such name or index.
     """
     replay = Replay.open(folder, step)
     if replay is None or not replay.step_info["taken"]:
@@ -144,7 +144,7 @@ class _Retaken:
             retaken = cls(path, replay.step_info)
         except InputError:
             raise
-        # What is in the folder is not what a replay of ours holds, whatever its sums say.
+        # The folder is not a replay of ours, even if its checksums fit.
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, SafetensorError) as error:
             raise InputError("explain.damaged", path=path) from error
         finally:

@@ -124,7 +124,7 @@ class StepSummary(Result):
         found = []
         for flat in most.tolist():
             at = divmod(flat, losses.shape[1])
-            # The target stands one place after the position that foretells it.
+            # The target is one place after the position that predicts it.
             found.append([code(f"“{text.at(at)}” {at[0]}:{at[1] + 1} "), number(_shown(losses[at]))])
         return found
 

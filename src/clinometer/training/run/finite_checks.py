@@ -18,7 +18,7 @@ from clinometer.messages import InputError
 from clinometer.training.ranks.world import World
 
 STATE_KEYS = ("exp_avg", "exp_avg_sq", "momentum_buffer", "step")
-"""Of the optimizers that a run can have; ranks compare the same list, whatever each holds."""
+"""Of the optimizers that a run can have; all ranks compare the same list."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Spoilt:
 
 
 class NotFinite(InputError):
-    """The run cannot be kept as it stands."""
+    """A weight or a moment is not finite: the run must not be saved."""
 
 
 @torch.no_grad()
@@ -64,7 +64,7 @@ def first_spoilt(
 ) -> Spoilt | None:
     """The first tensor of the model or its optimizers that is not finite on any rank, the same on each.
 
-    Of several ranks a collective: every one calls. A moment is told before its weight, which it spoils.
+    Of several ranks a collective: every one calls. A moment is reported before its weight.
     """
     parameters = dict(named)
     states = {id(p): state for optimizer in optimizers for p, state in optimizer.state.items()}

@@ -1,4 +1,4 @@
-"""A run's model, ready to use; and a run made from somebody else's model."""
+"""A run's model, ready to use; and a run made from an imported model."""
 
 from __future__ import annotations
 

@@ -220,7 +220,7 @@ def write_sample(session: TrainingSession, display: Display, record: RunRecord) 
             ):
                 session.world.reach(session.step)
                 ids.append(int(token[0]))
-    except InputError as error:  # weights that are no longer finite: the run says so in its own way
+    except InputError as error:  # weights that are no longer finite: the run reports them itself
         display.notice(error.key, **error.values)
         return
     finally:
@@ -241,7 +241,7 @@ def write_sample(session: TrainingSession, display: Display, record: RunRecord) 
 
 
 def save(session: TrainingSession, display: Display, record: RunRecord, *, must: bool) -> None:
-    """Write a checkpoint. One that fails in the middle of a run is reported and the run goes on; the last
+    """Write a checkpoint. One that fails in the middle of a run is reported and the run continues; the last
     one is an error, because its work would be lost."""
     session.world.reach(session.step)
     session.must_be_there()
@@ -268,7 +268,7 @@ def collect(session: TrainingSession, display: Display, record: RunRecord, *, wa
 
 
 def note(session: TrainingSession, display: Display, **row: Any) -> None:
-    """Add a row to metrics.jsonl; when a full disk begins to keep rows waiting, that is told once."""
+    """Add a row to metrics.jsonl; when a full disk begins to keep rows waiting, this is reported once."""
     before = session.metrics.trouble
     session.metrics.append(**row)
     if before is None and (trouble := session.metrics.trouble) is not None:

@@ -28,9 +28,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def too_little_memory(error: BaseException, config: RunConfig, parameters: int, device: str) -> InputError:
-    """What to say instead of `error`: the largest micro-batch that should fit, or else what else to lower.
+    """The error to raise instead of `error`: the largest micro-batch that should fit, or what else to lower.
 
-    Of a step's memory the weights, gradients and moments stay whatever the batch; the rest grows with the
+    Of a step's memory the weights, gradients and moments do not depend on the batch; the rest grows with the
     micro-batch. If M of it were needed for m sequences, m·(limit − fixed)/M fit.
     """
     limit, taken = _limit_and_taken(device)
@@ -60,7 +60,7 @@ def _asked(error: BaseException) -> int:
 
 
 def _limit_and_taken(device: str) -> tuple[int, int]:
-    """Bytes there are for this process, and bytes that it held at most."""
+    """Bytes available to this process, and its peak use in bytes."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory, torch.cuda.max_memory_allocated(device)
     limits, taken = [], 0

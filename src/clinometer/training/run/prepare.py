@@ -1,4 +1,4 @@
-"""From a configuration to everything the loop needs: tokens, model, optimizers, and where they stand."""
+"""From a configuration to everything the loop needs: tokens, model, optimizers, and their state."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def resume(
 ) -> TrainingSession:
     """The run in `path` where its last checkpoint left it, or from its beginning if it has none yet.
 
-    `changed` is the configuration asked for now, if any. Raises `InputError` if it differs in a field that
+    `changed` is the configuration given now, if any. Raises `InputError` if it differs in a field that
     would alter the run, if the corpus has changed, or if no checkpoint can be read.
     """
     folder = RunFolder.open(path)
@@ -228,7 +228,7 @@ def _assemble(
 
 def _is_stream(corpus: str) -> bool:
     """Whether the corpus can be read only once: standard input, a named pipe, `<(command)`."""
-    path = corpus  # os.path's questions say no to a name that is too long, where a Path's raise
+    path = corpus  # os.path returns False for a name that is too long, where Path raises
     return corpus == "-" or (os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path))
 
 

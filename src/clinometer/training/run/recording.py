@@ -1,4 +1,4 @@
-"""The run file of a training: every tensor at every step, and what happened beside them."""
+"""The run file of a training: every tensor at every step, and the events."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ _STATES = {
 
 
 def open_record(session: TrainingSession, display: Display) -> RunRecord:
-    """The run's record, cut back to where the session stands; a silent one if it is off or cannot be opened.
+    """The run's record, cut back to the session's step; a silent one if it is off or cannot be opened.
 
-    A training does not fail because it cannot be written down: the display is told why. On several ranks
+    A training does not fail if it cannot be recorded: the display shows the reason. On several ranks
     every one watches, for what is measured is added up over them, and rank 0 writes.
     """
     if not session.config.training.watch_every:
@@ -130,7 +130,7 @@ def _loss_in_hand(session: TrainingSession) -> Tensor:
 
 
 def add_report(run: Path, step: int, result: Result) -> None:
-    """Keep a diagnosis or a check beside the run, for the microscope; nothing where that cannot be done now.
+    """Keep a diagnosis or a check beside the run, for the microscope; nothing if that is not possible now.
 
     A run that is being trained belongs to its trainer, and one without a run file has no place for it.
     """

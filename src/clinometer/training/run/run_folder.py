@@ -2,7 +2,7 @@
 
 config.toml         the complete configuration; `clinometer train --config` takes it
 environment.json    machine, versions, and what every "auto" came to
-tokenizer/          tokenizer.json and what transformers needs beside it
+tokenizer/          tokenizer.json and the files that transformers needs
 checkpoints/        see checkpoint.py
 metrics.jsonl       one line a step, one a validation
 skipped.jsonl       the batches whose loss or gradient was not finite, if any
@@ -68,7 +68,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
-        """The folder of a run that was started. Raises `InputError` if it is none."""
+        """The folder of a run that was started. Raises `InputError` if it is not a run."""
         if not os.path.exists(path):
             raise InputError("run.missing", path=path)
         if not (path / "config.toml").is_file():
@@ -80,7 +80,7 @@ class RunFolder:
         return config_from(read_toml(self.config_file))
 
     def lock(self) -> None:
-        """Refuse a second trainer in this folder; the lock goes with the process, however it ends."""
+        """Lock the folder until this process ends. Raises `InputError` if another trainer has it."""
         refuse_links(self.path, _WRITTEN)
         try:
             self._lock.acquire(timeout=0)
@@ -124,7 +124,7 @@ def _is_unused(path: Path) -> bool:
 
 
 def with_full_paths(config: RunConfig) -> RunConfig:
-    """The same configuration, meaning the same from whatever folder it is read."""
+    """The same configuration with full paths: it means the same in any working folder."""
     data = {}
     for name in ("corpus", "tokenizer"):
         value = getattr(config.data, name)

@@ -23,7 +23,7 @@ TOKENIZER_CHARACTERS = 200_000_000
 
 
 class Notices(Protocol):
-    """Where preparation says what it is doing (see display.py)."""
+    """Receives what the preparation reports (see display.py)."""
 
     def notice(self, key: str, /, **values: Any) -> None: ...
     def progress(self, key: str, done: int, total: int) -> None: ...
@@ -82,7 +82,7 @@ def tokenizer_of(config: RunConfig, folder: RunFolder, corpus: Corpus, notices: 
 
 
 def _train_tokenizer(config: RunConfig, corpus: Corpus, notices: Notices) -> Tokenizer:
-    """Of the size asked for; if none was, DEFAULT_VOCABULARY or as many tokens as the text can give."""
+    """Of the requested size; without one, DEFAULT_VOCABULARY or as many tokens as the text can give."""
     size = config.data.vocab_size or DEFAULT_VOCABULARY
     notices.notice("train.tokenizer", vocab_size=size)
     try:

@@ -19,7 +19,7 @@ from clinometer.training.run.run_folder import RunFolder
 
 
 class Display(Protocol):
-    """What the loop tells whoever is watching (display.py has the two forms)."""
+    """Receives what the loop reports (display.py shows it on a terminal or as plain lines)."""
 
     def step(self, row: dict[str, Any]) -> None: ...
     def validation(self, step: int, loss: float, best: bool) -> None: ...
@@ -28,7 +28,7 @@ class Display(Protocol):
 
 
 class Outcome(Enum):
-    """How a run ended, and the exit code that says so."""
+    """How a run ended, and the exit code."""
 
     DONE = 0
     NOT_FINITE = 1
@@ -50,9 +50,9 @@ class TrainingSession(Computation):
     """Whether it ended because a weight or a moment is not finite."""
 
     def checkpoint(self, *, must: bool = False) -> Path | None:
-        """Write everything the run needs to go on bit for bit.
+        """Write everything that the run needs to continue bit for bit.
 
-        With `training.async_checkpoints` that is begun here and told by `written`, unless it `must` be done.
+        With `training.async_checkpoints` the write only begins here (`written` returns it), unless `must`.
         Raises `NotFinite`, and writes nothing, if a weight or a moment is not a finite number.
         """
         self.must_be_there()
@@ -87,7 +87,7 @@ class TrainingSession(Computation):
         return self._pruned(self._saver.save(snapshot))
 
     def _sync_rows(self) -> None:
-        """A checkpoint says how many rows there are; of several ranks all must know if they are not."""
+        """A checkpoint records how many rows there are; all ranks raise if rank 0 cannot write its rows."""
         reason = ""
         try:
             self.metrics.sync()
@@ -116,7 +116,7 @@ class TrainingSession(Computation):
             raise InputError("run.vanished", path=self.folder.path, step=self.step)
 
     def must_be_finite(self) -> None:
-        """Raise `NotFinite` if there is nothing left to go on with: what is spoilt, and from where to resume.
+        """Raise `NotFinite`, with the checkpoint to resume from, if a weight or a moment is not finite.
 
         Of several ranks every one calls, and every one raises.
         """
@@ -124,7 +124,7 @@ class TrainingSession(Computation):
         if spoilt is None:
             return
         if not self.world.alone or self.config.training.async_checkpoints:
-            with suppress(InputError):  # one that is being written is good, and the one to go on from
+            with suppress(InputError):  # one in writing is good: resume from it
                 self.written(wait=True)
         saved = checkpoint.checkpoints(self.folder.checkpoints)
         if spoilt.key:
@@ -137,7 +137,7 @@ class TrainingSession(Computation):
         raise NotFinite(key, **values)
 
     def close(self) -> None:
-        with suppress(BaseException):  # told already, or the run has ended by something worse
+        with suppress(BaseException):  # reported already, or the run has ended by something worse
             self._saver.written(wait=True)
         self.metrics.close()
         self.skipped.close()

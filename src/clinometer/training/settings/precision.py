@@ -21,7 +21,7 @@ COMPILE_SECONDS = 40.0
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
-    """What a run computes with. A resumed run takes the same, whatever `auto` would say by then."""
+    """What a run computes with. A resumed run keeps the same, even if `auto` would now choose differently."""
 
     device: str
     precision: str
@@ -81,7 +81,7 @@ def choose(*, device: str, precision: str, compile: str, total_flops: float) -> 
 
 
 def choose_device(name: str) -> torch.device:
-    """The device asked for. Raises `InputError` if this machine does not have it."""
+    """The requested device. Raises `InputError` if this machine does not have it."""
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -146,7 +146,7 @@ def matmul_rate(device: torch.device, precision: str, size: int = 1024, seconds:
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     if device.type == "cuda":
         size = 8192
-    # Its own generator: a measurement must not move the run's random numbers.
+    # Its own generator: a measurement must not change the run's random numbers.
     generator = torch.Generator(device=device).manual_seed(0)
     a = torch.randn(size, size, device=device, generator=generator).to(dtype)
     torch.matmul(a, a)

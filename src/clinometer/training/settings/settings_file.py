@@ -95,7 +95,7 @@ def _unknown(path: Path, text: str, section: str | None, key: str, known: list[s
 
 
 def _line_of(text: str, section: str | None, key: str) -> int:
-    """The 1-based line where `key` (in `[section]`, or `section.key`) is written; 1 if it cannot be told."""
+    """The 1-based line where `key` (in `[section]`, or `section.key`) is written; 1 if it is not found."""
     current, pattern = None, re.compile(rf"""\s*["']?{re.escape(key)}["']?\s*[=.]""")
     for number, line in enumerate(text.splitlines(), 1):
         header = re.match(r"\s*\[\s*([^\]]+?)\s*\]", line)

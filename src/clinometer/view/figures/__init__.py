@@ -1,4 +1,4 @@
-"""Figures of a run: plain Plotly dicts with one line that says what a healthy one looks like.
+"""Figures of a run: plain Plotly dicts with one line that describes a healthy one.
 
     from clinometer.record.read.reader import RunFile
     from clinometer.view import figures

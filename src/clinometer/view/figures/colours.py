@@ -1,8 +1,8 @@
 """Every colour of the page and of the figures: the only place where one is written.
 
-Text colours reach a contrast of 4.5 on `paper` and on `panel` (a test computes it). Orange and blue stand for
-up and down and can be told apart by the colour-blind; `alarm` is for what is not finite, and for nothing else
-on the map.
+Text colours reach a contrast of 4.5 on `paper` and on `panel` (a test computes it). Orange and blue are up
+and down and can be distinguished by the colour-blind; `alarm` is for what is not finite, and on the map for
+nothing else.
 """
 
 from __future__ import annotations

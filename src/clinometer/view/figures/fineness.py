@@ -6,7 +6,7 @@ from clinometer.record.format.schema import LEVELS
 from clinometer.record.read.reader import RunFile
 
 SLACK = 4
-"""A curve may have this many times fewer points than asked for, if one roll-up then holds each of them."""
+"""A curve may have this many times fewer points than requested, if one roll-up then holds each of them."""
 
 
 def points_for(run: RunFile, first: int | None, last: int | None, points: int, slack: int = SLACK) -> int:

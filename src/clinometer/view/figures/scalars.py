@@ -55,7 +55,7 @@ def alert_ticks(run: RunFile, say: Style, first: int | None, last: int | None) -
 
 
 def over_steps(run: RunFile, say: Style, first: int | None, last: int | None, **more: Any) -> dict[str, Any]:
-    """The axis of steps over the range that was asked for: the same for every figure of that range."""
+    """The axis of steps over the requested range: the same for every figure of that range."""
     info = run.info()
     low = info["first_step"] if first is None else first
     high = info["last_step"] if last is None else last

@@ -35,7 +35,7 @@ def last_values(run: RunFile) -> dict[str, Any]:
 def strip(run: RunFile, language: str) -> list[dict[str, Any]]:
     """Loss, total gradient norm, speed, alerts: value, text and the last 100 steps.
 
-    A value that is not finite is said to be, with the first step where that happened.
+    A value that is not finite is marked, with the first step where that happened.
     """
     found = recent(run, ["loss", "total_norm", "tokens", "seconds"])
     speed, steps_per_second = summary(found)

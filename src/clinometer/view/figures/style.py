@@ -88,7 +88,7 @@ class Style:
         return self.axis(title, type="log", exponentformat="power", showexponent="all", **more)
 
     def colour_key(self, title: str) -> dict[str, Any]:
-        """A colour bar that says what its colours stand for."""
+        """A colour bar with the meaning of its colours."""
         font = {"size": 11, "color": self["soft"]}
         return {
             "title": {"text": title, "side": "right", "font": font},
@@ -144,7 +144,7 @@ def four(x: float | None, *, sign: bool = False) -> str:
 
 
 def times(ratio: float) -> str:
-    """A factor as one says it: two digits, whole from 10 on."""
+    """A factor in words: two digits, whole from 10 on."""
     if not math.isfinite(ratio):
         return "∞"
     return f"{ratio:.2g}" if ratio < 10 else f"{ratio:,.0f}" if ratio < 1e5 else f"{ratio:.0e}"
@@ -183,7 +183,7 @@ def packed(values: np.ndarray) -> dict[str, str]:
 def band(
     step: np.ndarray, low: np.ndarray, high: np.ndarray, colour: str, **more: Any
 ) -> list[dict[str, Any]]:
-    """Two traces: the range that a rolled-up line stands for, filled."""
+    """Two traces: the range of a rolled-up line, filled."""
     shared = {
         "type": "scatter",
         "mode": "lines",

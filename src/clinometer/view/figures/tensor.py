@@ -94,7 +94,7 @@ def ridge(
     last: int | None = None,
     count: int = 64,
 ) -> Figure:
-    """Histograms over steps: which share of the entries lies at which power of two."""
+    """Histograms over steps: the share of the entries at each power of two."""
     say = style(language, theme)
     found = run.histograms(tensor["id"], kind, first, last, count)
     steps, counts = found["step"], np.asarray(found["counts"])
@@ -208,7 +208,7 @@ def _family(name: str) -> str:
 
 
 def _zeros(say: Style, step: np.ndarray, colour: str) -> dict[str, Any]:
-    """A log axis has no zero: true zeros stand at its foot."""
+    """A log axis has no zero: true zeros are drawn at its lower end."""
     return {
         "type": "scatter",
         "mode": "markers",
@@ -243,7 +243,7 @@ def _powers(say: Style, kind: str, low: int, high: int) -> dict[str, Any]:
 
 def _marks(low: int, high: int) -> list[tuple[str, int]]:
     marks = [("float16", FLOAT16_ZERO), ("float16_normal", FLOAT16_NORMAL)]
-    # bfloat16 reaches down to 2^-133, below every bucket: its mark stands where the buckets end.
+    # bfloat16 reaches down to 2^-133, below every bucket: its mark is drawn where the buckets end.
     return [(name, exponent) for name, exponent in marks if low <= exponent <= high]
 
 

@@ -77,7 +77,7 @@ def waterfall(
 def step_parts(
     run: RunFile, tensor: dict[str, Any], index: Sequence[int], step: int
 ) -> dict[str, Any] | None:
-    """before, after and the moves between, named; `source` says where they are from."""
+    """before, after and the moves between, named; `source` names their origin."""
     replay = Replay.open(run.folder, step)
     computed = None if replay is None else replay.weight(tensor["name"], tuple(index))
     if computed is not None:

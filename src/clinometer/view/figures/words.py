@@ -41,7 +41,7 @@ def is_log(name: str) -> bool:
 
 
 def alert_sentences(alert: dict[str, Any], language: str) -> tuple[str, str]:
-    """What an alert says and its remedy; a cause this version has no words for is shown by its name."""
+    """An alert's sentence and its remedy; a cause without a sentence in this version is shown by its name."""
     names = alert["tensors"]
     own = {"names": _names(names, language), "count": f"{len(names):,}", "step": f"{alert['step']:,}"}
     values = {

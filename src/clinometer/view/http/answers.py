@@ -1,4 +1,4 @@
-"""JSON answers: made in a reading thread, revalidated by ETag, compressed where asked for."""
+"""JSON answers: made in a reading thread, revalidated by ETag, compressed if the client accepts it."""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ def _shares(call: RouteCall, run: RunFile) -> figures.Figure:
 
 
 _OF_REPLAYS = frozenset({"waterfall", "batch-loss", "shares"})
-"""These change when a step is replayed, and the run file knows nothing of it."""
+"""These change when a step is replayed, which does not change the run file."""
 
 _FIGURES: dict[str, Callable[[RouteCall, RunFile], figures.Figure]] = {
     "loss": _loss,

@@ -27,9 +27,9 @@ MAX_BODY = 4_096
 MAX_SIDE = 512
 MAX_ROWS = 64
 MAX_MOVED = 10
-"""Tensors that are told of one token."""
+"""Tensors in the answer about one token."""
 MAX_CELLS = 65_536
-"""Tokens in one answer, whatever the context length."""
+"""Tokens in one answer, for any context length."""
 BODY_SECONDS = 10.0
 _WORDS = ("NaN", "Infinity", "-Infinity")
 REPLAY_BODY = {
@@ -303,7 +303,7 @@ def _entry(replay: Replay, name: str, index: tuple[int, ...]) -> dict[str, Any] 
 
 
 def _rows(call: RouteCall, sequences: list[Any]) -> tuple[int, int]:
-    """The asked-for sequences: within the batch, and no more tokens than one answer may have."""
+    """The requested sequences: within the batch, and no more tokens than one answer may have."""
     longest = max((len(row) for row in sequences), default=1)
     most = max(1, MAX_CELLS // max(1, longest))
     rows = min(call.query.whole("rows", 1, MAX_ROWS, 8) or 8, most)
@@ -325,7 +325,7 @@ def _not_finite(rows: list[Any], first: int) -> list[list[int]]:
 
 
 def _numbers(rows: list[Any]) -> list[Any]:
-    """Rows of numbers; the words that stand for not-finite ones become null."""
+    """Rows of numbers; the strings for values that are not finite become null."""
     return [[_number(value) for value in row] for row in rows]
 
 
@@ -348,7 +348,7 @@ def _largest(rows: Any) -> float | None:
 
 
 def _bounded(attribution: dict[str, Any]) -> dict[str, Any]:
-    """Without what grows with the batch; the shares come beside it, in pages."""
+    """Without what grows with the batch; the shares are sent separately, in pages."""
     told = {k: v for k, v in attribution.items() if k not in ("matrix", "norms", "tokens")}
     told["uses"] = [{k: v for k, v in use.items() if k != "terms"} for use in attribution.get("uses", [])]
     return told

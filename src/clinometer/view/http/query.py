@@ -1,4 +1,4 @@
-"""The values of a URL, each within its bounds or refused with a sentence."""
+"""The values of a URL, each within its bounds or rejected with a sentence."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 - The Host header must name this server. A foreign name that was pointed at 127.0.0.1 (DNS rebinding) is
   refused before anything is read.
-- Beyond 127.0.0.1 a token is asked for: once in the URL, then in a cookie that scripts cannot read.
+- Beyond 127.0.0.1 a token is required: once in the URL, then in a cookie that scripts cannot read.
 - Other sites' pages cannot use the API: their requests carry Sec-Fetch-Site or Origin, and what changes
   anything needs a header that a form cannot send.
 - Every answer carries the policy that lets no inline script, no foreign source and no frame in.

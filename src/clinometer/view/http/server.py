@@ -100,7 +100,7 @@ def make_app(
 
 
 class _Server(uvicorn.Server):
-    """Ends the live streams before it waits for connections: a page left open must not hold Ctrl-C up."""
+    """Ends the live streams before it waits for connections: an open page must not delay Ctrl-C."""
 
     def __init__(self, config: uvicorn.Config, live: Live) -> None:
         super().__init__(config)
@@ -142,14 +142,14 @@ def serve(
     if open_browser:
         threading.Timer(0.3, webbrowser.open, (addresses[0],)).start()
     try:
-        with suppress(KeyboardInterrupt):  # how one ends it
+        with suppress(KeyboardInterrupt):  # ends the server
             server.run(sockets=[listener])
     finally:
         listener.close()
 
 
 def settings(app: Starlette) -> uvicorn.Config:
-    """How uvicorn serves it: to whoever connects, within limits."""
+    """The settings of uvicorn, with limits for every client."""
     return uvicorn.Config(
         app,
         http=Patience,

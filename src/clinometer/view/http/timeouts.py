@@ -2,7 +2,8 @@
 
 uvicorn waits without end for a request that is not finished and for a reader that does not read, and once
 its limit of connections is reached it answers nobody. Here a connection that keeps us waiting is closed
-after some seconds, and when too many wait the one that has waited longest goes first: whoever asks is heard.
+after some seconds, and when too many wait the one that has waited longest is closed, so that a new request
+is answered.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 REQUEST_SECONDS = 10.0
 """For a request, head and body; also for the first one of a connection."""
 READER_SECONDS = 30.0
-"""For a client that does not read what it asked for."""
+"""For a client that does not read the answer."""
 MOST_WAITING = 64
 """Connections that have no finished request under way."""
 
@@ -26,7 +27,7 @@ _waiting: WeakKeyDictionary[Any, dict[Patience, None]] = WeakKeyDictionary()
 
 
 class Patience(H11Protocol):
-    """uvicorn's protocol, for a server that anybody on the machine may connect to."""
+    """uvicorn's protocol, for a server that every user of the machine can reach."""
 
     _request_timer: asyncio.TimerHandle | None = None
     _reader_timer: asyncio.TimerHandle | None = None

@@ -42,7 +42,3 @@ export function oncePerFrame(call) {
     waiting = given;
   };
 }
-
-export function announce(text) {
-  document.getElementById("announcer").textContent = text;
-}
