@@ -12,8 +12,8 @@ from clinometer.messages import say
 from clinometer.torch_internals import custom_functions, kernels, modules, nodes, tensors
 from clinometer.torch_internals.look_up import MISSING
 
-TESTED_TORCH = ("2.10.0", "2.13.0", "2.14.1")
-"""The oldest that may be installed, the one that `make` installs, and the newest that `make compat` took."""
+TESTED_TORCH = ("2.10.0", "2.13.0", "2.14.1", "2.15.0")
+"""The oldest that may be installed, the one that `make` installs, and the newer ones."""
 TESTED_PYTHON = ("3.11", "3.12", "3.13")
 PROBED = (custom_functions, kernels, modules, nodes, tensors)
 """The modules whose import fills `MISSING`."""

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import sys
 from types import CodeType, FrameType
+from typing import Any
 
+import torch
 from torch.nn.utils import parametrizations
 
 _PARAMETRIZATIONS = str(parametrizations.__file__)
+_decorated: Any = torch.no_grad()(lambda: None)
+_DECORATORS = _decorated.__code__.co_filename
 
 
 def switches_grad_mode(code: CodeType) -> bool:
     """Whether a frame of torch's is that of a function decorated with no_grad or the like."""
-    return code.co_name == "decorate_context"
+    return code.co_filename == _DECORATORS  # its name says which decorator from torch 2.15 on
 
 
 def is_scaler(code: CodeType) -> bool:

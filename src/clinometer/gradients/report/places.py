@@ -17,7 +17,15 @@ import torch
 _PACKAGE = os.path.dirname(os.path.abspath(str(sys.modules["clinometer"].__file__)))
 _INSTRUMENT = tuple(
     os.path.join(_PACKAGE, room)
-    for room in ("gradients", "monitoring", "attach", "distributed", "integrations")
+    for room in (
+        "gradients",
+        "monitoring",
+        "distributed",
+        "integrations",
+        "record",
+        "torch_internals",
+        "clip_observers.py",
+    )
 )
 """Rooms whose frames are never the user's. A model of ours (`lm`) is a model like any other."""
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__))
@@ -51,6 +59,8 @@ class Where:
     @property
     def source(self) -> str:
         """The line as written, stripped; "" if it is not available (exec'd text, a closed shell)."""
+        if self.file == "<string>":  # also what 3.13 keeps the text of `python -c` under, whoever else exec's
+            return ""
         return linecache.getline(self.file, self.line).strip()
 
     @property
