@@ -21,7 +21,7 @@ from clinometer.messages import set_language
 DOCS = Path(__file__).parents[2] / "docs"
 WIDTH = 88
 OWN_TESTS = {
-    "causes.md": "tests/gradients/test_diagnose_docs.py: each block stands for its cause",
+    "causes.md": "tests/gradients/diagnose/test_diagnose_docs.py: each block stands for its cause",
     "run-file.md": "tests/record/test_docs.py: it reads a run that must be there first",
 }
 """Pages whose code a test of their own runs, by name."""

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from tests.gradients import healthy
-from tests.gradients.test_check_healthy import BUILDERS
-from tests.gradients.test_check_modules import CASES
-from tests.gradients.tiny import MORE, TINY
+from tests.gradients.check.test_check_healthy import BUILDERS
+from tests.gradients.check.test_check_modules import CASES
+from tests.gradients.check.tiny import MORE, TINY
 
 from clinometer.gradients.check.check_gradients import check_gradients
 

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tests.gradients.planted.registry import Registry
+from tests.gradients.diagnose.planted.registry import Registry
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

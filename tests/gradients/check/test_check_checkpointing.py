@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tests.gradients.broken import Apply
+from tests.gradients.check.broken import Apply
+from tests.gradients.check.test_check_meant import ByDetach, Round, Spike
 from tests.gradients.healthy import TRANSFORMERS
-from tests.gradients.test_check_meant import ByDetach, Round, Spike
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

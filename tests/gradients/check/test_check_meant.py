@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from tests.gradients.broken import Apply
+from tests.gradients.check.broken import Apply
 from torch import nn
 from torch.nn import functional as F
 

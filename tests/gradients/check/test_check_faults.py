@@ -4,8 +4,8 @@ import inspect
 
 import pytest
 import torch
-from tests.gradients import broken
-from tests.gradients.broken import Apply, BrokenLinear, BrokenNorm
+from tests.gradients.check import broken
+from tests.gradients.check.broken import Apply, BrokenLinear, BrokenNorm
 from torch import nn
 from torch.nn import functional as F
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.gradients.planted.zero_gradient import Attending
+from tests.gradients.diagnose.planted.zero_gradient import Attending
 from torch import nn
 
 from clinometer.gradients.diagnose.diagnose import diagnose

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.gradients.planted.zero_gradient import Heads
+from tests.gradients.diagnose.planted.zero_gradient import Heads
 from torch import nn
 
 from clinometer.gradients.diagnose.diagnose import diagnose

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.gradients.planted import cut_paths, loops, no_gradient, not_finite, zero_gradient
+from tests.gradients.diagnose.planted import cut_paths, loops, no_gradient, not_finite, zero_gradient
 from torch import nn
 from torch.nn.modules import module as module_hooks
 

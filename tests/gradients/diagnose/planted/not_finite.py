@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from tests.gradients.planted.registry import Registry
+from tests.gradients.diagnose.planted.registry import Registry
 from torch import nn
 
 FAULTS = Registry()

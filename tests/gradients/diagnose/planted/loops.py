@@ -1,7 +1,7 @@
 """Faults of the training loop rather than of one gradient."""
 
 import torch
-from tests.gradients.planted.registry import Registry
+from tests.gradients.diagnose.planted.registry import Registry
 from torch import nn
 
 FAULTS = Registry()

@@ -9,7 +9,7 @@ import torch
 
 from clinometer.messages import sentences
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[3] / "docs"
 ENTRY = re.compile(r"^### (\S+)\n\n```python\n(.*?)```\n\n(\S+)", re.M | re.S)
 
 

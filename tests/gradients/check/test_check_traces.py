@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.gradients.broken import BrokenLinear
+from tests.gradients.check.broken import BrokenLinear
 from tests.gradients.traces import bits, trace_of
 from torch import nn
 

@@ -6,7 +6,7 @@ Some hours on one core. With less time: `python -m tests.gradients.soak --minute
 import pytest
 import torch
 from tests.gradients import healthy, soak
-from tests.gradients.broken import BrokenLinear
+from tests.gradients.check.broken import BrokenLinear
 
 
 @pytest.mark.soak

@@ -1,7 +1,7 @@
 """Each planted fault is found, by its cause, at its line, for exactly its tensors; and nothing else is."""
 
 import pytest
-from tests.gradients.planted import cut_paths, loops, no_gradient, not_finite, zero_gradient
+from tests.gradients.diagnose.planted import cut_paths, loops, no_gradient, not_finite, zero_gradient
 
 from clinometer.gradients.diagnose.diagnose import diagnose
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from tests.gradients import broken
-from tests.gradients.broken import Apply, BrokenLinear
+from tests.gradients.check import broken
+from tests.gradients.check.broken import Apply, BrokenLinear
 from torch import nn
 from torch.nn import functional as F
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.gradients.tiny import MORE, TINY
+from tests.gradients.check.tiny import MORE, TINY
 
 from clinometer.gradients.check.check_gradients import check_gradients
 
