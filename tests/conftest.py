@@ -33,7 +33,7 @@ RANKS = (
     "gradients/test_ranks.py",
     "monitoring/test_watch_meshes.py",
     "monitoring/test_watch_ranks.py",
-    "test_sharding.py",
+    "distributed/test_sharding.py",
     "training/test_parallel.py",
 )
 """Their fixtures start ranks, for up to a minute: first in the queue, where no second worker repeats them."""

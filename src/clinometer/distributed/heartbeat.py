@@ -29,7 +29,7 @@ _CLOSING_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
-class Beat:
+class RankProgress:
     """What a rank posted last: the number of the beat, how many places it has passed, and its step."""
 
     number: int = 0
@@ -41,7 +41,7 @@ class Beat:
         return json.dumps([self.number, self.passed, self.step, self.host])
 
     @classmethod
-    def decode(cls, text: str) -> Beat:
+    def decode(cls, text: str) -> RankProgress:
         return cls(*json.loads(text))
 
 
@@ -54,17 +54,21 @@ class RankTrouble:
     fatal: bool = True
 
 
-class Judge:
+class LivenessCheck:
     """Decides from the last beats which rank is silent, behind or stuck. `clock` counts seconds awake."""
 
     def __init__(self, ranks: list[int], patience: float) -> None:
         self.patience = patience
-        self._heard: dict[int, tuple[Beat, float]] = {rank: (Beat(), 0.0) for rank in ranks}
+        self._heard: dict[int, tuple[RankProgress, float]] = {rank: (RankProgress(), 0.0) for rank in ranks}
         self._furthest, self._since = 0, 0.0
         self._told: set[tuple[int, int]] = set()
 
     def look(
-        self, clock: float, beats: dict[int, Beat], own: Beat | None = None, patience: float | None = None
+        self,
+        clock: float,
+        beats: dict[int, RankProgress],
+        own: RankProgress | None = None,
+        patience: float | None = None,
     ) -> RankTrouble | None:
         """`own` is the reader's place; None before the first step, when no rank can be behind.
 
@@ -83,7 +87,7 @@ class Judge:
             return None
         return self._behind(clock, own)
 
-    def _behind(self, clock: float, own: Beat) -> RankTrouble | None:
+    def _behind(self, clock: float, own: RankProgress) -> RankTrouble | None:
         places = {rank: beat for rank, (beat, _) in self._heard.items()}
         furthest = max(own.passed, *(beat.passed for beat in places.values()))
         if furthest != self._furthest:
@@ -107,7 +111,7 @@ class Judge:
         return RankTrouble("parallel.given_up" if give_up else "parallel.slow", values, give_up)
 
 
-class Heart:
+class Heartbeat:
     """The thread that posts this rank's beats and reads the others'.
 
     `tell` is called in the thread with what a person should see; the process ends with LOST if the main
@@ -126,7 +130,7 @@ class Heart:
     ) -> None:
         self._place = place
         self._board, self._rank, self._size, self._tell = board, rank, size, tell
-        self._judge = Judge(list(range(1, size)) if rank == 0 else [0], patience)
+        self._liveness = LivenessCheck(list(range(1, size)) if rank == 0 else [0], patience)
         self._number = self._passed = self._step = 0
         self._training = False
         self._stopped, self._taken = threading.Event(), threading.Event()
@@ -138,15 +142,15 @@ class Heart:
     @property
     def interval(self) -> float:
         """Seconds between beats: one, longer with thousands of ranks, shorter with little patience."""
-        return max(0.1, min(1.0, self._judge.patience / 5), self._size / 2000)
+        return max(0.1, min(1.0, self._liveness.patience / 5), self._size / 2000)
 
     @property
     def patience(self) -> float:
-        return self._judge.patience
+        return self._liveness.patience
 
     @patience.setter
     def patience(self, seconds: float) -> None:
-        self._judge.patience = seconds
+        self._liveness.patience = seconds
 
     def start(self) -> None:
         self._thread.start()
@@ -200,20 +204,24 @@ class Heart:
 
     def _beat(self) -> None:
         self._number += 1
-        beat = Beat(self._number, self._passed, self._step, host_name())
+        beat = RankProgress(self._number, self._passed, self._step, host_name())
         self._board.post(f"beat/{self._rank}", beat.encode())
 
     def _look(self, clock: float) -> str | None:
-        others = list(self._judge._heard)
+        others = list(self._liveness._heard)
         beats = dict(
-            zip(others, map(Beat.decode, self._board.read_all([f"beat/{r}" for r in others])), strict=True)
+            zip(
+                others,
+                map(RankProgress.decode, self._board.read_all([f"beat/{r}" for r in others])),
+                strict=True,
+            )
         )
         left = self._left(others)
         for rank in left:  # a rank that has ended does not answer
-            beats[rank] = Beat(-self._number, self._passed, self._step)
-        own = Beat(self._number, self._passed, self._step) if self._training and not left else None
+            beats[rank] = RankProgress(-self._number, self._passed, self._step)
+        own = RankProgress(self._number, self._passed, self._step) if self._training and not left else None
         broken = self._board.read("broken") is not None
-        finding = self._judge.look(clock, beats, own, 4 * self.interval if broken else None)
+        finding = self._liveness.look(clock, beats, own, 4 * self.interval if broken else None)
         if finding is None:
             return None
         if not finding.fatal:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from clinometer.distributed.board import Board, unreachable
-from clinometer.distributed.heartbeat import GIVE_UP, LOST, Heart, RankTrouble
+from clinometer.distributed.heartbeat import GIVE_UP, LOST, Heartbeat, RankTrouble
 from clinometer.distributed.launch import OPENING_SECONDS, Launch, host_name, launched
 from clinometer.distributed.reduce import all_reduce
 from clinometer.messages import InputError, say
@@ -61,7 +61,7 @@ class World:
         self._request: Any = None
         self._turns = 0
         self.board: Board = None  # pyright: ignore[reportAttributeAccessIssue]
-        self.heart: Heart = None  # pyright: ignore[reportAttributeAccessIssue]
+        self.heartbeat: Heartbeat = None  # pyright: ignore[reportAttributeAccessIssue]
 
     @property
     def alone(self) -> bool:
@@ -92,12 +92,14 @@ class World:
         names = [f"beat/{rank}" for rank in range(self.size)] if self.first else ["beat/0"]
         try:
             board = self.board.again()
-            self.heart = Heart(board, self.rank, self.size, patience=PATIENCE, tell=self._tell, place=place)
+            self.heartbeat = Heartbeat(
+                board, self.rank, self.size, patience=PATIENCE, tell=self._tell, place=place
+            )
             self._wait(names, OPENING_SECONDS)
         except RuntimeError as error:  # whoever held the board ended before all had met
-            self.heart = None  # pyright: ignore[reportAttributeAccessIssue]  (there is nobody to tell)
+            self.heartbeat = None  # pyright: ignore[reportAttributeAccessIssue]  (there is nobody to tell)
             raise unreachable(self.launch, error) from None
-        self.heart.start()
+        self.heartbeat.start()
 
     def choose(self, asked: str) -> str:
         """What "auto" comes to: FSDP2, which needs 1/W of the memory and sends half as much again as DDP."""
@@ -126,7 +128,7 @@ class World:
         from torch.distributed.device_mesh import init_device_mesh
 
         self.device = device
-        self.heart.patience = patience
+        self.heartbeat.patience = patience
         if self.mesh is not None:  # a second run in the same processes
             return
         if device.type == "cuda":
@@ -153,7 +155,7 @@ class World:
         self.board.wait([f"left/{rank}" for rank in range(self.size)], 30)
         if dist.is_initialized():
             dist.destroy_process_group()
-        self.heart.stop()
+        self.heartbeat.stop()
         self.board.post(f"gone/{self.rank}", "")
         if self.launch is not None and self.launch.holds_board:
             self.board.wait([f"gone/{rank}" for rank in range(self.size)], 30)
@@ -168,7 +170,7 @@ class World:
         if self.first:
             self.board.post(name, json.dumps(value))
             return value
-        self.heart.rest()
+        self.heartbeat.rest()
         self._wait([name])
         return json.loads(self.board.read(name) or "null")
 
@@ -189,23 +191,23 @@ class World:
 
     def check(self) -> None:
         """Raises `Ended` if another rank has ended the run."""
-        if self.heart.verdict is None and (text := self.board.read("verdict")) is not None:
-            self.heart.verdict = json.loads(text)
-        if self.heart.verdict is not None:
+        if self.heartbeat.verdict is None and (text := self.board.read("verdict")) is not None:
+            self.heartbeat.verdict = json.loads(text)
+        if self.heartbeat.verdict is not None:
             raise Ended
 
     # The step.
 
     def reach(self, step: int) -> None:
         """Say how far this rank is; called at the same places on every rank."""
-        if self.heart is not None:
-            self.heart.reach(step)
+        if self.heartbeat is not None:
+            self.heartbeat.reach(step)
 
     @contextmanager
     def unhurried(self) -> Iterator[None]:
         """Around work that may take any time on any rank, such as writing: they must live, and not hurry."""
-        if self.heart is not None:
-            self.heart.rest()
+        if self.heartbeat is not None:
+            self.heartbeat.rest()
         yield
 
     def wrap(self, model: TransformerLM) -> None:
@@ -295,7 +297,7 @@ class World:
         except MemoryError as error:
             self._end(say("cli.memory", reason=error), 2, {"key": "cli.memory"})
         except Exception as error:
-            if self.heart is not None and _is_symptom(error):
+            if self.heartbeat is not None and _is_symptom(error):
                 self._find_cause()
             if isinstance(error, RuntimeError) and "out of memory" in str(error):
                 self._end(say("cli.memory", reason=error), 2, {"key": "cli.memory"})
@@ -304,32 +306,32 @@ class World:
     def _find_cause(self) -> None:
         """A collective has failed, most likely because another rank is gone: wait until it is named."""
         self.board.post("broken", "")
-        until = time.monotonic() + self.heart.patience + _DEFERENCE_SECONDS
+        until = time.monotonic() + self.heartbeat.patience + _DEFERENCE_SECONDS
         while time.monotonic() < until:
-            if self.heart.verdict is not None:
+            if self.heartbeat.verdict is not None:
                 self._exit()
             time.sleep(0.05)
 
     def _end(self, text: str, code: int, verdict: dict[str, Any]) -> None:
-        if self.heart is None:  # the others could not be reached
+        if self.heartbeat is None:  # the others could not be reached
             print(_by_rank(self.rank, text), file=sys.stderr, flush=True)
             sys.stderr.flush()
             os._exit(code)
-        self.heart.take()
+        self.heartbeat.take()
         speak_once(self.board, self.rank, text, code, verdict)
         if self.launch is not None and self.launch.holds_board:
-            time.sleep(2 * self.heart.interval)  # for the others to read it
-        self.heart.stop()
+            time.sleep(2 * self.heartbeat.interval)  # for the others to read it
+        self.heartbeat.stop()
         sys.stdout.flush()
         os._exit(code)
 
     def _exit(self) -> None:
-        self.heart.take()
+        self.heartbeat.take()
         sys.stdout.flush()
         sys.stderr.flush()
         if self.launch is not None and self.launch.holds_board:
-            time.sleep(2 * self.heart.interval)
-        os._exit(int((self.heart.verdict or {}).get("code", LOST)))
+            time.sleep(2 * self.heartbeat.interval)
+        os._exit(int((self.heartbeat.verdict or {}).get("code", LOST)))
 
 
 def speak_once(board: Board, rank: int, text: str, code: int, verdict: dict[str, Any]) -> None:
