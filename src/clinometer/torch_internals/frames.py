@@ -7,9 +7,12 @@ from types import CodeType, FrameType
 from typing import Any
 
 import torch
+from torch import overrides
 from torch.nn.utils import parametrizations
+from torch.utils import _python_dispatch
 
 _PARAMETRIZATIONS = str(parametrizations.__file__)
+_MODE_STACKS = {str(overrides.__file__), str(_python_dispatch.__file__)}
 _decorated: Any = torch.no_grad()(lambda: None)
 _DECORATORS = _decorated.__code__.co_filename
 
@@ -32,6 +35,11 @@ def is_clipping(code: CodeType) -> bool:
 def is_parametrization(frame: FrameType | None) -> bool:
     """Whether a frame is one of torch's own parametrizations."""
     return frame is not None and frame.f_code.co_filename == _PARAMETRIZATIONS
+
+
+def stacks_modes(code: CodeType) -> bool:
+    """Whether a frame is of those that take a mode from torch's stack for a while and put it back."""
+    return code.co_filename in _MODE_STACKS
 
 
 def compiler_is_loaded() -> bool:

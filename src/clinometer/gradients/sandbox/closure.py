@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clinometer.gradients.sandbox.interrupts import theirs
 from clinometer.gradients.sandbox.random_state import RandomState
 from clinometer.messages import InputError
 from clinometer.torch_internals.frames import compiler_is_loaded
@@ -29,7 +30,7 @@ def evaluate(closure: Closure) -> Tensor:
         raise InputError("gradients.closure.not_callable", type=type(closure).__name__)
     torch.clear_autocast_cache()  # under the caller's autocast, values changed since would not be seen
     with torch.inference_mode(False), torch.enable_grad():
-        came = closure()
+        came = theirs(closure)
     loss = came
     if not isinstance(came, Tensor):
         loss = came.get("loss") if isinstance(came, Mapping) else getattr(came, "loss", None)
