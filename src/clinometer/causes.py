@@ -87,6 +87,8 @@ CAUSES: tuple[Cause, ...] = (
     _diagnosis("non-finite", "overflow", (F,), "forward backward sum"),
     _diagnosis("non-finite", "unknown", (F,), "own elsewhere"),
     # the loop around it
+    _diagnosis("loop", "gradients-off", (F, E), "no_grad inference_mode allowed"),
+    _diagnosis("loop", "not-compiled", (E,)),
     _diagnosis("loop", "not-in-optimizer", (F, E), "other hidden"),
     _diagnosis("loop", "stale-in-optimizer", (F,)),
     _diagnosis("loop", "accumulating", (F,)),

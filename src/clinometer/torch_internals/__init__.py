@@ -39,6 +39,7 @@ Seen to work with torch 2.10.0, 2.13.0, 2.14.1 and 2.15.0 unless a line says oth
     ops.mkldnn._linear_pointwise, _reorder_linear_weight, _is_mkldnn_bf16_supported        plain products
     cpu._is_amx_tile_supported, _is_avx512_bf16_supported                                  float32
     "torch._dynamo" among the loaded modules          leaving the compiler out             taken as not loaded
+    _dynamo.eval_frame._callback_from_stance          whether compiled code ran            modules only
     frames: of decorators (decorate_context up to 2.14, another name from 2.15, one file), of grad_scaler.py
       and nn/utils/parametrizations.py                                                     a line less exact
 """

@@ -1,4 +1,4 @@
-"""Frames of torch's own code, told apart by their names, and whether its compiler is loaded."""
+"""Frames of torch's own code, told apart by their names, and what is known of its compiler."""
 
 from __future__ import annotations
 
@@ -37,3 +37,14 @@ def is_parametrization(frame: FrameType | None) -> bool:
 def compiler_is_loaded() -> bool:
     """Whether torch.compile may have compiled anything; to load it takes a second."""
     return "torch._dynamo" in sys.modules
+
+
+def compiled_call_hook() -> tuple[Any, str] | None:
+    """Where every call of something compiled passes, with its callback: a module, the name of a function in it.
+
+    None if nothing was compiled, or this torch has no such function. The callback is None or False where
+    nothing is to be compiled.
+    """
+    place = sys.modules.get("torch._dynamo.eval_frame")
+    name = "_callback_from_stance"
+    return (place, name) if hasattr(place, name) else None

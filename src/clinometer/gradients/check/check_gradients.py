@@ -34,9 +34,10 @@ from clinometer.gradients.check.numerics.perturbation import NotRepeatable, Prob
 from clinometer.gradients.check.own_precision import OwnGradients, check_at_own_precision
 from clinometer.gradients.check.result import GradientCheck, TensorCheck
 from clinometer.gradients.report.places import Where
-from clinometer.gradients.sandbox.closure import Closure, eagerly, evaluate
+from clinometer.gradients.sandbox.closure import Closure, evaluate
 from clinometer.gradients.sandbox.sandbox import Before, modules_named_by, untouched
 from clinometer.gradients.sandbox.subject import Subject
+from clinometer.gradients.trace.circumstances import in_order, run_eagerly
 from clinometer.gradients.trace.function_calls import function_calls
 from clinometer.gradients.trace.inplace_errors import is_overwritten
 from clinometer.gradients.trace.observed_run import observe
@@ -79,10 +80,12 @@ def check_gradients(
         ranks.apart(),
         untouched(subject, closure=closure) as before,
         function_calls(),
-        eagerly(),
+        run_eagerly(subject.compiled) as circumstances,
         sdpa_kernel(SDPBackend.MATH),
     ):
-        return _Check(subject, closure, before, seed, asked, quiet).run()
+        result = _Check(subject, closure, before, seed, asked, quiet).run()
+        result.findings = tuple(in_order([*circumstances.findings(closure, before), *result.findings]))
+        return result
 
 
 def _index(given: int | tuple[int, ...]) -> tuple[int, ...]:

@@ -28,9 +28,10 @@ from clinometer.gradients.report.formatting import format_count
 from clinometer.gradients.report.module_names import owners
 from clinometer.gradients.report.places import Where
 from clinometer.gradients.report.result import Result
-from clinometer.gradients.sandbox.closure import Closure, eagerly
+from clinometer.gradients.sandbox.closure import Closure
 from clinometer.gradients.sandbox.sandbox import Before, modules_named_by, untouched
 from clinometer.gradients.sandbox.subject import Subject
+from clinometer.gradients.trace.circumstances import in_order, run_eagerly
 from clinometer.gradients.trace.observed_run import ObservedRun, gradients_kept, observe
 from clinometer.messages import InputError, say
 
@@ -100,8 +101,7 @@ class Diagnosis(Result):
     ) -> None:
         self._entries = entries
         self._others = dict(subject.canonical)
-        self.findings = sorted(findings, key=lambda f: (f.severity != FAULT, -len(f.names)))
-        self.compiled = subject.compiled
+        self.findings = in_order(sorted(findings, key=lambda f: -len(f.names)))
         self.numbers = subject.size
         self.nodes = nodes
         self.seconds = seconds
@@ -125,8 +125,6 @@ class Diagnosis(Result):
             lines += [*finding.document(language), BLANK]
         if (rest := len(self.findings) - _SHOWN) > 0:
             lines += [Line(sentence("diagnosis.more", language, count=rest)), BLANK]
-        if self.compiled:
-            lines.append(Line(tuple(map(dim_span, sentence("diagnosis.compiled", language)))))
         if self.rank[1] > 1:
             values = {"rank": self.rank[0], "count": self.rank[1]}
             lines.append(Line(tuple(map(dim_span, sentence("diagnosis.ranks", language, **values)))))
@@ -189,7 +187,11 @@ def diagnose(
         )
     modules = [m for m in (subject.module, *modules_named_by(closure)) if m is not None]
     ranks = Ranks(subject.tensors, modules)
-    with ranks.apart(), eagerly(), untouched(subject, closure=closure, optimizer=optimizers) as before:
+    with (
+        ranks.apart(),
+        run_eagerly(subject.compiled) as circumstances,
+        untouched(subject, closure=closure, optimizer=optimizers) as before,
+    ):
         result = observe(subject, closure, before, ranks, read_clue)
         with gradients_kept(subject):
             reasons, origin = explain(subject, closure, result, before, ranks)
@@ -199,6 +201,7 @@ def diagnose(
         reasons, apart = _kept_apart(reasons, loop_checks.tensors_outside(subject, optimizers))
         findings = loop_checks.check_run(subject, result, optimizers, before, ranks, apart=apart)
         nodes = len(result.flow.graph.nodes) if result.flow else 0
+        findings += circumstances.findings(closure, before)
     entries, found = collect(subject, reasons)
     if origin is not None and not any(f.status == "non-finite" for f in found):
         found.append(_finding(from_forward(origin), ()))
