@@ -7,9 +7,12 @@ from types import CodeType, FrameType
 from typing import Any
 
 import torch
+from torch import overrides
 from torch.nn.utils import parametrizations
+from torch.utils import _python_dispatch
 
 _PARAMETRIZATIONS = str(parametrizations.__file__)
+_MODE_STACKS = {str(overrides.__file__), str(_python_dispatch.__file__)}
 _decorated: Any = torch.no_grad()(lambda: None)
 _DECORATORS = _decorated.__code__.co_filename
 
@@ -34,16 +37,21 @@ def is_parametrization(frame: FrameType | None) -> bool:
     return frame is not None and frame.f_code.co_filename == _PARAMETRIZATIONS
 
 
+def stacks_modes(code: CodeType) -> bool:
+    """Whether a frame is of those that take a mode from torch's stack for a while and put it back."""
+    return code.co_filename in _MODE_STACKS
+
+
 def compiler_is_loaded() -> bool:
     """Whether torch.compile may have compiled anything; to load it takes a second."""
     return "torch._dynamo" in sys.modules
 
 
 def compiled_call_hook() -> tuple[Any, str] | None:
-    """Where every call of something compiled passes, with its callback: a module, the name of a function in it.
+    """A module and the name of a function in it, through which every call of something compiled passes.
 
-    None if nothing was compiled, or this torch has no such function. The callback is None or False where
-    nothing is to be compiled.
+    It is given a callback: None or False where nothing is to be compiled. There is no such function (None) if
+    the compiler is not loaded, or this torch has another one.
     """
     place = sys.modules.get("torch._dynamo.eval_frame")
     name = "_callback_from_stance"

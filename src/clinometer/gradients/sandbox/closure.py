@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clinometer.gradients.sandbox.interrupts import theirs
 from clinometer.gradients.sandbox.random_state import RandomState
 from clinometer.messages import InputError
 from clinometer.torch_internals.frames import compiler_is_loaded
@@ -34,7 +35,7 @@ def evaluate(closure: Closure, *, as_called: bool = False) -> Tensor:
         if not as_called:
             modes.enter_context(torch.inference_mode(False))
             modes.enter_context(torch.enable_grad())
-        came = closure()
+        came = theirs(closure)
     loss = came
     if not isinstance(came, Tensor):
         loss = came.get("loss") if isinstance(came, Mapping) else getattr(came, "loss", None)

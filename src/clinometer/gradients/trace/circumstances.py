@@ -51,7 +51,10 @@ class Circumstances:
 
 @contextmanager
 def run_eagerly(compiled: bool = False) -> Iterator[Circumstances]:
-    """`eagerly()`, and how the run inside differs from the person's own; `compiled`: a module that runs is."""
+    """`eagerly()`, and how the run inside differs from the person's own.
+
+    `compiled`: it is known already that a part of the model is.
+    """
     off = "" if torch.is_grad_enabled() else "no_grad"
     found = Circumstances("inference_mode" if torch.is_inference_mode_enabled() else off, compiled)
 
