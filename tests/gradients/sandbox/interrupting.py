@@ -23,7 +23,7 @@ from torch.overrides import _get_current_function_mode_stack
 from clinometer import attribute, check_gradients, diagnose, explain_step
 from clinometer.gradients.check.accumulation import check_accumulation
 from clinometer.gradients.check.leakage import check_causality
-from clinometer.gradients.report.places import is_instrument
+from clinometer.gradients.sandbox.code_origin import is_instrument
 
 
 class Net(nn.Module):

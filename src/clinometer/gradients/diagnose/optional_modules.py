@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from clinometer.gradients.report.places import is_machinery
+from clinometer.gradients.sandbox.code_origin import is_machinery
 from clinometer.gradients.sandbox.subject import Subject
 from clinometer.gradients.trace.cuts import each_bit
 from clinometer.gradients.trace.forward_trace import Trace

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from clinometer.gradients.diagnose.optional_modules import may_be_skipped
 from clinometer.gradients.report.finding import EXPLAINED, FAULT, Reason
-from clinometer.gradients.report.places import definition_of, is_installed
+from clinometer.gradients.report.places import definition_of
+from clinometer.gradients.sandbox.code_origin import is_installed
 from clinometer.gradients.sandbox.subject import Subject
 from clinometer.gradients.trace.backward_trace import Flow
 from clinometer.gradients.trace.cuts import Cut, Escape

@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager
 from types import FrameType, TracebackType
 from typing import Any, ParamSpec, TypeVar
 
-from clinometer.gradients.report.places import is_instrument
+from clinometer.gradients.sandbox.code_origin import is_instrument
 from clinometer.torch_internals.frames import stacks_modes
 
 P = ParamSpec("P")

@@ -156,8 +156,10 @@ def learning_rate(config: RunConfig, step: int) -> float:
             return constant_schedule(step, lr, warmup)
         case "wsd":
             return warmup_stable_decay_schedule(step, lr, config.min_lr, warmup, steps, config.decay_steps)
-        case _:
+        case "cosine":
             return cosine_schedule(step, lr, config.min_lr, warmup, steps)
+        case other:
+            raise AssertionError(f"a schedule that settings allow and the loop does not know: {other}")
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from clinometer.text.corpus import Corpus, open_corpus
 from clinometer.text.sampler import windows_per_epoch
 from clinometer.text.token_shards import TokenData, find_tokens
 from clinometer.text.tokenizer import Tokenizer
-from clinometer.training.checkpoints import checkpoint
+from clinometer.training.checkpoints import checkpoint, retention
 from clinometer.training.checkpoints.generator_state import restore_random_state
 from clinometer.training.ranks.world import World
 from clinometer.training.run.computation import first_model, first_optimizers
@@ -101,7 +101,7 @@ def attend(notices: Notices, world: World) -> TrainingSession:
 
 def _resume(folder: RunFolder, changed: RunConfig | None, notices: Notices, world: World) -> TrainingSession:
     path, config = folder.path, folder.config
-    checkpoint.sweep(folder.checkpoints)
+    retention.sweep(folder.checkpoints)
     if changed is not None and (found := differences(config, with_full_paths(changed))):
         wrong = {name: values for name, values in found.items() if name not in FREE_ON_RESUME}
         if wrong:
