@@ -40,6 +40,7 @@ from clinometer.gradients.sandbox.sandbox import Before, modules_named_by, untou
 from clinometer.gradients.sandbox.subject import Subject
 from clinometer.gradients.trace.circumstances import in_order, run_eagerly
 from clinometer.gradients.trace.function_calls import function_calls
+from clinometer.gradients.trace.holders import find_holders
 from clinometer.gradients.trace.inplace_errors import is_overwritten
 from clinometer.gradients.trace.observed_run import observe
 from clinometer.messages import InputError
@@ -113,9 +114,21 @@ class _Check:
     stopped: list[Where] = field(default_factory=list)
 
     def run(self) -> GradientCheck:
+        try:
+            return self._run()
+        except InputError as error:
+            if error.key == "check.graph_used_up":
+                self._raise_its_own()
+            raise
+
+    def _run(self) -> GradientCheck:
         self.started = time.perf_counter()
         subject = self.subject
         self.checked = {n: t for n, t in subject.tensors.items() if _checkable(t)}
+        if any(h.tensor.grad_fn is not None for h in find_holders(subject.module, self.closure).values()):
+            older = observe(subject, self.closure, self.before, Ranks(subject.tensors)).older
+            if older is not None and older.live:
+                return self._result({}, [older.finding()], None)
         try:
             own = OwnGradients.of(self.closure, self.checked, self.before)
         except (RuntimeError, IndexError) as error:

@@ -16,6 +16,8 @@ from clinometer.gradients.diagnose import loop_checks
 from clinometer.gradients.diagnose.evidence import read_clue
 from clinometer.gradients.diagnose.existing_gradients import without_closure
 from clinometer.gradients.diagnose.finiteness import Origin
+from clinometer.gradients.diagnose.optimizer_membership import Membership
+from clinometer.gradients.diagnose.outside_tensors import find_outside
 from clinometer.gradients.diagnose.second_runs import look_at_values, only_looked_at, used_by_chance
 from clinometer.gradients.diagnose.why_blocks_zero import explain_lines
 from clinometer.gradients.diagnose.why_none import before_any_run, why_none
@@ -38,6 +40,8 @@ from clinometer.messages import InputError, say
 
 _TRIED = 4
 """Lines at which numbers leave torch that are tried one by one: a forward each."""
+_OFTEN_MEANT = ("detach", "data", "no_grad", "inference_mode")
+"""Cuts that are usual where a loss should not train something."""
 _SHOWN = 6
 """Findings written out in full: one screen."""
 
@@ -178,11 +182,12 @@ def diagnose(
     begun = time.perf_counter()
     subject = Subject.of(params)
     optimizers = _optimizers(optimizer)
+    membership = Membership(subject, optimizers)
     if closure is None:
         refuse_flattened(() if subject.module is None else subject.module.modules())
         ranks = Ranks(subject.tensors)
         reasons = without_closure(subject, ranks)
-        findings = loop_checks.check_optimizers(subject, optimizers)
+        findings = loop_checks.check_optimizers(membership)
         entries, found = collect(subject, reasons)
         return Diagnosis(
             subject, entries, [*found, *findings], None, time.perf_counter() - begun, rank=ranks.place
@@ -200,9 +205,14 @@ def diagnose(
         unknown = {name: result.lines[name] for name, reason in reasons.items() if reason == "partly-zero"}
         reasons |= explain_lines(subject, closure, before, unknown, ranks)
         reasons = _without_chance(subject, closure, reasons, ranks)
-        reasons, apart = _kept_apart(reasons, loop_checks.tensors_outside(subject, optimizers))
-        findings = loop_checks.check_run(subject, result, optimizers, before, ranks, apart=apart)
+        reasons, apart = _kept_apart(reasons, membership.outside(result.getting))
+        reasons = _of_other_steps(reasons, membership, result.getting)
+        findings = find_outside(subject, result, before, membership)
+        findings += loop_checks.check_run(subject, result, membership, before, ranks, apart=apart)
         nodes = len(result.flow.graph.nodes) if result.flow else 0
+        older = result.older
+        if older is not None and older.live and older.saved and not older.whole:
+            findings.append(older.finding())
         findings += circumstances.findings(closure, before)
     entries, found = collect(subject, reasons)
     if origin is not None and not any(f.status == "non-finite" for f in found):
@@ -330,9 +340,26 @@ def _kept_apart(
         name: replace(reason, severity=EXPLAINED, variant="apart")
         for name, reason in reasons.items()
         if name in outside and isinstance(reason, Reason) and reason.cause == "cut"
-        if reason.variant in ("detach", "no_grad", "inference_mode")
+        if reason.variant in _OFTEN_MEANT
     }
     return {**reasons, **apart}, set(apart)
+
+
+def _of_other_steps(
+    reasons: dict[str, Reason | str], membership: Membership, getting: set[str]
+) -> dict[str, Reason | str]:
+    """What this loss does not concern: tensors of optimizers to which it brings no gradient at all."""
+    faults = {n: r for n, r in reasons.items() if isinstance(r, Reason) and r.severity == FAULT}
+    cut = {n for n, r in faults.items() if r.cause == "cut" and r.variant in _OFTEN_MEANT}
+    unused = {n for n, r in faults.items() if r.cause in ("unused", "not-reaching-loss")}
+    others = membership.of_other_steps(cut, getting)
+    if unused:
+        others |= membership.of_other_steps(unused, getting, live=True)
+    apart = {
+        name: replace(faults[name], severity=EXPLAINED, variant="other_step", group=faults[name].group or 0)
+        for name in others
+    }
+    return {**reasons, **apart}
 
 
 def collect(subject: Subject, reasons: Mapping[str, Reason | str]) -> tuple[dict[str, Entry], list[Finding]]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 from clinometer.gradients.report.places import Where, user_frame
@@ -55,6 +56,14 @@ class Trace(TorchFunctionMode):
         """Losses of backwards that the closure ran itself; of several that reach the same, the first."""
         self.vanished = 0
         """Parameters that `autograd.grad` differentiated away: no gradient of its result reaches them."""
+        self.made: dict[int, Where | None] = {}
+        """id of each nn.Parameter that the forward made → the line."""
+        self.derived: set[int] = set()
+        """Those of them that were made from values of other parameters: copies, and the like."""
+        self.given: set[int] = set()
+        """Tensors that were handed to an outermost module: inputs."""
+        self.differentiated: list[Tensor] = []
+        """Tensors that the closure took a gradient with respect to."""
         self.amp: dict[str, Where | None] = {}
         """Where the closure "scaled" a loss, "unscaled" gradients, and "clipped" still scaled ones."""
         self.masks: dict[Any, str] = {}
@@ -75,9 +84,13 @@ class Trace(TorchFunctionMode):
     def watching(self) -> Iterator[None]:
         """Active inside, with what the mode alone cannot see: Function.apply, Parameter(), modules."""
         offers("functions", "saved")
-        with seen_calls(self._function, self._parameter, self._modules, self._grad_off.inference):
-            with self:
-                yield
+        hook = register_module_forward_pre_hook(self._before_module)
+        try:
+            with seen_calls(self._function, self._parameter, self._modules, self._grad_off.inference):
+                with self:
+                    yield
+        finally:
+            hook.remove()
 
     def live(self, tensor: Tensor) -> int:
         """The parameters that a backward from `tensor` would reach."""
@@ -157,7 +170,9 @@ class Trace(TorchFunctionMode):
             return out
         if kind == "escape":
             return self._escape(name, ins, out)
-        if name == "grad" and any(tensor.grad_fn is not None for tensor in out):
+        if name == "grad" and args:
+            self.differentiated += tensors_in(args[1] if len(args) > 1 else kwargs.get("inputs"))
+        if name == "grad" and args and any(tensor.grad_fn is not None for tensor in out):
             self.vanished |= self._live_in(args[0]) & ~self._live_in(out)
         self._note(name, kind, ins, out, kwargs=kwargs, came=came)
         return out
@@ -319,8 +334,16 @@ class Trace(TorchFunctionMode):
         return out
 
     def _parameter(self, data: Any, made: Tensor) -> None:
-        if isinstance(data, Tensor) and not self._inside and not _copying(sys._getframe(1)):
-            self._judge("Parameter", "alias", [data], [made], None, where=self._where("Parameter"))
+        copying = _copying(sys._getframe(1))
+        where = self.made[id(made)] = self._where("Parameter")
+        if copying or (isinstance(data, Tensor) and (self.live(data) or self.cuts_in(data))):
+            self.derived.add(id(made))
+        if isinstance(data, Tensor) and not self._inside and not copying:
+            self._judge("Parameter", "alias", [data], [made], None, where=where)
+
+    def _before_module(self, module: nn.Module, args: Any) -> None:
+        if not self._modules:
+            self.given |= {id(tensor) for tensor in tensors_in(args)}
 
 
 class _Inside:

@@ -19,8 +19,11 @@ from clinometer.gradients.sandbox.tensors import largest, zero_lines
 from clinometer.gradients.trace.backward_trace import Flow, ReadClue
 from clinometer.gradients.trace.forward_trace import Trace
 from clinometer.gradients.trace.graph import Graph
+from clinometer.gradients.trace.holders import Holder, find_holders
 from clinometer.gradients.trace.inplace_errors import find_needed, find_overwritten, is_overwritten
+from clinometer.gradients.trace.older_graph import OlderGraph, find_older_graph, is_used_up
 from clinometer.messages import InputError, say
+from clinometer.torch_internals.nodes import next_order
 
 
 @dataclass
@@ -39,6 +42,15 @@ class ObservedRun:
     """The largest absolute values of the gradients that backwards of the closure's own left."""
     lines: dict[str, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
     """Rows and columns that are zero, of gradients that are not zero as a whole."""
+    holders: dict[int, Holder] = field(default_factory=dict)
+    """Where tensors were kept before the run."""
+    older: OlderGraph | None = None
+    """The graph from before the run that the loss leads into."""
+
+    @property
+    def getting(self) -> set[str]:
+        """The tensors that a backward brought a gradient, be it the closure's own."""
+        return {name for name, size in self.sizes.items() if size is not None} | self.own.keys()
 
 
 def observe(
@@ -52,29 +64,36 @@ def observe(
     """
     stand_ins = ranks.stand_ins()
     trace = Trace(subject, stand_ins)
+    holders, begun = find_holders(subject.module, closure), next_order()
     try:
         with trace.watching():
             loss = evaluate(closure)
     except RuntimeError as error:
         if is_overwritten(error):
             _say_who_wrote(error, closure, before, ranks, trace, roots=trace.own_losses)
+        elif is_used_up(error) and (older := find_older_graph(trace.own_losses, trace, holders, begun)):
+            error.add_note(older.note())
         raise
     own = {name: t.grad for name, t in subject.tensors.items() if t.is_leaf and t.grad is not None}
     before.set_grads_aside()  # what a closure's own backwards left
-    result = ObservedRun(trace, _what_trains(loss, trace), None)
+    result = ObservedRun(trace, _what_trains(loss, trace), None, holders=holders)
     result.returned = float(loss.detach())
     sizes = ranks.largest({name: largest(own.get(name)) for name in subject.tensors})
     result.own = {name: size for name, size in sizes.items() if size is not None}
     if result.loss.grad_fn is not None:
         graph = Graph(result.loss)
         result.flow = Flow(graph, trace, clue or _no_clue)
-        # A loss that was computed before the closure was called belongs to the user, graph and all.
-        keep = result.loss.grad_fn not in trace.places
+        result.older = find_older_graph([result.loss], trace, holders, begun)
+        # What was computed before the closure was called belongs to the user, graph and all.
+        keep = result.loss.grad_fn not in trace.places or result.older is not None
         try:
             result.flow.run(result.loss, keep)
         except RuntimeError as error:
-            if "backward through the graph a second time" in str(error):
-                raise InputError("diagnosis.graph_used_up") from error
+            if is_used_up(error) and result.older is not None:
+                if result.older.whole:
+                    raise InputError("diagnosis.graph_used_up") from error
+                error.add_note(result.older.note())
+                raise
             if not is_overwritten(error):
                 raise
             ran = {loss.grad_fn for loss in trace.own_losses}
