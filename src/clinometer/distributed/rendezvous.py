@@ -83,7 +83,7 @@ class WatchRanks:
         return None
 
     def wait_for(self, work: Any, begun: float) -> None:
-        """Wait for an exchange. Raises InputError if a rank left, or `EXCHANGE_PATIENCE` seconds after `begun`."""
+        """Wait for an exchange. Raises InputError if a rank left, or the patience after `begun` is over."""
         pause = 2e-5
         while not work.is_completed():
             passed = time.monotonic() - begun
