@@ -217,7 +217,7 @@ def diagnose(
     entries, found = collect(subject, reasons)
     if origin is not None and not any(f.status == "non-finite" for f in found):
         found.append(_finding(from_forward(origin), ()))
-    nothing = result.loss.grad_fn is None and not result.own
+    nothing = result.loss.grad_fn is None and not result.getting
     if nothing and not any(f.cause == "loss-without-graph" for f in found):
         found.append(_finding(Reason("none", "loss-without-graph", FAULT, "frozen"), ()))
     return Diagnosis(

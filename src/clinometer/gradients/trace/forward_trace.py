@@ -28,6 +28,7 @@ from clinometer.gradients.trace.function_calls import seen_calls
 from clinometer.gradients.trace.grad_mode import GradOff
 from clinometer.gradients.trace.graph import Node, live_below
 from clinometer.gradients.trace.index_errors import note_range
+from clinometer.torch_internals.custom_functions import UNPACK_DUAL, inside_transform
 from clinometer.torch_internals.nodes import packs_saved_tensors
 from clinometer.torch_internals.tensors import base_of
 from clinometer.torch_support import offers
@@ -96,9 +97,11 @@ class Trace(TorchFunctionMode):
         """The parameters that a backward from `tensor` would reach."""
         if id(tensor) in self.bits and tensor.is_leaf:
             return self.bits[id(tensor)] if tensor.requires_grad else 0
-        if not tensor.requires_grad or tensor.grad_fn is None:
-            return 0
-        return self.live_node(tensor.grad_fn) | (self.bits.get(id(tensor), 0))
+        found = 0
+        if tensor.requires_grad and tensor.grad_fn is not None:
+            found = self.live_node(tensor.grad_fn) | (self.bits.get(id(tensor), 0))
+        inner = inside_transform(tensor)
+        return found if inner is None else found | self.live(inner)
 
     def live_node(self, node: Node) -> int:
         """The parameters below a node."""
@@ -170,12 +173,29 @@ class Trace(TorchFunctionMode):
             return out
         if kind == "escape":
             return self._escape(name, ins, out)
-        if name == "grad" and args:
-            self.differentiated += tensors_in(args[1] if len(args) > 1 else kwargs.get("inputs"))
-        if name == "grad" and args and any(tensor.grad_fn is not None for tensor in out):
-            self.vanished |= self._live_in(args[0]) & ~self._live_in(out)
+        if name == "grad":
+            self._differentiate(*args, out=out, **kwargs)
+        if name == UNPACK_DUAL:
+            self.vanished |= self._live_in(ins) & ~self._live_in(out[1:])
+            return out
         self._note(name, kind, ins, out, kwargs=kwargs, came=came)
         return out
+
+    def _differentiate(
+        self,
+        outputs: Any = None,
+        inputs: Any = None,
+        grad_outputs: Any = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        *_: Any,
+        out: Any,
+        **__: Any,
+    ) -> None:
+        """A call of `torch.autograd.grad`, by whomever."""
+        self.differentiated += tensors_in(inputs)
+        if create_graph:
+            self.vanished |= self._live_in(outputs) & ~self._live_in(out)
 
     def _note(
         self, name: str, kind: str, ins: list[Tensor], out: Any, *, kwargs: Mapping[str, Any], came: int
@@ -197,6 +217,8 @@ class Trace(TorchFunctionMode):
                 suspect = suspect or not tensor.requires_grad or tensor.is_leaf
             else:
                 self._made(tensor.grad_fn, where)
+            if (inner := inside_transform(tensor)) is not None and inner.grad_fn is not None:
+                self._made(inner.grad_fn, where)
         for tensor in () if written is None else (written, base_of(written)):
             if tensor is not None and tensor.grad_fn is not None:
                 self._made(tensor.grad_fn, where)
@@ -232,6 +254,8 @@ class Trace(TorchFunctionMode):
         for tensor in ins:
             came |= self.live(tensor)
         carried = self._carry(ins, outs, written)
+        if name == "grad":
+            came &= ~self.vanished
         if not came:
             return
         for tensor in outs if written is None else [written]:
@@ -265,7 +289,8 @@ class Trace(TorchFunctionMode):
             cell = self._cells[id(tensor)] = Cell(weakref.ref(tensor))
         cell.cuts |= cuts
         cell.shares += [weakref.ref(source) for source in sources]
-        for owner in (*[ref() for ref in cell.shares if not sources], base_of(tensor)):
+        owners = (*[ref() for ref in cell.shares if not sources], base_of(tensor), inside_transform(tensor))
+        for owner in owners:
             if (
                 owner is not None
                 and owner is not tensor

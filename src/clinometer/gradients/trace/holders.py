@@ -19,7 +19,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from clinometer.gradients.sandbox.code_origin import is_machinery
-from clinometer.torch_internals.modules import own_parameters
 
 _MOST = 50_000
 """Values that are looked at: a list of a million numbers is no place to look for tensors."""
@@ -103,11 +102,10 @@ def _inside(at: _Found) -> Iterator[_Found]:
 def _of_module(at: _Found) -> Iterator[_Found]:
     module: nn.Module = at.value
     root = module if at.root is None else at.root
-    tables = ((own_parameters(module), True), (module.__dict__.get("_buffers") or {}, True))
-    children = module.__dict__.get("_modules") or {}
-    for table, registered in (*tables, (children, False)):
-        for key, item in table.items():
-            yield _Found(item, _joined(at.name, key), module, root, registered)
+    for key, item in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        yield _Found(item, _joined(at.name, key), module, root, True)
+    for key, item in module.named_children():
+        yield _Found(item, _joined(at.name, key), module, root)
     for key, item in vars(module).items():
         if key not in _OF_EVERY_MODULE:
             yield _Found(item, _joined(at.name, key), module, root)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from clinometer.distributed.ranks import Ranks, whole
 from clinometer.gradients.sandbox.closure import Closure, evaluate
+from clinometer.gradients.sandbox.interrupts import theirs
 from clinometer.gradients.sandbox.sandbox import Before
 from clinometer.gradients.sandbox.subject import Subject
 from clinometer.gradients.sandbox.tensors import largest, zero_lines
@@ -24,6 +25,7 @@ from clinometer.gradients.trace.inplace_errors import find_needed, find_overwrit
 from clinometer.gradients.trace.older_graph import OlderGraph, find_older_graph, is_used_up
 from clinometer.messages import InputError, say
 from clinometer.torch_internals.nodes import next_order
+from clinometer.torch_internals.tensors import has_hooks
 
 
 @dataclass
@@ -106,6 +108,11 @@ def observe(
                 if tensor.is_leaf:
                     tensor.grad = own.get(name)
         graph.rename(stand_ins)
+    elif result.loss.requires_grad and has_hooks(result.loss):
+        # A leaf with hooks: they may run the backward that trains, as a gradient cache does.
+        kept, result.loss.grad = result.loss.grad, None
+        theirs(torch.autograd.backward, result.loss, retain_graph=True)
+        result.loss.grad = kept
     with torch.no_grad():
         ranks.average_gradients()
         gradients = {n: t.grad if t.is_leaf or t.retains_grad else None for n, t in subject.tensors.items()}
