@@ -65,6 +65,8 @@ class Trace(TorchFunctionMode):
         """Tensors that were handed to an outermost module: inputs."""
         self.differentiated: list[Tensor] = []
         """Tensors that the closure took a gradient with respect to."""
+        self.closure: Any = None
+        """What is run, where that is known."""
         self.amp: dict[str, Where | None] = {}
         """Where the closure "scaled" a loss, "unscaled" gradients, and "clipped" still scaled ones."""
         self.masks: dict[Any, str] = {}

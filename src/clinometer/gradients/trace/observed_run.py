@@ -66,6 +66,7 @@ def observe(
     """
     stand_ins = ranks.stand_ins()
     trace = Trace(subject, stand_ins)
+    trace.closure = closure
     holders, begun = find_holders(subject.module, closure), next_order()
     try:
         with trace.watching():
