@@ -50,6 +50,7 @@ CUTS = (
     " checkpoint operation"
 )
 ESCAPES = "item tolist numpy float int complex"
+OUTSIDE = "plain computed new late outside network beside variable"
 LAYERS = "layer layer_written root root_written"
 POLES = "sqrt norm log division pow acos std softmax other"
 
@@ -61,9 +62,9 @@ CAUSES: tuple[Cause, ...] = (
     _diagnosis("none", "no-backward", (F,)),
     _diagnosis("none", "cleared", (E,), "likely"),
     _diagnosis("none", "loss-without-graph", (F,), f"frozen {CUTS} {ESCAPES}"),
-    _diagnosis("none", "cut", (F, E), f"escape apart {CUTS}"),
-    _diagnosis("none", "unused", (F, E), "meta choice branch chance"),
-    _diagnosis("none", "not-reaching-loss", (F, E), "extra_output differentiated seen_from_grad"),
+    _diagnosis("none", "cut", (F, E), f"escape apart other_step {CUTS}"),
+    _diagnosis("none", "unused", (F, E), "meta choice depth branch chance other_step"),
+    _diagnosis("none", "not-reaching-loss", (F, E), "extra_output differentiated seen_from_grad other_step"),
     _diagnosis("none", "undefined-in-backward", (F,), "built_in"),
     # .grad is zero everywhere
     _diagnosis("zero", "zero-loss-gradient", (F, E), "minimum flat ignored"),
@@ -87,7 +88,10 @@ CAUSES: tuple[Cause, ...] = (
     _diagnosis("non-finite", "overflow", (F,), "forward backward sum"),
     _diagnosis("non-finite", "unknown", (F,), "own elsewhere"),
     # the loop around it
-    _diagnosis("loop", "not-in-optimizer", (F, E), "other hidden"),
+    _diagnosis("loop", "gradients-off", (F, E), "no_grad inference_mode allowed"),
+    _diagnosis("loop", "not-compiled", (E,)),
+    _diagnosis("loop", "older-graph", (E,), "unnamed"),
+    _diagnosis("loop", "not-in-optimizer", (F, E), f"other hidden {OUTSIDE}"),
     _diagnosis("loop", "stale-in-optimizer", (F,)),
     _diagnosis("loop", "accumulating", (F,)),
     _diagnosis("loop", "moved-while-frozen", (F, E), "zero_gradient statistics"),

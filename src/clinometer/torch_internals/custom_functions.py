@@ -23,6 +23,17 @@ if without_modes is nullcontext:
 look_up("autograd.Function._backward_cls._forward_cls", "functions")
 transforms_active: Callable[[], bool] = look_up("_C._are_functorch_transforms_active", "transforms") or bool
 """Whether a transform of torch.func (vmap, grad) is running."""
+_is_wrapped: Any = look_up("_C._functorch.is_functorch_wrapped_tensor", "transforms") or (lambda _: False)
+_unwrapped = look_up("_C._functorch.get_unwrapped", "transforms")
+
+
+UNPACK_DUAL = "_unpack_dual"
+"""The call that takes a value and its derivative of forward mode apart."""
+
+
+def inside_transform(tensor: torch.Tensor) -> torch.Tensor | None:
+    """The tensor that a transform of torch.func wraps, with the graph it has outside; None if none does."""
+    return _unwrapped(tensor) if _unwrapped is not None and _is_wrapped(tensor) else None
 
 
 Operator: Any = type(torch.ops.aten.add.Tensor)

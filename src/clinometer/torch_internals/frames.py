@@ -1,4 +1,4 @@
-"""Frames of torch's own code, told apart by their names, and whether its compiler is loaded."""
+"""Frames of torch's own code, told apart by their names, and what is known of its compiler."""
 
 from __future__ import annotations
 
@@ -45,3 +45,14 @@ def stacks_modes(code: CodeType) -> bool:
 def compiler_is_loaded() -> bool:
     """Whether torch.compile may have compiled anything; to load it takes a second."""
     return "torch._dynamo" in sys.modules
+
+
+def compiled_call_hook() -> tuple[Any, str] | None:
+    """A module and the name of a function in it, through which every call of something compiled passes.
+
+    It is given a callback: None or False where nothing is to be compiled. There is no such function (None) if
+    the compiler is not loaded, or this torch has another one.
+    """
+    place = sys.modules.get("torch._dynamo.eval_frame")
+    name = "_callback_from_stance"
+    return (place, name) if hasattr(place, name) else None

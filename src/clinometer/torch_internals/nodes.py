@@ -43,6 +43,12 @@ def order_of(node: Any) -> int | None:
     return None if number is None else number()
 
 
+def next_order() -> int | None:
+    """The number that a node made now would have: those made before have smaller ones."""
+    with torch.inference_mode(False), torch.enable_grad():
+        return order_of(torch.zeros((), requires_grad=True).neg().grad_fn)
+
+
 def run_backward(loss: Tensor, tensors: Sequence[Tensor], *, accumulate: bool) -> Sequence[Tensor | None]:
     """The gradients of `tensors`, or none, but accumulated; a mode that stands sees the backward's calls."""
     ones = torch.ones_like(loss)

@@ -16,6 +16,8 @@ from clinometer.gradients.diagnose import loop_checks
 from clinometer.gradients.diagnose.evidence import read_clue
 from clinometer.gradients.diagnose.existing_gradients import without_closure
 from clinometer.gradients.diagnose.finiteness import Origin
+from clinometer.gradients.diagnose.optimizer_membership import Membership
+from clinometer.gradients.diagnose.outside_tensors import find_outside
 from clinometer.gradients.diagnose.second_runs import look_at_values, only_looked_at, used_by_chance
 from clinometer.gradients.diagnose.why_blocks_zero import explain_lines
 from clinometer.gradients.diagnose.why_none import before_any_run, why_none
@@ -28,15 +30,18 @@ from clinometer.gradients.report.formatting import format_count
 from clinometer.gradients.report.module_names import owners
 from clinometer.gradients.report.places import Where
 from clinometer.gradients.report.result import Result
-from clinometer.gradients.sandbox.closure import Closure, eagerly
+from clinometer.gradients.sandbox.closure import Closure
 from clinometer.gradients.sandbox.interrupts import uninterrupted
 from clinometer.gradients.sandbox.sandbox import Before, modules_named_by, untouched
 from clinometer.gradients.sandbox.subject import Subject
+from clinometer.gradients.trace.circumstances import in_order, run_eagerly
 from clinometer.gradients.trace.observed_run import ObservedRun, gradients_kept, observe
 from clinometer.messages import InputError, say
 
 _TRIED = 4
 """Lines at which numbers leave torch that are tried one by one: a forward each."""
+_OFTEN_MEANT = ("detach", "data", "no_grad", "inference_mode")
+"""Cuts that are usual where a loss should not train something."""
 _SHOWN = 6
 """Findings written out in full: one screen."""
 
@@ -101,8 +106,7 @@ class Diagnosis(Result):
     ) -> None:
         self._entries = entries
         self._others = dict(subject.canonical)
-        self.findings = sorted(findings, key=lambda f: (f.severity != FAULT, -len(f.names)))
-        self.compiled = subject.compiled
+        self.findings = in_order(sorted(findings, key=lambda f: -len(f.names)))
         self.numbers = subject.size
         self.nodes = nodes
         self.seconds = seconds
@@ -126,8 +130,6 @@ class Diagnosis(Result):
             lines += [*finding.document(language), BLANK]
         if (rest := len(self.findings) - _SHOWN) > 0:
             lines += [Line(sentence("diagnosis.more", language, count=rest)), BLANK]
-        if self.compiled:
-            lines.append(Line(tuple(map(dim_span, sentence("diagnosis.compiled", language)))))
         if self.rank[1] > 1:
             values = {"rank": self.rank[0], "count": self.rank[1]}
             lines.append(Line(tuple(map(dim_span, sentence("diagnosis.ranks", language, **values)))))
@@ -180,31 +182,42 @@ def diagnose(
     begun = time.perf_counter()
     subject = Subject.of(params)
     optimizers = _optimizers(optimizer)
+    membership = Membership(subject, optimizers)
     if closure is None:
         refuse_flattened(() if subject.module is None else subject.module.modules())
         ranks = Ranks(subject.tensors)
         reasons = without_closure(subject, ranks)
-        findings = loop_checks.check_optimizers(subject, optimizers)
+        findings = loop_checks.check_optimizers(membership)
         entries, found = collect(subject, reasons)
         return Diagnosis(
             subject, entries, [*found, *findings], None, time.perf_counter() - begun, rank=ranks.place
         )
     modules = [m for m in (subject.module, *modules_named_by(closure)) if m is not None]
     ranks = Ranks(subject.tensors, modules)
-    with ranks.apart(), eagerly(), untouched(subject, closure=closure, optimizer=optimizers) as before:
+    with (
+        ranks.apart(),
+        run_eagerly(subject.compiled) as circumstances,
+        untouched(subject, closure=closure, optimizer=optimizers) as before,
+    ):
         result = observe(subject, closure, before, ranks, read_clue)
         with gradients_kept(subject):
             reasons, origin = explain(subject, closure, result, before, ranks)
         unknown = {name: result.lines[name] for name, reason in reasons.items() if reason == "partly-zero"}
         reasons |= explain_lines(subject, closure, before, unknown, ranks)
         reasons = _without_chance(subject, closure, reasons, ranks)
-        reasons, apart = _kept_apart(reasons, loop_checks.tensors_outside(subject, optimizers))
-        findings = loop_checks.check_run(subject, result, optimizers, before, ranks, apart=apart)
+        reasons, apart = _kept_apart(reasons, membership.outside(result.getting))
+        reasons = _of_other_steps(reasons, membership, result.getting)
+        findings = find_outside(subject, result, before, membership)
+        findings += loop_checks.check_run(subject, result, membership, before, ranks, apart=apart)
         nodes = len(result.flow.graph.nodes) if result.flow else 0
+        older = result.older
+        if older is not None and older.live and older.saved and not older.whole:
+            findings.append(older.finding())
+        findings += circumstances.findings(closure, before)
     entries, found = collect(subject, reasons)
     if origin is not None and not any(f.status == "non-finite" for f in found):
         found.append(_finding(from_forward(origin), ()))
-    nothing = result.loss.grad_fn is None and not result.own
+    nothing = result.loss.grad_fn is None and not result.getting
     if nothing and not any(f.cause == "loss-without-graph" for f in found):
         found.append(_finding(Reason("none", "loss-without-graph", FAULT, "frozen"), ()))
     return Diagnosis(
@@ -327,9 +340,26 @@ def _kept_apart(
         name: replace(reason, severity=EXPLAINED, variant="apart")
         for name, reason in reasons.items()
         if name in outside and isinstance(reason, Reason) and reason.cause == "cut"
-        if reason.variant in ("detach", "no_grad", "inference_mode")
+        if reason.variant in _OFTEN_MEANT
     }
     return {**reasons, **apart}, set(apart)
+
+
+def _of_other_steps(
+    reasons: dict[str, Reason | str], membership: Membership, getting: set[str]
+) -> dict[str, Reason | str]:
+    """What this loss does not concern: tensors of optimizers to which it brings no gradient at all."""
+    faults = {n: r for n, r in reasons.items() if isinstance(r, Reason) and r.severity == FAULT}
+    cut = {n for n, r in faults.items() if r.cause == "cut" and r.variant in _OFTEN_MEANT}
+    unused = {n for n, r in faults.items() if r.cause in ("unused", "not-reaching-loss")}
+    others = membership.of_other_steps(cut, getting)
+    if unused:
+        others |= membership.of_other_steps(unused, getting, live=True)
+    apart = {
+        name: replace(faults[name], severity=EXPLAINED, variant="other_step", group=faults[name].group or 0)
+        for name in others
+    }
+    return {**reasons, **apart}
 
 
 def collect(subject: Subject, reasons: Mapping[str, Reason | str]) -> tuple[dict[str, Entry], list[Finding]]:

@@ -17,6 +17,7 @@ from clinometer.gradients.trace.forward_trace import Trace
 from clinometer.gradients.trace.graph import Node
 from clinometer.gradients.trace.graph_search import receives
 from clinometer.torch_internals.custom_functions import function_of
+from clinometer.torch_internals.tensors import has_hooks
 
 
 def before_any_run(tensor: Tensor) -> Reason | None:
@@ -43,7 +44,7 @@ def why_none(name: str, subject: Subject, trace: Trace, flow: Flow | None, loss:
     cuts = [cut for i, cut in enumerate(trace.cuts) if cut.live & bit]
     reaching = trace.cuts_in(loss)
     to_loss = [cut for i, cut in enumerate(trace.cuts) if cut.live & bit and reaching >> i & 1]
-    if loss.grad_fn is None:
+    if loss.grad_fn is None and not (loss.requires_grad and has_hooks(loss)):
         # A loss made from a Python number has no cut in it: the place is where the number left torch.
         found = _first(to_loss) or (trace.escapes[-1] if trace.escapes else _first(trace.cuts))
         where = found.where if found else None

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 from clinometer.gradients.report.places import Where, user_frame
@@ -27,6 +28,7 @@ from clinometer.gradients.trace.function_calls import seen_calls
 from clinometer.gradients.trace.grad_mode import GradOff
 from clinometer.gradients.trace.graph import Node, live_below
 from clinometer.gradients.trace.index_errors import note_range
+from clinometer.torch_internals.custom_functions import UNPACK_DUAL, inside_transform
 from clinometer.torch_internals.nodes import packs_saved_tensors
 from clinometer.torch_internals.tensors import base_of
 from clinometer.torch_support import offers
@@ -55,6 +57,16 @@ class Trace(TorchFunctionMode):
         """Losses of backwards that the closure ran itself; of several that reach the same, the first."""
         self.vanished = 0
         """Parameters that `autograd.grad` differentiated away: no gradient of its result reaches them."""
+        self.made: dict[int, Where | None] = {}
+        """id of each nn.Parameter that the forward made → the line."""
+        self.derived: set[int] = set()
+        """Those of them that were made from values of other parameters: copies, and the like."""
+        self.given: set[int] = set()
+        """Tensors that were handed to an outermost module: inputs."""
+        self.differentiated: list[Tensor] = []
+        """Tensors that the closure took a gradient with respect to."""
+        self.closure: Any = None
+        """What is run, where that is known."""
         self.amp: dict[str, Where | None] = {}
         """Where the closure "scaled" a loss, "unscaled" gradients, and "clipped" still scaled ones."""
         self.masks: dict[Any, str] = {}
@@ -75,17 +87,23 @@ class Trace(TorchFunctionMode):
     def watching(self) -> Iterator[None]:
         """Active inside, with what the mode alone cannot see: Function.apply, Parameter(), modules."""
         offers("functions", "saved")
-        with seen_calls(self._function, self._parameter, self._modules, self._grad_off.inference):
-            with self:
-                yield
+        hook = register_module_forward_pre_hook(self._before_module)
+        try:
+            with seen_calls(self._function, self._parameter, self._modules, self._grad_off.inference):
+                with self:
+                    yield
+        finally:
+            hook.remove()
 
     def live(self, tensor: Tensor) -> int:
         """The parameters that a backward from `tensor` would reach."""
         if id(tensor) in self.bits and tensor.is_leaf:
             return self.bits[id(tensor)] if tensor.requires_grad else 0
-        if not tensor.requires_grad or tensor.grad_fn is None:
-            return 0
-        return self.live_node(tensor.grad_fn) | (self.bits.get(id(tensor), 0))
+        found = 0
+        if tensor.requires_grad and tensor.grad_fn is not None:
+            found = self.live_node(tensor.grad_fn) | (self.bits.get(id(tensor), 0))
+        inner = inside_transform(tensor)
+        return found if inner is None else found | self.live(inner)
 
     def live_node(self, node: Node) -> int:
         """The parameters below a node."""
@@ -157,10 +175,29 @@ class Trace(TorchFunctionMode):
             return out
         if kind == "escape":
             return self._escape(name, ins, out)
-        if name == "grad" and any(tensor.grad_fn is not None for tensor in out):
-            self.vanished |= self._live_in(args[0]) & ~self._live_in(out)
+        if name == "grad":
+            self._differentiate(*args, out=out, **kwargs)
+        if name == UNPACK_DUAL:
+            self.vanished |= self._live_in(ins) & ~self._live_in(out[1:])
+            return out
         self._note(name, kind, ins, out, kwargs=kwargs, came=came)
         return out
+
+    def _differentiate(
+        self,
+        outputs: Any = None,
+        inputs: Any = None,
+        grad_outputs: Any = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        *_: Any,
+        out: Any,
+        **__: Any,
+    ) -> None:
+        """A call of `torch.autograd.grad`, by whomever."""
+        self.differentiated += tensors_in(inputs)
+        if create_graph:
+            self.vanished |= self._live_in(outputs) & ~self._live_in(out)
 
     def _note(
         self, name: str, kind: str, ins: list[Tensor], out: Any, *, kwargs: Mapping[str, Any], came: int
@@ -182,6 +219,8 @@ class Trace(TorchFunctionMode):
                 suspect = suspect or not tensor.requires_grad or tensor.is_leaf
             else:
                 self._made(tensor.grad_fn, where)
+            if (inner := inside_transform(tensor)) is not None and inner.grad_fn is not None:
+                self._made(inner.grad_fn, where)
         for tensor in () if written is None else (written, base_of(written)):
             if tensor is not None and tensor.grad_fn is not None:
                 self._made(tensor.grad_fn, where)
@@ -217,6 +256,8 @@ class Trace(TorchFunctionMode):
         for tensor in ins:
             came |= self.live(tensor)
         carried = self._carry(ins, outs, written)
+        if name == "grad":
+            came &= ~self.vanished
         if not came:
             return
         for tensor in outs if written is None else [written]:
@@ -250,7 +291,8 @@ class Trace(TorchFunctionMode):
             cell = self._cells[id(tensor)] = Cell(weakref.ref(tensor))
         cell.cuts |= cuts
         cell.shares += [weakref.ref(source) for source in sources]
-        for owner in (*[ref() for ref in cell.shares if not sources], base_of(tensor)):
+        owners = (*[ref() for ref in cell.shares if not sources], base_of(tensor), inside_transform(tensor))
+        for owner in owners:
             if (
                 owner is not None
                 and owner is not tensor
@@ -319,8 +361,16 @@ class Trace(TorchFunctionMode):
         return out
 
     def _parameter(self, data: Any, made: Tensor) -> None:
-        if isinstance(data, Tensor) and not self._inside and not _copying(sys._getframe(1)):
-            self._judge("Parameter", "alias", [data], [made], None, where=self._where("Parameter"))
+        copying = _copying(sys._getframe(1))
+        where = self.made[id(made)] = self._where("Parameter")
+        if copying or (isinstance(data, Tensor) and (self.live(data) or self.cuts_in(data))):
+            self.derived.add(id(made))
+        if isinstance(data, Tensor) and not self._inside and not copying:
+            self._judge("Parameter", "alias", [data], [made], None, where=where)
+
+    def _before_module(self, module: nn.Module, args: Any) -> None:
+        if not self._modules:
+            self.given |= {id(tensor) for tensor in tensors_in(args)}
 
 
 class _Inside:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 from clinometer.gradients.report.places import Where
 from clinometer.gradients.trace.backward_trace import Flow
-from clinometer.gradients.trace.graph import Node, operation
+from clinometer.gradients.trace.forward_trace import Trace
+from clinometer.gradients.trace.graph import Graph, Node, operation
 from clinometer.gradients.trace.node_kinds import PRODUCT
 
 _MOST_BELOW = 24
@@ -16,19 +17,24 @@ _SUMMAND_FIRST = ("Addmm", "Baddbmm", "Addmv")
 
 def place_of(node: Node, flow: Flow) -> Where | None:
     """Returns the line of a node; if it has none, the line of the call it belongs to."""
-    return flow.trace.places.get(node) or place_above(node, flow)
+    return nearest_place(node, flow.graph, flow.trace)
 
 
 def place_above(node: Node, flow: Flow) -> Where | None:
     """Returns the line of the nearest node towards the loss that has one: a call may make several nodes."""
+    return nearest_place(node, flow.graph, flow.trace, itself=False)
+
+
+def nearest_place(node: Node, graph: Graph, trace: Trace, *, itself: bool = True) -> Where | None:
+    """Returns the line of a node, or of the nearest towards the loss that has one."""
     seen, queue = {node}, [node]
     while queue:
-        for consumer, _ in flow.graph.consumers.get(queue.pop(0), ()):
-            if (where := flow.trace.places.get(consumer)) is not None:
-                return where
-            if consumer not in seen:
-                seen.add(consumer)
-                queue.append(consumer)
+        current = queue.pop(0)
+        if (itself or current is not node) and (where := trace.places.get(current)) is not None:
+            return where
+        above = dict.fromkeys(c for c, _ in graph.consumers.get(current, ()) if c not in seen)
+        seen.update(above)
+        queue += above
     return None
 
 

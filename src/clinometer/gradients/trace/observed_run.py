@@ -13,14 +13,19 @@ from torch import Tensor
 
 from clinometer.distributed.ranks import Ranks, whole
 from clinometer.gradients.sandbox.closure import Closure, evaluate
+from clinometer.gradients.sandbox.interrupts import theirs
 from clinometer.gradients.sandbox.sandbox import Before
 from clinometer.gradients.sandbox.subject import Subject
 from clinometer.gradients.sandbox.tensors import largest, zero_lines
 from clinometer.gradients.trace.backward_trace import Flow, ReadClue
 from clinometer.gradients.trace.forward_trace import Trace
 from clinometer.gradients.trace.graph import Graph
+from clinometer.gradients.trace.holders import Holder, find_holders
 from clinometer.gradients.trace.inplace_errors import find_needed, find_overwritten, is_overwritten
+from clinometer.gradients.trace.older_graph import OlderGraph, find_older_graph, is_used_up
 from clinometer.messages import InputError, say
+from clinometer.torch_internals.nodes import next_order
+from clinometer.torch_internals.tensors import has_hooks
 
 
 @dataclass
@@ -39,6 +44,15 @@ class ObservedRun:
     """The largest absolute values of the gradients that backwards of the closure's own left."""
     lines: dict[str, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
     """Rows and columns that are zero, of gradients that are not zero as a whole."""
+    holders: dict[int, Holder] = field(default_factory=dict)
+    """Where tensors were kept before the run."""
+    older: OlderGraph | None = None
+    """The graph from before the run that the loss leads into."""
+
+    @property
+    def getting(self) -> set[str]:
+        """The tensors that a backward brought a gradient, be it the closure's own."""
+        return {name for name, size in self.sizes.items() if size is not None} | self.own.keys()
 
 
 def observe(
@@ -52,29 +66,37 @@ def observe(
     """
     stand_ins = ranks.stand_ins()
     trace = Trace(subject, stand_ins)
+    trace.closure = closure
+    holders, begun = find_holders(subject.module, closure), next_order()
     try:
         with trace.watching():
             loss = evaluate(closure)
     except RuntimeError as error:
         if is_overwritten(error):
             _say_who_wrote(error, closure, before, ranks, trace, roots=trace.own_losses)
+        elif is_used_up(error) and (older := find_older_graph(trace.own_losses, trace, holders, begun)):
+            error.add_note(older.note())
         raise
     own = {name: t.grad for name, t in subject.tensors.items() if t.is_leaf and t.grad is not None}
     before.set_grads_aside()  # what a closure's own backwards left
-    result = ObservedRun(trace, _what_trains(loss, trace), None)
+    result = ObservedRun(trace, _what_trains(loss, trace), None, holders=holders)
     result.returned = float(loss.detach())
     sizes = ranks.largest({name: largest(own.get(name)) for name in subject.tensors})
     result.own = {name: size for name, size in sizes.items() if size is not None}
     if result.loss.grad_fn is not None:
         graph = Graph(result.loss)
         result.flow = Flow(graph, trace, clue or _no_clue)
-        # A loss that was computed before the closure was called belongs to the user, graph and all.
-        keep = result.loss.grad_fn not in trace.places
+        result.older = find_older_graph([result.loss], trace, holders, begun)
+        # What was computed before the closure was called belongs to the user, graph and all.
+        keep = result.loss.grad_fn not in trace.places or result.older is not None
         try:
             result.flow.run(result.loss, keep)
         except RuntimeError as error:
-            if "backward through the graph a second time" in str(error):
-                raise InputError("diagnosis.graph_used_up") from error
+            if is_used_up(error) and result.older is not None:
+                if result.older.whole:
+                    raise InputError("diagnosis.graph_used_up") from error
+                error.add_note(result.older.note())
+                raise
             if not is_overwritten(error):
                 raise
             ran = {loss.grad_fn for loss in trace.own_losses}
@@ -87,6 +109,11 @@ def observe(
                 if tensor.is_leaf:
                     tensor.grad = own.get(name)
         graph.rename(stand_ins)
+    elif result.loss.requires_grad and has_hooks(result.loss):
+        # A leaf with hooks: they may run the backward that trains, as a gradient cache does.
+        kept, result.loss.grad = result.loss.grad, None
+        theirs(torch.autograd.backward, result.loss, retain_graph=True)
+        result.loss.grad = kept
     with torch.no_grad():
         ranks.average_gradients()
         gradients = {n: t.grad if t.is_leaf or t.retains_grad else None for n, t in subject.tensors.items()}
