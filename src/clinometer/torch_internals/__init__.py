@@ -10,6 +10,9 @@ Seen to work with torch 2.10.0, 2.13.0, 2.14.1 and 2.15.0 unless a line says oth
     CheckpointFunction.forward                        looking into reentrant checkpoints   "checkpoints"
     _C.DisableTorchFunction                           the same                             "checkpoints"
     _C._are_functorch_transforms_active               leaving vmap and grad alone          "transforms"
+    _C._functorch.is_functorch_wrapped_tensor, is_gradtrackingtensor, get_unwrapped
+                                                      values inside vmap and grad          taken as plain
+    _functorch.eager_transforms._wrap_tensor_for_grad                                      low precision there
     _C._autograd._top_saved_tensors_default_hooks     reading what nodes saved             "saved"
     node._saved_<name>                                the same                             None
     node._input_metadata, _sequence_nr                shapes and order of nodes            None

@@ -27,6 +27,7 @@ from clinometer.torch_internals.custom_functions import (
     has_setup_context,
     operator_name,
     registered_backward,
+    transforms_active,
 )
 
 MOST_CALLS = 8
@@ -146,7 +147,7 @@ class Capture:
                 call.backward = backward
 
     def _note(self, path: str, target: Any, arguments: Any, most: int) -> CapturedCall | None:
-        if self._counts.get(target, 0) >= most:
+        if self._counts.get(target, 0) >= most or transforms_active():  # what vmap wraps lives in it only
             return None
         self._counts[target] = self._counts.get(target, 0) + 1
         try:

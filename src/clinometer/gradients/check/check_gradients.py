@@ -122,7 +122,7 @@ class _Check:
             [m for m in [subject.module, *modules_named_by(self.closure)] if m is not None]
         )
         also = [p for module in modules for p in module.parameters()]
-        with in_double([*self.checked.values(), *also]) as (mode, doubled):
+        with in_double([*self.checked.values(), *also], self.before.puts_back) as (mode, doubled):
             self.mode, self.doubled = mode, doubled
             probe = Probe(self._loss, self.checked, mode, doubled)
             try:

@@ -30,7 +30,7 @@ from clinometer.gradients.report.places import Where, user_frame
 from clinometer.gradients.sandbox.random_state import RandomState
 from clinometer.gradients.trace.checkpointing import opened_checkpoints
 from clinometer.gradients.trace.function_calls import function_calls, in_custom
-from clinometer.torch_internals.custom_functions import transforms_active
+from clinometer.torch_internals.custom_functions import is_transformed, transforms_active, untransformed
 from clinometer.torch_internals.tensors import memory_of, version_of
 
 _DATA = torch.Tensor.data  # pyright: ignore[reportAttributeAccessIssue]
@@ -86,6 +86,8 @@ class StopGradients(TorchFunctionMode):
         """The label of the one line whose values are not given again but let live."""
         self.written: list[Where] = []
         """Lines whose alias (`.data`, `detach()`) was written to afterwards: not held, the write is real."""
+        self.unheld: dict[str, Where] = {}
+        """Lines that take values out of the gradient inside vmap, where they cannot be held constant."""
         self._values: list[tuple[str, Any]] = []
         self._aliases: list[_Alias] = []
         self._labels: dict[int, str] = {}
@@ -128,6 +130,8 @@ class StopGradients(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if not self.active or (name == "__get__" and getattr(func, "__self__", None) is not _DATA):
             return self._call(func, args, kwargs)
+        if transforms_active():
+            return self._transformed(func, args, kwargs)
         if _is_special(func):
             # What follows makes calls of its own.
             low = self._doubling is not None and (is_low(args) or is_low(kwargs.values()))
@@ -150,13 +154,26 @@ class StopGradients(TorchFunctionMode):
         out = self._call(func, args, kwargs)
         if not asked or (type(out) is Tensor and out.requires_grad and not writes(name)):
             return out
-        if transforms_active():
-            return out
         if writes(name):
             if isinstance(args[0], Tensor) and not args[0].requires_grad and not in_custom():
                 self._hold_write(name, args[0])
             return out
         return self._hold(name, out, args)
+
+    def _transformed(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A call inside vmap or grad of torch.func: what grad wraps is held, of what vmap wraps it is noted."""
+        name, out = getattr(func, "__name__", ""), self._call(func, args, kwargs)
+        cut = isinstance(out, Tensor) and out.is_floating_point() and not out.requires_grad and not in_custom()
+        if not cut or not (_asks(args) or name in _CUTS):
+            return out
+        if not is_transformed(out):
+            return self._exchange(name, out, ())
+        if (plain := untransformed(out)) is not None:
+            given = self._exchange(name, plain, ())
+            return out if given is plain else given
+        if name in _CUTS and (where := user_frame(sys._getframe(2), op=_written_as(name))) is not None:
+            self.unheld.setdefault(where.label, where)
+        return out
 
     def _hold(self, name: str, out: Any, args: Any) -> Any:
         if isinstance(out, Tensor):
@@ -257,7 +274,7 @@ class StopGradients(TorchFunctionMode):
         return value if same and value is not _PASS else otherwise
 
     def _note(self, name: str, out: Any, args: Any) -> None:
-        where = user_frame(sys._getframe(1), op="data" if name == "__get__" else name)
+        where = user_frame(sys._getframe(1), op=_written_as(name))
         if where is not None:
             self.places.setdefault(where.label, where)
             if name not in _OF_TORCH:
@@ -276,6 +293,12 @@ class StopGradients(TorchFunctionMode):
         self._aliases = []
 
 
+def _written_as(name: str) -> str:
+    """The name of a call as a person writes it."""
+    return "data" if name == "__get__" else name
+
+
+_CUTS = {"detach", "detach_", "__get__"}
 _PASS = object()
 _OF_TORCH = ("padding", "gumbel_softmax")
 """Values that torch itself takes out of the gradient, by its documentation."""
