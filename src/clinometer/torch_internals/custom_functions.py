@@ -40,12 +40,12 @@ _unwrapped = look_up("_C._functorch.get_unwrapped")
 
 
 def below_transform(made: Any, value: Any) -> Any:
-    """What was made of `value` inside a transform that does not wrap it yet, without that transform's wrapper."""
+    """What was made of `value` inside a transform that does not wrap it yet, without its wrapper."""
     return made if made is value or not is_transformed(made) else _unwrapped(made)
 
 
 def untransformed(tensor: Any) -> Any:
-    """The plain tensor that grad of torch.func wraps; None inside vmap, where there is one for each sample."""
+    """The plain tensor that grad of torch.func wraps; None inside vmap, where each sample has one."""
     while is_transformed(tensor):
         if not _is_tracked(tensor):
             return None
@@ -63,6 +63,13 @@ _library = look_up("_library.autograd", "operators")
 def function_of(node: Any) -> Any:
     """The custom autograd Function that a node belongs to; None for an operation of torch's own."""
     return getattr(type(node), "_forward_cls", None)
+
+
+def attributes_kept(node: Any) -> tuple[str, ...]:
+    """The names of tensors that a Function's forward keeps as attributes of ctx."""
+    return tuple(
+        name for name, value in getattr(node, "__dict__", {}).items() if isinstance(value, torch.Tensor)
+    )
 
 
 def has_setup_context(kind: Any) -> bool:

@@ -115,11 +115,15 @@ class InDouble(TorchFunctionMode):
         """What the mode does with one call; a mode above it may ask here, which saves a dispatch."""
         name = getattr(func, "__name__", "")
         if _only_lifts(name) and "out" not in kwargs:
+            lifted, named = args, kwargs
             if is_low(args):
-                args = self._up(tuple(args))
+                lifted = self._up(tuple(args))
             if kwargs and is_low(kwargs.values()):
-                kwargs = {key: self._up(value) for key, value in kwargs.items()}
-            return func(*args, **kwargs)
+                named = {key: self._up(value) for key, value in kwargs.items()}
+            try:
+                return func(*lifted, **named)
+            except RuntimeError as error:
+                return self._as_given(func, args, kwargs, error)
         if name == "__get__":
             found = func(*args, **kwargs)
             return LIFT.get(found, found) if isinstance(found, torch.dtype) else found
@@ -137,6 +141,28 @@ class InDouble(TorchFunctionMode):
             args = self._up(tuple(args))
         kwargs = {key: self._up(value) for key, value in kwargs.items()}
         return _grouped_mm(*args, **kwargs) if name == "_grouped_mm" else func(*args, **kwargs)
+
+    def _as_given(self, func: Any, args: Any, kwargs: Any, error: RuntimeError) -> Any:
+        """A call whose constants must have the precision they have (the scales of fake quantisation)."""
+        constants = [t for t in tensors_in(args, kwargs) if not t.requires_grad and t.is_floating_point()]
+        if not constants or not any(t.requires_grad for t in tensors_in(args, kwargs)):
+            raise error
+        args, kwargs = self._down(tuple(args)), {key: self._down(value) for key, value in kwargs.items()}
+        try:
+            out = func(*args, **kwargs)
+        except Exception:
+            raise error from None
+        if any(t.dtype in LIFT for t in tensors_in(out)):
+            raise error
+        return out
+
+    def _down(self, value: Any) -> Any:
+        """Constants in float32, what has a gradient in float64."""
+        if isinstance(value, Tensor):
+            if value.requires_grad:
+                return self._up(value)
+            return value.to(torch.float32) if value.dtype is torch.float64 else value
+        return type(value)(map(self._down, value)) if type(value) in (tuple, list) else value
 
     def _up(self, value: Any) -> Any:
         if isinstance(value, Tensor):

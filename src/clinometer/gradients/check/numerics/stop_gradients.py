@@ -86,6 +86,11 @@ class StopGradients(TorchFunctionMode):
         """The label of the one line whose values are not given again but let live."""
         self.written: list[Where] = []
         """Lines whose alias (`.data`, `detach()`) was written to afterwards: not held, the write is real."""
+        self.differentiates = False
+        """Whether the closure takes derivatives itself, and goes on with them."""
+        self.unseen_writes: dict[str, Where | None] = {}
+        """Lines that write under no_grad into a tensor of the graph."""
+        self.hold_writes = False
         self.unheld: dict[str, Where] = {}
         """Lines that take values out of the gradient inside vmap, where they cannot be held constant."""
         self._values: list[tuple[str, Any]] = []
@@ -130,7 +135,10 @@ class StopGradients(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if not self.active or (name == "__get__" and getattr(func, "__self__", None) is not _DATA):
             return self._call(func, args, kwargs)
+        if name == "grad" and kwargs.get("create_graph"):
+            self.differentiates = True
         if transforms_active():
+            self.differentiates = True
             return self._transformed(func, args, kwargs)
         if _is_special(func):
             # What follows makes calls of its own.
@@ -150,6 +158,8 @@ class StopGradients(TorchFunctionMode):
                     args, kwargs = (), undivided_call
                 if func is F.embedding:
                     return self._embedding(args, kwargs)
+        if writes(name) and _unseen(args):
+            return self._write_unseen(name, func, args, kwargs)
         asked = _asks(args) or (kwargs and _asks(kwargs.values()))
         out = self._call(func, args, kwargs)
         if not asked or (type(out) is Tensor and out.requires_grad and not writes(name)):
@@ -161,9 +171,11 @@ class StopGradients(TorchFunctionMode):
         return self._hold(name, out, args)
 
     def _transformed(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """A call inside vmap or grad of torch.func: what grad wraps is held, of what vmap wraps it is noted."""
+        """A call inside vmap or grad of torch.func: what grad wraps is held, what vmap wraps is noted."""
         name, out = getattr(func, "__name__", ""), self._call(func, args, kwargs)
-        cut = isinstance(out, Tensor) and out.is_floating_point() and not out.requires_grad and not in_custom()
+        cut = (
+            isinstance(out, Tensor) and out.is_floating_point() and not out.requires_grad and not in_custom()
+        )
         if not cut or not (_asks(args) or name in _CUTS):
             return out
         if not is_transformed(out):
@@ -239,6 +251,23 @@ class StopGradients(TorchFunctionMode):
                 with torch.no_grad():
                     target.copy_(value)
 
+    def _write_unseen(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+        """A write under no_grad into a tensor of the graph: the gradient does not know of it.
+
+        The change that it makes is noted; `hold_writes` holds it constant.
+        """
+        target, before = args[0], args[0].detach().clone()
+        out = self._call(func, args, kwargs)
+        if self.recording:
+            where = user_frame(sys._getframe(2), op=name)
+            self.unseen_writes.setdefault(getattr(where, "label", ""), where)
+            self._values.append((name, target.detach() - before))
+            return out
+        change = self._next(name, target)
+        if self.hold_writes and isinstance(change, Tensor) and change is not target:
+            target.copy_(before + change)
+        return out
+
     def _straight(self, func: Any, args: Any, kwargs: Any, corners: tuple[float, ...]) -> Any:
         x, name = args[0], func.__name__
         if self.recording:
@@ -285,8 +314,9 @@ class StopGradients(TorchFunctionMode):
 
     def _settle(self) -> None:
         for alias in self._aliases:
-            if version_of(alias.tensor) != alias.version:
-                name, _ = self._values[alias.position]
+            name, value = self._values[alias.position]
+            # NumPy writes into the memory and moves no version.
+            if version_of(alias.tensor) != alias.version or not torch.equal(alias.tensor.detach(), value):
                 self._values[alias.position] = (name, _PASS)
                 if alias.where is not None:
                     self.written.append(alias.where)
@@ -345,6 +375,16 @@ def _asks(values: Iterable[Any]) -> bool:
         elif type(value) is dict and _asks(value.values()):
             return True
     return False
+
+
+def _unseen(args: Any) -> bool:
+    target = args[0] if args else None
+    return (
+        isinstance(target, Tensor)
+        and target.grad_fn is not None
+        and not torch.is_grad_enabled()
+        and not in_custom()
+    )
 
 
 def _memory(tensor: Tensor) -> int | None:
