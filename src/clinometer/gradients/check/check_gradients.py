@@ -38,8 +38,7 @@ from clinometer.gradients.sandbox.closure import Closure, eagerly, evaluate
 from clinometer.gradients.sandbox.sandbox import Before, modules_named_by, untouched
 from clinometer.gradients.sandbox.subject import Subject
 from clinometer.gradients.trace.function_calls import function_calls
-from clinometer.gradients.trace.inplace_errors import is_overwritten
-from clinometer.gradients.trace.observed_run import observe
+from clinometer.gradients.trace.observed_run import can_be_explained, observe
 from clinometer.messages import InputError
 from clinometer.torch_internals.tensors import is_wrapper
 from clinometer.torch_support import offers
@@ -114,7 +113,7 @@ class _Check:
         try:
             own = OwnGradients.of(self.closure, self.checked, self.before)
         except (RuntimeError, IndexError) as error:
-            if isinstance(error, IndexError) or is_overwritten(error):
+            if isinstance(error, IndexError) or can_be_explained(error):
                 self._raise_its_own()
             raise
         self.functions, self.operators = own.functions, own.operators

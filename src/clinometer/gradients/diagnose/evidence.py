@@ -1,7 +1,7 @@
 """Evidence: what a node that zeroed or spoilt a gradient looks like, read while the backward runs through it.
 
 `read_clue` asks the rules of `ZERO_EVIDENCE` or of `NONFINITE_EVIDENCE` in their order; the first that
-returns a clue decides (of values that are not finite: `singular_points`). No verdict is drawn here: `why_zero`
+returns a clue decides (of NaN and infinity: `singular_points`). No verdict is drawn here: `why_zero`
 and `why_nonfinite` do that once the whole backward is known. To add a rule, write a function of a `NodeView`
 and put its name in the tuple.
 """
