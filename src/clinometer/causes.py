@@ -57,7 +57,22 @@ TRIED = (
     "checkpoint_random checkpoint_changed saved_tensors not_contiguous unseen_write operation no_derivative"
     " repeated"
 )
-POLES = "sqrt norm log division pow acos std softmax other"
+POINTS = (
+    "outside edge near division division-small power-negative power-zero single empty eps eps-inside"
+    " singular no-target no-weight other other-at"
+)
+"""What may be special about the values where NaN or infinity begins, in the forward and in the backward."""
+FORWARD_POINTS = (
+    f"{POINTS} parameter input constant infinity infinity-term softmax softmax-across no-alignment unread"
+)
+BACKWARD_POINTS = (
+    f"{POINTS} parameter where where-division sqrt power-exponent origin singular-values singular-zero"
+    " eigenvalues rank operand function hook hook-parameter unseen unseen-input unseen-softmax unseen-large"
+    " unseen-constant"
+)
+TOO_LARGE = "forward exponential backward sum"
+TOO_LARGE_WIDE = "forward-wide exponential-wide backward-wide sum-wide"
+"""In a type with the range of float32, to whom a wider one cannot be advised."""
 
 # fmt: off
 CAUSES: tuple[Cause, ...] = (
@@ -88,9 +103,9 @@ CAUSES: tuple[Cause, ...] = (
     _diagnosis("partly-zero", "masked", (E,)),
     _diagnosis("partly-zero", "zero-weight-downstream", (E,), "product named stuck"),
     # .grad holds NaN or infinity
-    _diagnosis("non-finite", "forward", (F,), f"parameter input softmax-across mean loss {POLES}"),
-    _diagnosis("non-finite", "backward", (F,), f"where unseen unseen-input unseen-softmax function {POLES}"),
-    _diagnosis("non-finite", "overflow", (F,), "forward backward sum"),
+    _diagnosis("non-finite", "forward", (F,), FORWARD_POINTS),
+    _diagnosis("non-finite", "backward", (F,), BACKWARD_POINTS),
+    _diagnosis("non-finite", "overflow", (F,), f"{TOO_LARGE} {TOO_LARGE_WIDE}"),
     _diagnosis("non-finite", "unknown", (F,), "own elsewhere"),
     # the loop around it
     _diagnosis("loop", "gradients-off", (F, E), "no_grad inference_mode allowed"),

@@ -1,8 +1,9 @@
 """Evidence: what a node that zeroed or spoilt a gradient looks like, read while the backward runs through it.
 
 `read_clue` asks the rules of `ZERO_EVIDENCE` or of `NONFINITE_EVIDENCE` in their order; the first that
-returns a clue decides. No verdict is drawn here: `why_zero` and `why_nonfinite` do that once the whole
-backward is known. To add a rule, write a function of a `NodeView` and put its name in the tuple.
+returns a clue decides (of NaN and infinity: `singular_points`). No verdict is drawn here: `why_zero`
+and `why_nonfinite` do that once the whole backward is known. To add a rule, write a function of a `NodeView`
+and put its name in the tuple.
 """
 
 from __future__ import annotations
@@ -10,39 +11,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from clinometer.gradients.report.finding import EXPLAINED, FAULT, Severity
+from clinometer.gradients.diagnose.operation_view import Clue, OperationView, canonical
+from clinometer.gradients.diagnose.singular_points import singular_point
+from clinometer.gradients.report.finding import EXPLAINED, FAULT
 from clinometer.gradients.sandbox.tensors import largest
 from clinometer.gradients.trace.backward_trace import Read
 from clinometer.gradients.trace.graph import Node, operation
 from clinometer.gradients.trace.node_kinds import CLAMP, LOSS, MASK, PICK, PRODUCT, RELU, SMOOTH, STEP, SUM
-from clinometer.torch_internals.custom_functions import function_of
+from clinometer.torch_internals.custom_functions import carries_module_hooks, function_of
 from clinometer.torch_internals.nodes import shape_into
-
-POLES = {
-    "Sqrt": "sqrt", "Rsqrt": "sqrt", "Pow": "pow", "LinalgVectorNorm": "norm", "Norm": "norm",
-    "Cdist": "norm", "PairwiseDistance": "norm", "Log": "log", "Log2": "log", "Log10": "log",
-    "Log1P": "log", "Xlogy": "log", "Div": "division", "Reciprocal": "division", "Acos": "acos",
-    "Asin": "acos", "Atanh": "acos", "Acosh": "acos", "Std": "std", "Var": "std", "StdMean": "std",
-    "Logsumexp": "softmax", "Softmax": "softmax", "LogSoftmax": "softmax", "Logit": "log",
-    "BinaryCrossEntropy": "log", "Atan2": "division", "Prod": "division", "Cumprod": "division",
-    "LinalgMatrixNorm": "norm", "Hypot": "norm",
-}  # fmt: skip
-"""Operations whose derivative is infinite or undefined somewhere → the variant that explains it."""
-
-
-@dataclass(frozen=True)
-class Clue:
-    """What a node that zeroed or spoilt a gradient looks like."""
-
-    cause: str
-    variant: str = ""
-    severity: Severity = FAULT
-    values: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -264,37 +245,22 @@ ZERO_EVIDENCE: tuple[EvidenceRule, ...] = (
 def custom_backward_nonfinite(view: NodeView) -> Clue | None:
     """A custom Function's backward is the user's code: what it returned is its own."""
     function = function_of(view.node)
-    return (
-        None if function is None else Clue("backward", "function", FAULT, (("function", function.__name__),))
-    )
-
-
-def larger_than_the_type_holds(view: NodeView) -> Clue | None:
-    """Infinity out of an operation that has no pole is a product or sum that left the range of its type."""
-    if view.name in POLES or not bool(torch.isinf(view.handed_on).any()):
+    if function is None:
         return None
-    return Clue("overflow", "backward", FAULT, (("dtype", view.dtype),))
+    if carries_module_hooks(function):
+        return Clue("backward", "hook")
+    return Clue("backward", "function", FAULT, (("function", function.__name__),))
 
 
-def zero_times_infinity(view: NodeView) -> Clue | None:
-    """A `where` behind a pole hands back zeros for the entries it left out, and 0 · ∞ is NaN."""
-    if view.arrived is None or view.handed_on.shape != view.arrived.shape:
+def values_at_the_spoilt_entries(view: NodeView) -> Clue | None:
+    """What is special about the values that arrive there: zero, negative, infinite, equal, too large."""
+    if view.arrived is None:
         return None
-    spoilt = ~torch.isfinite(view.handed_on)
-    return Clue("backward", "where") if bool((view.arrived[spoilt] == 0).all()) else None
+    name = canonical(view.name)
+    return singular_point(OperationView(name, view.saved, view.handed_on, view.arrived, view.position))
 
 
-def pole_of_the_derivative(view: NodeView) -> Clue | None:
-    """√x at 0, a norm of zeros, 1/x, arccos at 1: the function is finite there, its derivative is not."""
-    return Clue("backward", POLES.get(view.name, "other"))
-
-
-NONFINITE_EVIDENCE: tuple[EvidenceRule, ...] = (
-    custom_backward_nonfinite,
-    larger_than_the_type_holds,
-    zero_times_infinity,
-    pole_of_the_derivative,
-)
+NONFINITE_EVIDENCE: tuple[EvidenceRule, ...] = (custom_backward_nonfinite, values_at_the_spoilt_entries)
 
 
 # ---- what the rules ask ----

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -77,6 +77,12 @@ class Flow:
                         self._watch_inside(node, inside)
                 ones = torch.ones_like(loss) if loss.dim() else None
                 theirs(torch.autograd.backward, loss, ones, keep_graph)
+            except BaseException:
+                # The engine has put the modes back that stood before it: leaving ours a second time raises
+                # an error of its own, which would hide the one that counts.
+                with suppress(RuntimeError, IndexError, AssertionError):
+                    inside.close()
+                raise
             finally:
                 self.trace.on_node = None
                 for hook in self._hooks:
