@@ -81,7 +81,7 @@ CAUSES: tuple[Cause, ...] = (
     _diagnosis("zero", "unknown", (E,)),
     # some rows or columns of .grad are zero
     _diagnosis("partly-zero", "absent-rows", (E,), "rows picked slices inputs"),
-    _diagnosis("partly-zero", "dead-activation", (E,), "units"),
+    _diagnosis("partly-zero", "dead-activation", (E,), "units layers"),
     _diagnosis("partly-zero", "masked", (E,)),
     _diagnosis("partly-zero", "zero-weight-downstream", (E,), "product named stuck"),
     # .grad holds NaN or infinity

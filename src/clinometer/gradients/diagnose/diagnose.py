@@ -21,7 +21,7 @@ from clinometer.gradients.diagnose.why_blocks_zero import explain_lines
 from clinometer.gradients.diagnose.why_constant import judge_zeros
 from clinometer.gradients.diagnose.why_none import before_any_run, why_none
 from clinometer.gradients.diagnose.why_nonfinite import from_forward, trace_back, why_nonfinite
-from clinometer.gradients.diagnose.why_partly_zero import why_partly
+from clinometer.gradients.diagnose.why_partly_zero import merge_units, why_partly
 from clinometer.gradients.diagnose.why_zero import why_zero
 from clinometer.gradients.report.document import BLANK, Document, Line, dim, ok, sentence
 from clinometer.gradients.report.finding import EXPLAINED, FAULT, Finding, Reason, Severity
@@ -197,7 +197,7 @@ def diagnose(
             reasons, origin = explain(subject, closure, result, before, ranks)
             reasons = judge_zeros(subject, closure, before, ranks, result, reasons)
         unknown = {name: result.lines[name] for name, reason in reasons.items() if reason == "partly-zero"}
-        reasons |= explain_lines(subject, closure, before, unknown, ranks)
+        reasons = merge_units(reasons | explain_lines(subject, closure, before, unknown, ranks))
         reasons = _without_chance(subject, closure, reasons, ranks)
         reasons, apart = _kept_apart(reasons, loop_checks.tensors_outside(subject, optimizers))
         findings = loop_checks.check_run(subject, result, optimizers, before, ranks, apart=apart)

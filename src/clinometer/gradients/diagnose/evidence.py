@@ -19,7 +19,7 @@ from torch import Tensor
 from clinometer.gradients.report.finding import EXPLAINED, FAULT, Severity
 from clinometer.gradients.sandbox.tensors import largest
 from clinometer.gradients.trace.backward_trace import SavedValues
-from clinometer.gradients.trace.cancellation import Remainder, remainder
+from clinometer.gradients.trace.cancellation import ROUNDINGS, Remainder, remainder
 from clinometer.gradients.trace.graph import Node, operation
 from clinometer.gradients.trace.node_kinds import CLAMP, DRAW, LOSS, MASK, PICK, PRODUCT, RELU, SMOOTH, STEP
 from clinometer.torch_internals.custom_functions import function_of
@@ -59,6 +59,8 @@ class NodeView:
     out: Sequence[Tensor | None]
     """The gradients of the node's outputs."""
     saved: SavedValues
+    roundings: float = ROUNDINGS
+    """Up to how many roundings of its terms a sum counts as nothing."""
 
     @property
     def name(self) -> str:
@@ -73,7 +75,9 @@ class NodeView:
     @cached_property
     def remainder(self) -> Remainder | None:
         """What is left of terms that cancel, if they do."""
-        return remainder(self.node, self.position, self.handed_on, self.out) if self.saved.readable else None
+        if not self.saved.readable:
+            return None
+        return remainder(self.node, self.position, self.handed_on, self.out, self.roundings)
 
     @property
     def arrived_size(self) -> float:
@@ -95,6 +99,8 @@ def read_clue(
     into: Sequence[Tensor | None],
     out: Sequence[Tensor | None],
     saved: SavedValues,
+    *,
+    roundings: float = ROUNDINGS,
 ) -> Clue | None:
     """Returns what a node looks like that handed on zeros, rounding, NaN or infinity for one of its inputs.
 
@@ -103,7 +109,7 @@ def read_clue(
     handed_on = into[position]
     if handed_on is None:
         return None
-    view = NodeView(node, position, handed_on, out, saved)
+    view = NodeView(node, position, handed_on, out, saved, roundings)
     size = largest(handed_on) or 0.0
     if view.arrived is None and not math.isfinite(size):
         return None

@@ -35,10 +35,10 @@ class OtherData(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = dict(kwargs or {})
+        given: dict[str, Any] = dict(kwargs or {})
         if kind_of(func)[1] != "quiet":
-            args, kwargs = self._replaced(args), self._replaced(kwargs)
-        out = func(*args, **kwargs)
+            args, given = self._replaced(args), self._replaced(given)
+        out = func(*args, **given)
         for tensor in tensors_in(out):
             self._made[id(tensor)] = weakref.ref(tensor)
         return out

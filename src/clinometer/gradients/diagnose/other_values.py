@@ -2,8 +2,8 @@
 
 A zero is no fault if something that can move would change it: a weight of zero that gets a gradient, a
 teacher that equals the student at the first step. Whether that is so is tried: the closure runs again with
-other values of the parameters, the same random numbers and the same batch, first of those that have a gradient
-(they move), then of those that have none, then of all; at last with other data.
+other values of the parameters, the same random numbers and the same batch: first of those that have a
+gradient (they move), then of those that have none, then of all; at last with other data.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -86,15 +87,14 @@ class OtherValues:
 
     def _judge_group(self, names: set[str], cancels: bool) -> dict[str, Outcome]:
         if cancels and any(self.run.sizes[name] for name in names) and self._is_true(names):
-            return dict.fromkeys(names, "true")
+            return _each(names, "true")
         moving = self._moving(cancels)
         found: dict[str, Outcome] = {}
         for kind, scale in _TRIES[:2] if moving else ():
             alive, _ = self._alive(names - found.keys(), moving, kind, scale)
-            found |= dict.fromkeys(alive, "moves")
+            found |= _each(alive, "moves")
         waiting = names - found.keys()
-        outcome = self._outcome(waiting, moving, cancels) if waiting else "moves"
-        return found | dict.fromkeys(waiting, outcome)
+        return found | _each(waiting, self._outcome(waiting, moving, cancels)) if waiting else found
 
     def _outcome(self, names: set[str], moving: list[Tensor], cancels: bool) -> Outcome:
         """What the trials show of names whose gradient stays zero when that moves which has one."""
@@ -143,7 +143,8 @@ class OtherValues:
         return {name for name in names if has_gradient(run, self.subject, name)}, float(run.loss.detach())
 
     def _run_again(self) -> ObservedRun:
-        return observe(self.subject, self.closure, self.before, self.ranks, read_clue, roundings=_ROUNDINGS)
+        clue = partial(read_clue, roundings=_ROUNDINGS)
+        return observe(self.subject, self.closure, self.before, self.ranks, clue, roundings=_ROUNDINGS)
 
     def _minimum_or_stuck(self, own: Iterable[Tensor], losses: list[float]) -> Outcome:
         here = float(self.run.loss.detach())
@@ -195,6 +196,10 @@ def has_gradient(run: ObservedRun, subject: Subject, name: str) -> bool:
     if leaf is None or run.flow is None or tensor.grad is None:
         return True
     return leaf not in run.flow.cancelled and not run.flow.is_rounding(leaf, tensor.grad)
+
+
+def _each(names: Iterable[str], outcome: Outcome) -> dict[str, Outcome]:
+    return dict.fromkeys(names, outcome)
 
 
 def _can_move(tensor: Tensor) -> bool:

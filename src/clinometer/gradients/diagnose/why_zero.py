@@ -429,7 +429,7 @@ def _zero_weight(factor: Node | None, subject: Subject) -> tuple[str, bool]:
 
 
 def _is_times_an_input(case: _ZeroCase) -> bool:
-    """Whether the other factor of a product is data: made by nothing that is learned, and by no derivative."""
+    """Whether the other factor of a product is data: nothing learned made it, and no derivative."""
     return case.is_product and case.factor is None and case.op != "grad"
 
 

@@ -3,7 +3,8 @@
 In a node's own backward, such as a softmax's y ∘ (g − ⟨y, g⟩), the terms are not seen. They are measured.
 Each entry of the arriving gradient g is scaled by a number of its own, u and 2 − u. A backward J is linear:
 J(u ∘ g) + J((2 − u) ∘ g) = 2 J(g), however small J(g) is; where it is the rounding left of larger terms, this
-does not hold. Where J(g) is exactly zero, J(u ∘ g) is zero too if the function is flat, and not if terms cancel.
+does not hold. Nor is it true where J(u ∘ g) is larger by more than the precision of the numbers. Where J(g)
+is exactly zero, J(u ∘ g) is zero too if the function is flat, but not if terms cancel.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Remainder:
 
 
 def rounding_of(gradient: Tensor | None) -> float:
-    """The relative rounding of a gradient's type; 0 for types in which nothing can be concluded."""
+    """The relative rounding of a gradient's type; 0 for types in which a remainder cannot be told."""
     if gradient is None or not gradient.is_floating_point():
         return 0.0
     eps = torch.finfo(gradient.dtype).eps
@@ -61,15 +62,22 @@ def is_remainder(size: float, term: float, eps: float, roundings: float = ROUNDI
     return size <= roundings * eps * term and term > 0
 
 
-def remainder(node: Node, position: int, handed_on: Tensor, out: Sequence[Tensor | None]) -> Remainder | None:
+def remainder(
+    node: Node,
+    position: int,
+    handed_on: Tensor,
+    out: Sequence[Tensor | None],
+    roundings: float = ROUNDINGS,
+) -> Remainder | None:
     """Returns what is left where the terms of a node's backward cancel; None where they do not."""
     if is_custom(node) or operation(node) in _NEVER_RUN or not handed_on.numel():
         return None
     arrived = next((g for g in out if g is not None), None)
     gradients = [handed_on, *(g for g in out if g is not None)]
-    if not all(rounding_of(g) and g.layout is torch.strided for g in gradients):
+    if not all(g.is_floating_point() and g.layout is torch.strided for g in gradients):
         return None
     size, term, most = largest(handed_on) or 0.0, 0.0, 0.0
+    linear = max(_LINEAR, 16 * torch.finfo(handed_on.dtype).eps)
     for seed in _SEEDS:
         first = _handed_on(node, position, out, seed, opposite=False)
         second = _handed_on(node, position, out, seed, opposite=True)
@@ -78,10 +86,12 @@ def remainder(node: Node, position: int, handed_on: Tensor, out: Sequence[Tensor
         term = max(term, largest(first) or 0.0)
         noise = largest(first + second - 2 * handed_on) or 0.0
         most = max(most, noise)
-        if (size == 0 and not noise < _LINEAR * term) or 0 < noise < _EXACT * size:
+        small = is_remainder(size, term, rounding_of(handed_on), roundings)
+        if (size == 0 and not noise < linear * term) or (0 < noise < _EXACT * size and not small):
             return None
-    cancels = size == 0 or _NOISE * size < most < math.inf
-    return Remainder(size, max(term, largest(arrived) or 0.0)) if cancels else None
+    small = is_remainder(size, term, rounding_of(handed_on), roundings)
+    cancels = size == 0 or small or _NOISE * size < most
+    return Remainder(size, max(term, largest(arrived) or 0.0)) if cancels and most < math.inf else None
 
 
 def _handed_on(

@@ -21,6 +21,7 @@ from clinometer.gradients.trace.cancellation import ROUNDINGS
 from clinometer.gradients.trace.forward_trace import Trace
 from clinometer.gradients.trace.graph import Graph
 from clinometer.gradients.trace.inplace_errors import find_needed, find_overwritten, is_overwritten
+from clinometer.gradients.trace.missing_derivatives import note_missing_derivative
 from clinometer.messages import InputError, say
 
 
@@ -84,6 +85,7 @@ def observe(
             if "backward through the graph a second time" in str(error):
                 raise InputError("diagnosis.graph_used_up") from error
             if not is_overwritten(error):
+                note_missing_derivative(error, graph, trace)
                 raise
             ran = {loss.grad_fn for loss in trace.own_losses}
             if ran.isdisjoint(graph.nodes):
