@@ -37,8 +37,8 @@ ten-thousandth.
 """
 _NEAR, _FRESH = "near", "fresh"
 _TRIES = ((_NEAR, 0.1), (_FRESH, 1.0), (_FRESH, 10.0))
-_TINY = ((_FRESH, 1e-3),)
-"""Values at which no margin is kept. Not for terms that cancel: their rounding is too large there."""
+_FAR = ((_FRESH, 1e-3), (_FRESH, 3.0), (_FRESH, 10.0), (_FRESH, 30.0))
+"""Values at which no margin is kept, or boxes meet. Terms that cancel would be lost in rounding there."""
 _SMALL_MOVES = (0.01, 0.01, 0.1, 0.1, 0.3, 0.3)
 _LEAST_SIZE = 0.1
 """Other values of a tensor of zeros have this size."""
@@ -101,7 +101,7 @@ class OtherValues:
         own = [self._own[name] for name in names if name in self._own]
         still = [tensor for name, tensor in self._own.items() if name in self.still]
         losses = []
-        for kind, scale in _TRIES if cancels else _TRIES + _TINY:
+        for kind, scale in _TRIES if cancels else _TRIES + _FAR:
             alive, loss = self._alive(names, own, kind, scale)
             losses.append(loss)
             if alive:

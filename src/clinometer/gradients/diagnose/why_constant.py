@@ -62,14 +62,14 @@ def _judged(reason: Reason, name: str, run: ObservedRun, outcome: Outcome | None
     if reason.cause == "cancellation":
         if outcome in ("constant", "stuck"):
             return reason
-        return (
-            "ok"
-            if run.sizes[name]
-            else replace(reason, cause="structural", severity=EXPLAINED, variant="cancels")
-        )
-    if outcome == "constant" and reason.severity == EXPLAINED:
+        if run.sizes[name]:
+            return "ok"
+        return replace(reason, cause="structural", severity=EXPLAINED, variant="cancels")
+    if outcome is None or (outcome == "constant" and reason.severity == FAULT):
+        return reason
+    if outcome == "constant":
         return replace(reason, cause="constant", severity=FAULT, variant=_constant(reason))
-    if reason.cause == "zero-loss-gradient" and outcome is not None:
+    if reason.cause == "zero-loss-gradient":
         at_zero = float(run.loss.detach()) == 0
         variant = {"stuck": "flat", "minimum": "minimum" if at_zero else "lowest"}.get(outcome, "")
         return replace(reason, severity=FAULT if outcome == "stuck" else EXPLAINED, variant=variant)

@@ -1,4 +1,4 @@
-"""Operations for which autograd has no derivative at all: the backward raises, and the error gets the line."""
+"""Operations for which autograd has no derivative: the backward raises, and the error gets the line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ def note_missing_derivative(error: RuntimeError, graph: Graph, trace: Trace) -> 
     for node in graph.nodes:
         where = trace.places.get(node)
         if where is not None and operation(node).lower() in ("notimplemented", name):
-            error.add_note(
-                say("diagnosis.missing_derivative", place=where.label, source=where.source, op=where.op)
-            )
+            values = {"place": where.label, "source": where.source, "op": where.op}
+            error.add_note(say("diagnosis.missing_derivative", **values))
             return
