@@ -87,11 +87,14 @@ CAUSES: tuple[Cause, ...] = (
     _diagnosis("none", "not-reaching-loss", (F, E), "extra_output differentiated seen_from_grad other_step"),
     _diagnosis("none", "undefined-in-backward", (F,), "built_in"),
     # .grad is zero everywhere
-    _diagnosis("zero", "zero-loss-gradient", (F, E), "minimum flat ignored"),
+    _diagnosis("zero", "zero-loss-gradient", (F, E), "minimum lowest flat ignored"),
     _diagnosis("zero", "dead-activation", (F, E), "relu saturated single choice"),
     _diagnosis("zero", "masked", (F, E), "mask attention zero zero_constant dropout dropout_module choice"),
-    _diagnosis("zero", "clamped", (F,), "clamp round"),
-    _diagnosis("zero", "zero-weight-downstream", (F, E), "product named stuck forward stacked"),
+    _diagnosis("zero", "clamped", (F, E), "clamp round nearest flat"),
+    _diagnosis("zero", "sampled", (F,)),
+    _diagnosis("zero", "constant", (F,), "equal slope"),
+    _diagnosis("zero", "cancellation", (F,), "read elsewhere paths"),
+    _diagnosis("zero", "zero-weight-downstream", (F, E), "product named stuck fixed forward stacked"),
     _diagnosis("zero", "underflow", (F, E), "forward"),
     _diagnosis("zero", "absent-rows", (E,), "none empty inputs"),
     _diagnosis("zero", "structural", (E,), "cancels"),
@@ -99,7 +102,7 @@ CAUSES: tuple[Cause, ...] = (
     _diagnosis("zero", "unknown", (E,)),
     # some rows or columns of .grad are zero
     _diagnosis("partly-zero", "absent-rows", (E,), "rows picked slices inputs"),
-    _diagnosis("partly-zero", "dead-activation", (E,), "units"),
+    _diagnosis("partly-zero", "dead-activation", (E,), "units layers"),
     _diagnosis("partly-zero", "masked", (E,)),
     _diagnosis("partly-zero", "zero-weight-downstream", (E,), "product named stuck"),
     # .grad holds NaN or infinity

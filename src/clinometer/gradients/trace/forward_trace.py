@@ -78,6 +78,8 @@ class Trace(TorchFunctionMode):
         self.on_node: Callable[[Node], None] | None = None
         """Called with every node made; backward sets it, for graphs that are built while it runs."""
         self.after_call: Callable[[str, list[Tensor], list[Tensor], Where | None], None] | None = None
+        self.hooked: set[Node] = set()
+        """Nodes whose result got a hook of the person's, which may change the gradient that arrives."""
         self._tensors = list(subject.tensors.values())  # their ids stay theirs
         self._below: dict[Node, int] = {}
         self._ends: list[Node] | None = None
@@ -169,6 +171,8 @@ class Trace(TorchFunctionMode):
         kwargs = kwargs or {}
         name, kind = operations.kind_of(func)
         if kind == "quiet":
+            if name == "register_hook" and args[0].grad_fn is not None:
+                self.hooked.add(args[0].grad_fn)
             return func(*args, **kwargs)
         if kind == "grad_mode":
             return self._grad_off.switched(func, args)

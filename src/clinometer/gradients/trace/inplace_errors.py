@@ -15,8 +15,9 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from clinometer.gradients.report.places import Where, is_installed, is_machinery, user_frame
+from clinometer.gradients.report.places import Where, user_frame
 from clinometer.gradients.sandbox.closure import Closure, evaluate
+from clinometer.gradients.sandbox.code_origin import is_installed, is_machinery
 from clinometer.gradients.sandbox.sandbox import Before
 from clinometer.gradients.sandbox.tensors import tensors_in
 from clinometer.gradients.trace.forward_trace import Trace

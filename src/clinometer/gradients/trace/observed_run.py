@@ -18,6 +18,7 @@ from clinometer.gradients.sandbox.sandbox import Before
 from clinometer.gradients.sandbox.subject import Subject
 from clinometer.gradients.sandbox.tensors import largest, zero_lines
 from clinometer.gradients.trace.backward_trace import Flow, ReadClue
+from clinometer.gradients.trace.cancellation import ROUNDINGS
 from clinometer.gradients.trace.checkpoint_errors import note_checkpoint
 from clinometer.gradients.trace.forward_trace import Trace
 from clinometer.gradients.trace.graph import Graph
@@ -59,11 +60,18 @@ class ObservedRun:
 
 
 def observe(
-    subject: Subject, closure: Closure, before: Before, ranks: Ranks, clue: ReadClue | None = None
+    subject: Subject,
+    closure: Closure,
+    before: Before,
+    ranks: Ranks,
+    clue: ReadClue | None = None,
+    *,
+    roundings: float = ROUNDINGS,
 ) -> ObservedRun:
     """Runs the closure and its backward once; the gradients are afterwards in `.grad`, averaged over ranks.
 
-    `clue` reads what it needs at each node where a gradient died or stopped being finite, while it is there.
+    `clue` reads what it needs at each node where a gradient died or stopped being finite, while it is there;
+    `roundings` is what counts as nothing where terms cancel.
 
     Raises InputError for a loss whose graph was used up before, and what the closure raises.
     """
@@ -88,7 +96,7 @@ def observe(
     result.own = {name: size for name, size in sizes.items() if size is not None}
     if result.loss.grad_fn is not None:
         graph = Graph(result.loss)
-        result.flow = Flow(graph, trace, clue or _no_clue)
+        result.flow = Flow(graph, trace, clue or _no_clue, roundings)
         result.older = find_older_graph([result.loss], trace, holders, begun)
         # What was computed before the closure was called belongs to the user, graph and all.
         keep = result.loss.grad_fn not in trace.places or result.older is not None
