@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import inspect
-import math
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -13,10 +12,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from clinometer.distributed.ranks import Ranks, whole
+from clinometer.gradients.diagnose.trial_step import TrialStep
+from clinometer.gradients.optimizers.identity import tensors_of as _tensors_of
+from clinometer.gradients.optimizers.shared_memory import pairs_that_overlap
 from clinometer.gradients.report.finding import EXPLAINED, FAULT, Finding, Severity
 from clinometer.gradients.report.formatting import format_number, shorten
 from clinometer.gradients.report.module_names import owners
 from clinometer.gradients.report.places import Where
+from clinometer.gradients.sandbox.closure import Closure
 from clinometer.gradients.sandbox.sandbox import Before
 from clinometer.gradients.sandbox.subject import Subject
 from clinometer.gradients.trace.observed_run import ObservedRun
@@ -42,6 +45,7 @@ def check_run(
     before: Before,
     ranks: Ranks,
     *,
+    closure: Closure,
     apart: Collection[str] = (),
 ) -> list[Finding]:
     """Returns the findings of one forward and backward, and of one step of each optimizer, which is undone.
@@ -52,6 +56,7 @@ def check_run(
     found = [
         *check_optimizers(subject, optimizers, apart, reached),
         *_hidden(subject, run, optimizers),
+        *_shared(subject, run, optimizers),
         *_accumulated(subject, before),
         *_statistics(subject, before),
     ]
@@ -59,7 +64,7 @@ def check_run(
         found.append(_loop("unscaled-amp", FAULT, (), where=run.trace.amp["clipped"]))
     if run.flow is not None:
         for optimizer in filter(_steps_alone, optimizers):
-            found += _one_step(subject, run, optimizer, before, ranks)
+            found += TrialStep(subject, run, optimizer, before, ranks, closure).findings()
     return found
 
 
@@ -151,6 +156,18 @@ def _hidden(subject: Subject, run: ObservedRun, optimizers: Optimizers) -> Itera
         yield _loop("not-in-optimizer", FAULT, tuple(names.values()), variant="hidden")
 
 
+def _shared(subject: Subject, run: ObservedRun, optimizers: Optimizers) -> Iterator[Finding]:
+    """Parameters over one memory that are all stepped: each step moves the same numbers more than once."""
+    held = _tensors_of(*optimizers)
+    stepped = {
+        name: tensor
+        for name, tensor in subject.tensors.items()
+        if id(tensor) in held and tensor.requires_grad and run.sizes.get(name) is not None
+    }
+    for one, other in pairs_that_overlap(stepped):
+        yield _loop("shared-memory", FAULT, (one, other), one=one, other=other)
+
+
 def _parameters(item: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
     if isinstance(item, nn.Module):
         for name, parameter in item.named_parameters():
@@ -204,41 +221,6 @@ def _statistics(subject: Subject, before: Before) -> Iterator[Finding]:
         yield _loop("moved-while-frozen", EXPLAINED, tuple(moved), variant="statistics")
 
 
-def _one_step(
-    subject: Subject, run: ObservedRun, optimizer: Optimizer, before: Before, ranks: Ranks
-) -> Iterator[Finding]:
-    """Take one step with these gradients and see who moved; `untouched` takes it back."""
-    held = _tensors_of(optimizer)
-    for parameter in held.values():
-        if not parameter.requires_grad and before.grad_of(parameter) is not None and parameter.is_leaf:
-            parameter.grad = before.grad_of(parameter)  # the loop's step would meet it
-    # Without the hooks of the optimizer: what they report to must not see a step that is none.
-    with torch.no_grad():
-        inspect.unwrap(type(optimizer).step)(optimizer)
-    rates = {id(p): g for g in optimizer.param_groups for p in g["params"]}
-    ours = {name: t for name, t in subject.tensors.items() if id(t) in held}
-    moved = ranks.named_by_any({name for name, t in ours.items() if before.differs(t)})
-    frozen = tuple(name for name, t in ours.items() if not t.requires_grad and name in moved)
-    if frozen:
-        yield _loop("moved-while-frozen", FAULT, frozen)
-    zero = tuple(n for n, t in ours.items() if t.requires_grad and n in moved and run.sizes[n] == 0)
-    if zero:
-        yield _loop("moved-while-frozen", EXPLAINED, zero, variant="zero_gradient")
-    should = [n for n, t in ours.items() if t.requires_grad and run.sizes[n] and rates[id(t)].get("lr", 1.0)]
-    # A step of NaN says nothing about rounding: an optimizer may refuse it, and a weight be NaN already.
-    should = [n for n in should if math.isfinite(run.sizes[n] or 0.0) and not _is_rounding(ours[n], run)]
-    still = tuple(name for name in should if name not in moved)
-    if still:
-        scheduled = all("initial_lr" in rates[id(ours[name])] for name in still)
-        severity = FAULT if len(still) == len(should) and not scheduled else EXPLAINED
-        yield _loop("never-moves", severity, still, dtype=str(ours[still[0]].dtype).removeprefix("torch."))
-
-
-def _is_rounding(tensor: Tensor, run: ObservedRun) -> bool:
-    """Whether its gradient cancels by construction, so that it need not move."""
-    return run.flow is not None and run.flow.graph.leaves.get(id(tensor)) in run.flow.cancelled
-
-
 def _steps_alone(optimizer: Optimizer) -> bool:
     """Whether its step needs no closure (LBFGS does)."""
     step = inspect.unwrap(type(optimizer).step)
@@ -248,11 +230,6 @@ def _steps_alone(optimizer: Optimizer) -> bool:
         if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
     return not needed and not getattr(optimizer, "defaults", {}).get("differentiable", False)
-
-
-def _tensors_of(*optimizers: Optimizer) -> dict[int, Tensor]:
-    groups = [group for optimizer in optimizers for group in getattr(optimizer, "param_groups", ())]
-    return {id(p): p for group in groups for p in group["params"]}
 
 
 def _loop(

@@ -132,6 +132,13 @@ class Before:
         kept = self._by_id.get(id(tensor))
         return kept is not None and any(self._bits[bits.key].differs() for bits in kept.bits)
 
+    def values_of(self, tensor: Tensor) -> Tensor | None:
+        """The values of a kept strided tensor as they were; None if it is none. Do not write to them."""
+        kept = self._by_id.get(id(tensor))
+        if kept is None or kept.shell is None or len(kept.bits) != 1:
+            return None
+        return self._bits[kept.bits[0].key].values(kept.shell)
+
     def rewind(self) -> None:
         """Random generators, buffers, modes and attributes as at the beginning, every `.grad` None.
 
