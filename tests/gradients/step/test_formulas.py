@@ -287,8 +287,14 @@ def test_no_optimizer_of_torch_is_accused_in_any_precision(name, dtype):
         if cls in (AdamW, SGD, torch.optim.Muon) and how["foreach"]:
             continue
         params, generator = parameters(dtype), torch.Generator().manual_seed(1)
-        optimizer = cls(list(params.values()), **({**options, **how} if cls.__module__.startswith("torch") and
-                        cls is not torch.optim.Muon else options))
+        optimizer = cls(
+            list(params.values()),
+            **(
+                {**options, **how}
+                if cls.__module__.startswith("torch") and cls is not torch.optim.Muon
+                else options
+            ),
+        )
         for _ in range(5):
             give_gradients(params, generator, size)
             for p in params.values():

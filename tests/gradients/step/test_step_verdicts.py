@@ -110,7 +110,9 @@ def test_an_unrelated_fault_is_reported_without_a_guess():
     assert anatomy.faithful is False
     assert anatomy["a"].slip is None
     assert "✗" not in anatomy.render("en")
-    assert "Shuffled descends from torch's AdamW and has a step of its own" in " ".join(anatomy.render("en").split())
+    assert "Shuffled descends from torch's AdamW and has a step of its own" in " ".join(
+        anatomy.render("en").split()
+    )
 
 
 def test_one_wrong_entry_of_many_is_found():
@@ -304,7 +306,9 @@ def test_an_eps_that_is_zero_in_float16_is_the_steps_fault_and_the_formula_is_ke
     assert "ε = 1e-08 is 0 in float16" in " ".join(anatomy["p"][3].render("en").split())
 
 
-@pytest.mark.parametrize(("eps", "dtype"), [(1e-4, torch.float16), (1e-8, torch.bfloat16), (1e-8, torch.float32)])
+@pytest.mark.parametrize(
+    ("eps", "dtype"), [(1e-4, torch.float16), (1e-8, torch.bfloat16), (1e-8, torch.float32)]
+)
 def test_an_eps_that_the_dtype_can_hold_is_no_fault(eps, dtype):
     assert not half(eps, dtype).made_nonfinite
     assert "✗" not in half(eps, dtype).render("en")

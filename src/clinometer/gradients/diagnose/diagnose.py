@@ -197,7 +197,9 @@ def diagnose(
         reasons |= explain_lines(subject, closure, before, unknown, ranks)
         reasons = _without_chance(subject, closure, reasons, ranks)
         reasons, apart = _kept_apart(reasons, loop_checks.tensors_outside(subject, optimizers))
-        findings = loop_checks.check_run(subject, result, optimizers, before, ranks, closure=closure, apart=apart)
+        findings = loop_checks.check_run(
+            subject, result, optimizers, before, ranks, closure=closure, apart=apart
+        )
         nodes = len(result.flow.graph.nodes) if result.flow else 0
     entries, found = collect(subject, reasons)
     if origin is not None and not any(f.status == "non-finite" for f in found):

@@ -33,6 +33,11 @@ _SCALES = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3)
 """Moves against the gradient that are tried, as shares of the weights' norm."""
 _GAIN = 1e-3
 """Of the loss: less, and the weights are at a minimum as far as their numbers go."""
+_UNPUSHED = {
+    "momentum": "zero_gradient_momentum",
+    "both": "zero_gradient_both",
+    "unknown": "zero_gradient_unknown",
+}
 _MOMENTS = ("exp_avg", "momentum_buffer", "m", "prev")
 
 
@@ -40,7 +45,13 @@ class TrialStep:
     """The step of one optimizer, and what it did to the tensors of the model."""
 
     def __init__(
-        self, subject: Subject, run: ObservedRun, optimizer: Any, before: Before, ranks: Ranks, closure: Closure
+        self,
+        subject: Subject,
+        run: ObservedRun,
+        optimizer: Any,
+        before: Before,
+        ranks: Ranks,
+        closure: Closure,
     ) -> None:
         self._subject, self._run, self._before, self._ranks = subject, run, before, ranks
         self._optimizer, self._closure = optimizer, closure
@@ -65,12 +76,12 @@ class TrialStep:
         except Exception as error:
             text = f"{type(error).__name__}: {error}".partition("\n")[0]
             kind = type(self._optimizer).__name__
-            yield _finding("trial-step", EXPLAINED, (), optimizer=kind, error=text[:200])
+            yield _loop("trial-step", EXPLAINED, (), optimizer=kind, error=text[:200])
             return
         moved = self._moved()
         frozen = tuple(n for n, t in self._ours.items() if not t.requires_grad and n in moved)
         if frozen:
-            yield _finding("moved-while-frozen", FAULT, frozen)
+            yield _loop("moved-while-frozen", FAULT, frozen)
         broken = yield from self._not_finite(moved)
         yield from self._unpushed([n for n in moved if self._learns(n) and n not in broken])
         yield from self._still(moved)
@@ -113,7 +124,7 @@ class TrialStep:
         ]
         if found := exchanged(kept):
             listed = shorten([f"{name} ← {other}" for name, other in found], 3)
-            yield _finding("state-of-another", FAULT, tuple(name for name, _ in found), pairs=listed)
+            yield _loop("state-of-another", FAULT, tuple(name for name, _ in found), pairs=listed)
 
     def _erasing(self) -> Iterator[Finding]:
         """Groups whose weight decay takes more in a step than any gradient can give back."""
@@ -123,8 +134,11 @@ class TrialStep:
                 continue
             ids = {id(p) for p in group["params"]}
             names = tuple(name for name, t in self._ours.items() if id(t) in ids and t.requires_grad)
-            numbers = {"lr": format_number(option(group, "lr")), "decay": format_number(option(group, "weight_decay"))}
-            yield _finding("decay", FAULT, names, share=format_number(share, place=""), **numbers)
+            numbers = {
+                "lr": format_number(option(group, "lr")),
+                "decay": format_number(option(group, "weight_decay")),
+            }
+            yield _loop("decay", FAULT, names, share=format_number(share, place=""), **numbers)
 
     def _not_finite(self, moved: list[str]) -> Iterator[Finding]:
         """What the step itself made NaN or infinite; returns the names."""
@@ -149,7 +163,7 @@ class TrialStep:
         for variant, names in groups.items():
             values = {"numbers": sum(made[n].count for n in names), **made[names[0]].values}
             kind = type(self._optimizer).__name__
-            yield _finding("step-not-finite", FAULT, tuple(names), variant=variant, optimizer=kind, **values)
+            yield _loop("step-not-finite", FAULT, tuple(names), variant=variant, optimizer=kind, **values)
         return set(made)
 
     def _unpushed(self, moved: list[str]) -> Iterator[Finding]:
@@ -158,7 +172,11 @@ class TrialStep:
         shares: list[float] = []
         rows: dict[str, tuple[int, int, float]] = {}
         for name in moved:
-            tensor, old, size = self._ours[name], self._before.values_of(self._ours[name]), self._run.sizes[name]
+            tensor, old, size = (
+                self._ours[name],
+                self._before.values_of(self._ours[name]),
+                self._run.sizes[name],
+            )
             if old is None or size is None or not math.isfinite(size):
                 continue
             change = tensor.detach() - old
@@ -173,13 +191,18 @@ class TrialStep:
                 if bool(empty.any()) and self._cause(name, old[empty], change[empty]) == "decay":
                     rows[name] = int(empty.sum()), len(empty), _share(old[empty], change[empty])
         if names := tuple(whole.pop("decay", ())):
-            yield _finding("decay", EXPLAINED, names, variant="tensors", share=format_number(max(shares), place=""))
+            yield _loop(
+                "decay", EXPLAINED, names, variant="tensors", share=format_number(max(shares), place="")
+            )
         for cause, members in whole.items():
-            yield _finding("moved-while-frozen", EXPLAINED, tuple(members), variant=f"zero_gradient_{cause}")
+            yield _loop("moved-while-frozen", EXPLAINED, tuple(members), variant=_UNPUSHED[cause])
         if rows:
-            values = {"rows": sum(r for r, _, _ in rows.values()), "total": sum(n for _, n, _ in rows.values())}
+            values = {
+                "rows": sum(r for r, _, _ in rows.values()),
+                "total": sum(n for _, n, _ in rows.values()),
+            }
             share = format_number(max(s for _, _, s in rows.values()), place="")
-            yield _finding("decay", EXPLAINED, tuple(rows), variant="rows", share=share, **values)
+            yield _loop("decay", EXPLAINED, tuple(rows), variant="rows", share=share, **values)
 
     def _cause(self, name: str, old: Tensor, change: Tensor) -> str:
         """ "decay", "momentum", "both" or "unknown": what moved numbers that have no gradient."""
@@ -196,7 +219,9 @@ class TrialStep:
         sizes, rate = self._run.sizes, lambda name: self._groups[id(self._ours[name])].get("lr", 1.0)
         should = [n for n, t in self._ours.items() if t.requires_grad and sizes[n] and rate(n)]
         # A step of NaN says nothing about rounding: an optimizer may refuse it, and a weight be NaN already.
-        should = [n for n in should if math.isfinite(sizes[n] or 0.0) and not self._is_rounding(self._ours[n])]
+        should = [
+            n for n in should if math.isfinite(sizes[n] or 0.0) and not self._is_rounding(self._ours[n])
+        ]
         still = tuple(name for name in should if name not in moved)
         if not still:
             return
@@ -210,7 +235,7 @@ class TrialStep:
                 return
         severity = EXPLAINED if variant else severity
         kind = type(self._optimizer).__name__
-        yield _finding("never-moves", severity, still, variant=variant, dtype=dtype, optimizer=kind)
+        yield _loop("never-moves", severity, still, variant=variant, dtype=dtype, optimizer=kind)
 
     def _why_still(self, still: tuple[str, ...]) -> str:
         """ "": the step is lost in rounding; "later": it waits; "waits"; "minimum": no step would help."""
@@ -225,13 +250,18 @@ class TrialStep:
                     return "later"
             for group in self._optimizer.param_groups:
                 group["lr"] = option(group, "lr") * _FASTER
-            self._step()
-        return "" if any(self._before.differs(self._ours[name]) for name in still) else "waits"
+            for _ in range(_WAITS):
+                self._step()
+                if any(self._before.differs(self._ours[name]) for name in still):
+                    return ""
+        return "waits"
 
     def _at_minimum(self, still: tuple[str, ...]) -> bool:
         """Whether no move against the gradient lowers the loss, however large: tried, and taken back."""
         tensors = [self._ours[name] for name in still]
-        grads = [t.grad.detach().clone() for t in tensors if t.grad is not None and t.grad.layout is torch.strided]
+        grads = [
+            t.grad.detach().clone() for t in tensors if t.grad is not None and t.grad.layout is torch.strided
+        ]
         if len(grads) < len(tensors) or any(t.is_complex() for t in tensors):
             return False
         old = [t.detach().clone() for t in tensors]
@@ -271,7 +301,7 @@ def _share(old: Tensor, change: Tensor) -> float:
     return -float(change.double().flatten() @ wide) / (float(wide @ wide) or 1.0)
 
 
-def _finding(
+def _loop(
     cause: str, severity: Severity, names: tuple[str, ...], *, variant: str = "", **values: Any
 ) -> Finding:
     return Finding(cause, "loop", severity, f"diagnosis.loop.{cause}", names, None, values, variant)

@@ -46,7 +46,10 @@ def without_coincidence(made: Mapping[str, MadeNonfinite]) -> dict[str, MadeNonf
     """Of several tensors: a gradient of zero is no reason if the step made others NaN without one."""
     if all(one.variant for one in made.values()):
         return dict(made)
-    return {name: replace(one, variant="") if one.variant == "zero_gradient" else one for name, one in made.items()}
+    return {
+        name: replace(one, variant="") if one.variant == "zero_gradient" else one
+        for name, one in made.items()
+    }
 
 
 def _term(

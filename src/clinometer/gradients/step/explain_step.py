@@ -330,7 +330,9 @@ def _formula_of(claim: Claim, moved: dict[str, WeightMove]) -> tuple[str | None,
         return (claim.formulas[0] if claim.formulas else None), moved
     for counts_next in (False, True):
         tried = {name: _counting(m, counts_next) for name, m in moved.items()}
-        steps = [m for m in tried.values() if m.status == "stepped" and m.before.numel() and not m.before.is_meta]
+        steps = [
+            m for m in tried.values() if m.status == "stepped" and m.before.numel() and not m.before.is_meta
+        ]
         if any(moves_beyond_rounding(m) for m in steps):
             for key in claim.formulas:
                 with suppress(KeyError, TypeError, ValueError, RuntimeError):  # options of another kind

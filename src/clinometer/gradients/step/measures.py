@@ -97,7 +97,9 @@ class WeightMove:
             kinds += [
                 _real(value.dtype)
                 for value in kept
-                if isinstance(value, Tensor) and value.dim() and (value.is_floating_point() or value.is_complex())
+                if isinstance(value, Tensor)
+                and value.dim()
+                and (value.is_floating_point() or value.is_complex())
             ]
         return max(kinds, key=lambda dtype: torch.finfo(dtype).eps)
 

@@ -46,7 +46,9 @@ def rmsprop(held: OptimizerState) -> ReplayedUpdate:
     quantities = [
         Quantity("gradient", "g", None, g),
         Quantity("scale", "√v", v_old.sqrt(), v.sqrt(), "v: α v + (1−α) g²"),
-        Quantity("denominator", "d", None, denominator, "√(v − ḡ²) + ε" if held.option("centered") else "√v + ε"),
+        Quantity(
+            "denominator", "d", None, denominator, "√(v − ḡ²) + ε" if held.option("centered") else "√v + ε"
+        ),
     ]
     if mu:
         b = mu * b_old + pushed / denominator
@@ -115,7 +117,11 @@ def adamax(held: OptimizerState) -> ReplayedUpdate:
         Quantity("largest", "u", u_old, u, "max(β₂ u, |g| + ε)"),
         Quantity("rate", "lr_t", None, rate, f"lr/(1−β₁ᵗ), lr{NBSP}={NBSP}{lr:.4g}"),
     ]
-    parts = -rate * beta1 * m_old / u, -rate * (1 - beta1) * g / u, -rate * (1 - beta1) * decay_rate * theta / u
+    parts = (
+        -rate * beta1 * m_old / u,
+        -rate * (1 - beta1) * g / u,
+        -rate * (1 - beta1) * decay_rate * theta / u,
+    )
     numbers = {"lr": lr, "lr_t": rate, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": decay_rate}
     return _update(theta, quantities, parts, "−lr_t m / u", {**numbers, "t": t})
 
@@ -240,23 +246,33 @@ def adafactor(held: OptimizerState) -> ReplayedUpdate:
         old = or_zero(held.kept("variance"), theta)
         v = old + taken * (g.square() - old)
     direction = g * v.clamp(min=eps1 * eps1).rsqrt()
-    length = direction.to(held.theta.dtype).norm(2).item() / (math.sqrt(count) * held.number("d", default=1.0))
+    length = direction.to(held.theta.dtype).norm(2).item() / (
+        math.sqrt(count) * held.number("d", default=1.0)
+    )
     rate = alpha / max(1.0, length)
     quantities = [
         Quantity("gradient", "g", None, g),
-        Quantity("scale", "√v̂", None, v.sqrt(), "v̂: rows × columns of mean g²" if g.dim() > 1 else "v: mean of g²"),
+        Quantity(
+            "scale", "√v̂", None, v.sqrt(), "v̂: rows × columns of mean g²" if g.dim() > 1 else "v: mean of g²"
+        ),
         Quantity("rate", "lr_t", None, rate, f"α/max(1, RMS(u)/d), lr{NBSP}={NBSP}{lr:.4g}"),
     ]
     zero = torch.zeros_like(theta)
     parts = zero, -rate * direction, -lr * decay_rate * theta
-    return _update(theta, quantities, parts, "−lr_t g/√v̂", {"lr": lr, "lr_t": rate, "weight_decay": decay_rate, "t": t})
+    return _update(
+        theta, quantities, parts, "−lr_t g/√v̂", {"lr": lr, "lr_t": rate, "weight_decay": decay_rate, "t": t}
+    )
 
 
 class _Moments:
     """What NAdam and RAdam share with Adam: m, v, and decay inside the gradient or on the weight itself."""
 
     def __init__(self, held: OptimizerState) -> None:
-        self.lr, self.eps, self.decay_rate = held.number("lr"), held.number("eps"), held.number("weight_decay")
+        self.lr, self.eps, self.decay_rate = (
+            held.number("lr"),
+            held.number("eps"),
+            held.number("weight_decay"),
+        )
         (self.beta1, self.beta2), self.t = held.betas, held.t
         self.theta, self.g = wide(held.theta), held.signed_grad
         decoupled = bool(held.option("decoupled_weight_decay"))
