@@ -19,6 +19,7 @@ from clinometer.monitoring.alert_diagnosis import diagnose_now
 from clinometer.monitoring.alerts.alerts import Alerts
 from clinometer.monitoring.alerts.facts import Tensors, facts_of
 from clinometer.monitoring.environment import environment, memory_in_use
+from clinometer.monitoring.listen.discarded import DiscardedBackwards
 from clinometer.monitoring.listen.loss_scale import LossScale, Scaling
 from clinometer.monitoring.listen.losses import Losses
 from clinometer.monitoring.listen.zero_grad import Chains
@@ -29,10 +30,15 @@ from clinometer.monitoring.measure.small_tensors import Gradients
 from clinometer.monitoring.measure.statistics import Scratch
 from clinometer.monitoring.measure.step_row import StepRow, refresh
 from clinometer.monitoring.measure.watched_tensors import Roster, describe, order_of_use
+from clinometer.monitoring.measure.writes_between import WritesBetween
 from clinometer.monitoring.sinks import SinkGroup
 from clinometer.vocabulary import STATISTICS
 
 HISTOGRAMS_EVERY = 16
+NEVER_STEPPED = 100
+"""Backwards without any step that are an alert while the watch lives."""
+FEWEST_BACKWARDS = 3
+"""Backwards without any step that are an alert when the watch is closed."""
 
 
 class Phase(Enum):
@@ -82,6 +88,10 @@ class StepWatch:
         self._diagnosis = DiagnosisPhase.NOT_RUN
         self._losses = Losses()
         self._chains = Chains(self.roster)
+        self._discarded = DiscardedBackwards(self.roster)
+        self._writes: dict[int, WritesBetween] = {}
+        self._backwards = 0
+        """Backwards that reached the watched tensors, while no step was ever seen."""
         self._scale = LossScale()
         self._scratch, self._small_gradients = Scratch(), Gradients()
         self._row: StepRow | None = None
@@ -188,9 +198,9 @@ class StepWatch:
         return self._begin_row()
 
     def _begin_row(self) -> StepRow:
-        if self.roster.grew():
-            self.shards.agree()
         number = self.step + 1
+        if self.roster.grew(look=number % HISTOGRAMS_EVERY == 0):
+            self.shards.agree()
         measured = (number - 1) % self.every == 0
         # The same steps however often the run is stopped and resumed.
         before = number - self.every
@@ -206,6 +216,8 @@ class StepWatch:
     def _read(self, row: StepRow, optimizer: Optimizer) -> None:
         first = not row.read_for
         row.piled_up |= self._chains.unbroken(optimizer)
+        discarded, backwards = self._discarded.stepped()
+        row.discarded, row.backwards = row.discarded + discarded, row.backwards + backwards
         row.read_for.add(id(optimizer))
         row.parts = max(row.parts, self._losses.parts)
         loss = self._losses.take()
@@ -217,7 +229,10 @@ class StepWatch:
             self.shards.agree()
             row.widen(self.roster.watched)
         owned, places = self.roster.owned_by(optimizer), self._small_gradients.places
-        refresh(owned, places, stepped=id(optimizer) in self._unmeasured)
+        elsewhere = refresh(owned, places, stepped=id(optimizer) in self._unmeasured)
+        if elsewhere:
+            self.roster.compare_memory()
+        self._read_writes(row, optimizer, owned)
         self._unmeasured.discard(id(optimizer))
         if first:  # apart, because another optimizer may be the first of the next round
             refresh(self.roster.unowned, places)
@@ -226,6 +241,12 @@ class StepWatch:
         self.pins.before(optimizer)
         if not self._scale.is_used and self._may_diagnose() and self.shards.any(row.nonfinite()):
             self._diagnose()
+
+    def _read_writes(self, row: StepRow, optimizer: Optimizer, owned: list[Any]) -> None:
+        if self.every == 1 and not self.shards.active:
+            if id(optimizer) not in self._writes:
+                self._writes[id(optimizer)] = WritesBetween(owned)
+            row.write = self._writes[id(optimizer)].step_begins() or row.write
 
     def _read_gradients(self, row: StepRow, watched: list[Any], scale: Any) -> None:
         read = row.read_gradients(watched, self.roster.living(), self._scratch, self._small_gradients)
@@ -247,6 +268,8 @@ class StepWatch:
         else:
             self._unmeasured.add(id(optimizer))
         row.stepped.add(id(optimizer))
+        if id(optimizer) in self._writes:
+            self._writes[id(optimizer)].step_ended()
         self._chains.stepped(optimizer)
         self.step = row.step
         if all(id(o) in row.stepped for o in self.roster.living()):
@@ -308,6 +331,7 @@ class StepWatch:
         if not self._positions:
             self._positions = order_of_use(losses, self.roster.watched, self.shards.stand_ins())
         self._chains.backward_begins()
+        self._discarded.backward_begins(losses)
         self._losses.begins([*self.roster.tensors(), *self.shards.gathered_parameters()])
 
     def backward_failed(self) -> None:
@@ -323,6 +347,10 @@ class StepWatch:
         if not self._losses.ended(reached, losses, given, scale, own=len(tensors)):
             return
         self.shards.backwards += self._losses.reduced
+        self._discarded.backward_ended()
+        self._backwards += 1
+        if self._phase is Phase.WAITING and self._backwards == NEVER_STEPPED:
+            self._never_stepped()
         row = self._open_row()
         if row is not None:
             row.read.clear()  # what was measured when values were clipped is out of date
@@ -403,6 +431,20 @@ class StepWatch:
             self._read_gradients(row, self.roster.watched, None)
         else:
             row.after_clipping = True
+
+    @property
+    def steps_seen(self) -> int:
+        """Steps that the alert rules have judged."""
+        return self.alerts.seen
+
+    def _never_stepped(self) -> None:
+        values = {"backwards": self._backwards}
+        self.alerts.raise_now("no-step", "fault", values, variant="never", step=self.step)
+
+    def ends(self) -> None:
+        """The watch is closed: gradients that no step ever took are reported."""
+        if self._phase is Phase.WAITING and FEWEST_BACKWARDS <= self._backwards < NEVER_STEPPED:
+            self._never_stepped()
 
     # The diagnosis of a gradient that is not finite.
 
