@@ -51,6 +51,7 @@ CUTS = (
 )
 ESCAPES = "item tolist numpy float int complex"
 LAYERS = "layer layer_written root root_written"
+UNPUSHED = "zero_gradient_momentum zero_gradient_both zero_gradient_unknown"
 STEP_TERMS = "eps no_eps zero_gradient state option overflow"
 POLES = "sqrt norm log division pow acos std softmax other"
 
@@ -91,7 +92,7 @@ CAUSES: tuple[Cause, ...] = (
     _diagnosis("loop", "not-in-optimizer", (F, E), "other hidden"),
     _diagnosis("loop", "stale-in-optimizer", (F,)),
     _diagnosis("loop", "accumulating", (F,)),
-    _diagnosis("loop", "moved-while-frozen", (F, E), "zero_gradient_momentum zero_gradient_both zero_gradient_unknown statistics"),
+    _diagnosis("loop", "moved-while-frozen", (F, E), f"{UNPUSHED} statistics"),
     _diagnosis("loop", "never-moves", (F, E), "minimum waits"),
     _diagnosis("loop", "decay", (F, E), "tensors rows"),
     _diagnosis("loop", "step-not-finite", (F,), STEP_TERMS),

@@ -1,8 +1,9 @@
-"""A loop is judged by what becomes of its backwards and its weights; and a healthy loop of the same build is silent.
+"""A loop is judged by what becomes of its backwards and its weights; and a healthy loop of the same build is
+silent.
 
-Gradients that no step used, steps that moved nothing, weights that something else wrote, an optimizer that steps what is
-no longer the model's, a step that makes NaN of finite numbers, a decay that erases: each is found in numbers the watch has
-anyway. Each comes with constructions that look like it and are meant.
+Gradients that no step used, steps that moved nothing, weights that something else wrote, an optimizer that
+steps what is no longer the model's, a step that makes NaN of finite numbers, a decay that erases: each is
+found in numbers the watch has anyway. Each comes with constructions that look like it and are meant.
 """
 
 import copy
@@ -418,7 +419,10 @@ def test_an_eps_that_is_zero_in_float16_is_told(eps, causes):
 def test_a_batch_of_nan_is_not_the_steps():
     model = net()
     steps = iter(range(100))
-    loss = lambda m, x, y: F.cross_entropy(m(x), y) * (float("nan") if next(steps) == 5 else 1)
+
+    def loss(m, x, y):
+        return F.cross_entropy(m(x), y) * (float("nan") if next(steps) == 5 else 1)
+
     watching = run(model, torch.optim.SGD(model.parameters(), lr=0.1), 9, loss=loss)
     assert "step-not-finite" not in told(watching)
 

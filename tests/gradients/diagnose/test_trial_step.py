@@ -1,8 +1,9 @@
-"""What a step of the optimizer does with the gradients of this run, said with its size and its reason, or not at all.
+"""What a step of the optimizer does with the gradients of this run, said with its size and its reason, or
+not at all.
 
-Accuse with evidence only. A step that moves nothing is a fault if a larger step would lower the loss; it is none at a
-minimum, and none of an optimizer that waits. What moves a weight without a gradient is measured, not guessed. What a step
-makes NaN of finite numbers is the step's.
+Accuse with evidence only. A step that moves nothing is a fault if a larger step would lower the loss; it is
+none at a minimum, and none of an optimizer that waits. What moves a weight without a gradient is measured,
+not guessed. What a step makes NaN of finite numbers is the step's.
 """
 
 import pytest
@@ -138,8 +139,11 @@ def tied(how):
         flat = torch.randn(320)
         model[0].weight.data, model[1].weight.data = flat[:160].view(20, 8), flat[160:].view(20, 8)
     ids = torch.arange(20)
-    loss = lambda: nn.functional.cross_entropy(model(ids), ids.flip(0))
-    return model, loss, torch.optim.AdamW(model.parameters(), 1e-2)
+    return (
+        model,
+        lambda: nn.functional.cross_entropy(model(ids), ids.flip(0)),
+        torch.optim.AdamW(model.parameters(), 1e-2),
+    )
 
 
 @pytest.mark.parametrize(
@@ -238,16 +242,15 @@ def test_a_batch_of_larger_gradients_is_no_sign_of_another_tensors_state():
     weights = {n: nn.Parameter(0.1 * torch.randn(16, 16)) for n in "abc"}
     scales = {"a": 100.0, "b": 1.0, "c": 0.01}
     optimizer = torch.optim.Adam(weights.values(), lr=1e-5)
-    for size in (*[1.0] * 20, 100.0):
-        loss = lambda: (
-            size * sum(scales[n] * (w @ torch.randn(16, 4)).cos().mean() for n, w in weights.items())
-        )
-        if size == 100.0:
-            assert not found_in(diagnose(weights, loss, optimizer=optimizer), "state-of-another")
-            break
+
+    def loss(size=1.0):
+        return size * sum(scales[n] * (w @ torch.randn(16, 4)).cos().mean() for n, w in weights.items())
+
+    for _ in range(20):
         optimizer.zero_grad()
         loss().backward()
         optimizer.step()
+    assert not found_in(diagnose(weights, lambda: loss(100.0), optimizer=optimizer), "state-of-another")
 
 
 @pytest.mark.parametrize(
@@ -275,7 +278,10 @@ def test_decay_that_leaves_nothing_is_a_fault(cls, lr, decay, faulty):
 def test_rows_that_only_decay_are_said_with_their_share():
     table = nn.Embedding(50, 8)
     ids = torch.arange(10)
-    loss = lambda: table(ids).square().mean()
+
+    def loss():
+        return table(ids).square().mean()
+
     (finding,) = found_in(
         diagnose(table, loss, optimizer=torch.optim.AdamW(table.parameters(), 1e-2, weight_decay=0.1)),
         "decay",
@@ -309,7 +315,10 @@ class Noisy(torch.optim.SGD):
 def test_what_moves_a_tensor_without_a_gradient_is_measured(make, steps, cause, variant):
     weights = {"a": nn.Parameter(torch.randn(4, 2)), "b": nn.Parameter(torch.randn(2, 1))}
     x = torch.randn(5, 4)
-    loss = lambda: (x @ weights["a"] @ weights["b"] - 1).square().mean()
+
+    def loss():
+        return (x @ weights["a"] @ weights["b"] - 1).square().mean()
+
     optimizer = make(weights.values())
     for _ in range(steps):
         loss().backward()

@@ -1,4 +1,5 @@
-"""One step of an optimizer, tried with this run's gradients and taken back: who moved, by what, and who did not."""
+"""One step of an optimizer, tried with this run's gradients and taken back: who moved, by what, and who did
+not."""
 
 from __future__ import annotations
 

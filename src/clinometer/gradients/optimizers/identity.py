@@ -1,7 +1,7 @@
 """Which of torch's optimizers an optimizer is: by the identity of its class, never by its name.
 
-An optimizer is torch's if the `step` it takes is that of a class of torch.optim. A subclass with a `step` of its
-own descends from torch's, and may do something else on purpose.
+An optimizer is torch's if the `step` it takes is that of a class of torch.optim. A subclass with a `step`
+of its own descends from torch's, and may do something else on purpose.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def option(group: dict[str, Any], name: str, default: float = 0.0) -> float:
 def shrinks_by(optimizer: Any, group: dict[str, Any]) -> float | None:
     """The share of every weight that weight decay takes away in a step of this group; None if not known.
 
-    Known for torch's classes only: lr λ where decay acts on the weight itself, and for SGD lr λ / (1 − μ), what
-    its momentum makes of it.
+    Known for torch's classes only: lr λ where decay acts on the weight itself, and for SGD lr λ / (1 − μ),
+    what its momentum makes of it.
     """
     kind = None if has_own_step(optimizer) else ancestor_of(optimizer)
     if kind is None:

@@ -23,9 +23,9 @@ def pairs_that_overlap(tensors: Mapping[str, Tensor]) -> list[tuple[str, str]]:
     for name, tensor in tensors.items():
         for part in dense_parts(tensor.detach()):
             if part.numel():
-                start = part.storage_offset() * part.element_size()
+                start = int(part.storage_offset()) * part.element_size()
                 reach = sum((n - 1) * stride for n, stride in zip(part.shape, part.stride(), strict=True))
-                end = start + (reach + 1) * part.element_size()
+                end = start + (int(reach) + 1) * part.element_size()
                 spans.setdefault(memory_of(part.untyped_storage()), []).append((start, end, name, part))
     found: dict[tuple[str, str], None] = {}
     for members in spans.values():

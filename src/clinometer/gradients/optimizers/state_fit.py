@@ -1,10 +1,10 @@
 """Whether an optimizer's second moments belong to the tensors they are kept for.
 
-The running mean of g² is compared with the gradient at hand, entry by entry, in logarithms. Where g is normal
-with variance v, log g² − log v has the mean −1.27 and the variance π²/2. A batch whose gradients are larger or
-smaller than usual shifts all tensors alike. Moments that were exchanged between tensors of one shape, as by a
-state that is loaded in another order, fit each other's gradients and not their own; and only a whole exchange is
-reported.
+The running mean of g² is compared with the gradient at hand, entry by entry, in logarithms. Where g is
+normal with variance v, log g² − log v has the mean −1.27 and the variance π²/2. A batch whose gradients are
+larger or smaller than usual shifts all tensors alike. Moments that were exchanged between tensors of one
+shape, as by a state that is loaded in another order, fit each other's gradients and not their own; and only
+a whole exchange is reported.
 """
 
 from __future__ import annotations

@@ -166,8 +166,8 @@ class StepAnatomy(Result):
     ) -> None:
         """Called by explain_step when its block ends; `more` are attributes of StepContext."""
         context = self._context
-        for name, value in more.items():
-            setattr(context, name, value)
+        for attribute, value in more.items():
+            setattr(context, attribute, value)
         context.accuses = self._accuses
         context.formula, context.losses, context.whole = formula, losses, whole
         context.apart = apart

@@ -325,7 +325,8 @@ _COUNTED = ("adam", "adamw", "adamw-after", "adamax", "nadam", "radam", "adafact
 
 
 def _formula_of(claim: Claim, moved: dict[str, WeightMove]) -> tuple[str | None, dict[str, WeightMove]]:
-    """The formula claimed; of an optimizer that claims none, one that every tensor follows, if there is one."""
+    """The formula claimed; of an optimizer that claims none, one that every tensor follows, if there is
+    one."""
     if claim.basis != "fit":
         return (claim.formulas[0] if claim.formulas else None), moved
     for counts_next in (False, True):

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clinometer.gradients.report.document import NBSP
 from clinometer.gradients.optimizers.identity import ancestor_of, has_own_step
+from clinometer.gradients.report.document import NBSP
 from clinometer.gradients.step import torch_formulas as others
 from clinometer.gradients.step.optimizer_state import (
     OptimizerState,
@@ -304,12 +304,14 @@ class Claim:
 
     formulas: tuple[str, ...]
     basis: str
-    """"stated" (by its attribute `formula`), "torch" (its step is that of a class of torch.optim), "descent" (a
-    step of its own, in a subclass of torch's), or "fit" (it is known only if what it does fits)."""
+    """"stated" (by its attribute `formula`), "torch" (its step is that of a class of torch.optim),
+    "descent" (a step of its own, in a subclass of torch's), or "fit" (it is known only if what it does
+    fits)."""
 
     @property
     def is_held_to(self) -> bool:
-        """Whether a step that differs from the formula is a fault. A step of its own may differ on purpose."""
+        """Whether a step that differs from the formula is a fault. A step of its own may differ on
+        purpose."""
         return self.basis in ("stated", "torch")
 
 

@@ -90,7 +90,8 @@ class WeightMove:
 
     @property
     def coarsest(self) -> torch.dtype:
-        """The coarsest dtype among those of the weight, its gradient and its state: the step computes in it."""
+        """The coarsest dtype among those of the weight, its gradient and its state: the step computes in
+        it."""
         kinds = [self.precision]
         if self.held is not None:
             kept = [self.held.grad, *self.held.state.values()]
@@ -253,9 +254,10 @@ def ulps_apart(
 
     ulp(θ) is that of max(|θ before|, |θ after|), and for most weights there is nothing else to see. Near
     zero the parts of the update are larger than the weight, and it cannot be more exact than they are:
-    about ten roundings lie on the way to them. What is still outside is asked of the roundings themselves, if
-    `again` computes the replay: the unit is then their spread, where that is larger. What the step itself made
-    NaN or infinite of finite numbers is reported as that (`made_nonfinite`), not as another formula.
+    about ten roundings lie on the way to them. What is still outside is asked of the roundings themselves,
+    if `again` computes the replay: the unit is then their spread, where that is larger. What the step
+    itself made NaN or infinite of finite numbers is reported as that (`made_nonfinite`), not as another
+    formula.
     """
     before, after = wide(moved.before), wide(moved.after)
     unit = ulp(torch.maximum(before.abs(), after.abs()), moved.precision)

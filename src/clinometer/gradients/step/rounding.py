@@ -1,9 +1,10 @@
-"""How far the roundings of a step can carry it: the formula again, with every result rounded as the step rounds.
+"""How far the roundings of a step can carry it: the formula again, with every result rounded as the step
+rounds.
 
-A step in float16 rounds g², v, √v and m one after the other, and what is left of a small v is a few bits, or 0. No
-fixed number of ulp covers that. So the float64 replay is repeated with every intermediate result rounded to the
-dtype the step computes in, once to the nearest number and a few times up or down by chance; the spread of the
-outcomes is what rounding explains (Parker 1997; Vignes 1993).
+A step in float16 rounds g², v, √v and m one after the other, and what is left of a small v is a few bits,
+or 0. No fixed number of ulp covers that. So the float64 replay is repeated with every intermediate result
+rounded to the dtype the step computes in, once to the nearest number and a few times up or down by chance;
+the spread of the outcomes is what rounding explains (Parker 1997; Vignes 1993).
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def ulp(size: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _Rounded(TorchFunctionMode):
-    """Every float64 result is rounded to `dtype`: to the nearest number, or with a generator to a neighbour."""
+    """Every float64 result is rounded to `dtype`: to the nearest number, or with a generator to a
+    neighbour."""
 
     def __init__(self, dtype: torch.dtype, generator: torch.Generator | None) -> None:
         super().__init__()

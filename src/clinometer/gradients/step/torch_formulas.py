@@ -1,8 +1,9 @@
-"""The formulas of the rest of torch.optim: RMSprop, Adagrad, Adadelta, Adamax, NAdam, RAdam, ASGD, Rprop, Adafactor.
+"""The formulas of the rest of torch.optim: RMSprop, Adagrad, Adadelta, Adamax, NAdam, RAdam, ASGD, Rprop,
+Adafactor.
 
-As in formulas.py: from what the optimizer held before the step to what it must hold after it, in float64. Where
-the result depends on a rounding that is not the last one (a sign, a norm of many entries), the operation is
-torch's own in the tensor's own dtype.
+As in formulas.py: from what the optimizer held before the step to what it must hold after it, in float64.
+Where the result depends on a rounding that is not the last one (a sign, a norm of many entries), the
+operation is torch's own in the tensor's own dtype.
 """
 
 from __future__ import annotations
@@ -127,7 +128,8 @@ def adamax(held: OptimizerState) -> ReplayedUpdate:
 
 
 def nadam(held: OptimizerState) -> ReplayedUpdate:
-    """m, v as in Adam;  μ_t = β₁ (1 − 0.96^{tψ}/2);  θ ← θ − lr [(1−μ_t)/(1−Πμ) g + μ_{t+1}/(1−Πμ μ_{t+1}) m] / d.
+    """m, v as in Adam;  μ_t = β₁ (1 − 0.96^{tψ}/2);  θ ← θ − lr [(1−μ_t)/(1−Πμ) g + μ_{t+1}/(1−Πμ μ_{t+1})
+    m] / d.
 
     Source: torch.optim.NAdam; Dozat 2016.
     """
@@ -148,7 +150,8 @@ def nadam(held: OptimizerState) -> ReplayedUpdate:
 
 
 def radam(held: OptimizerState) -> ReplayedUpdate:
-    """m, v as in Adam;  θ ← θ − lr/(1−β₁ᵗ) m r √(1−β₂ᵗ)/(√v + ε) once ρ_t > 5, before that θ ← θ − lr/(1−β₁ᵗ) m.
+    """m, v as in Adam;  θ ← θ − lr/(1−β₁ᵗ) m r √(1−β₂ᵗ)/(√v + ε) once ρ_t > 5, before that θ ← θ −
+    lr/(1−β₁ᵗ) m.
 
     Source: torch.optim.RAdam; Liu et al. 2020.
     """
@@ -201,8 +204,8 @@ def rprop(held: OptimizerState) -> ReplayedUpdate:
     old = held.kept("step_size")
     old = torch.full_like(theta, lr) if old is None else old
     previous, real = held.state.get("prev"), real_pairs(held.grad)
-    # In torch's own dtype and operations: the product may vanish, and a factor written into a float64 tensor by
-    # an index is rounded to float32.
+    # In torch's own dtype and operations: the product may vanish, and a factor written into a float64
+    # tensor by an index is rounded to float32.
     factor = (torch.zeros_like(real) if previous is None else real * real_pairs(previous)).sign()
     factor = -factor if held.option("maximize") else factor
     if held.option("capturable"):

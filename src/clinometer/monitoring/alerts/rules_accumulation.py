@@ -27,8 +27,8 @@ class Discarded:
 
 
 class NoStep:
-    """No step is taken, 20 times in a row, though no gradient is NaN or infinite; or, told without any step, none was
-    ever seen while backward() reached the tensors."""
+    """No step is taken, 20 times in a row, though no gradient is NaN or infinite; or, told without any step,
+    none was ever seen while backward() reached the tensors."""
 
     cause, opens, closes = "no-step", 20, 1
 

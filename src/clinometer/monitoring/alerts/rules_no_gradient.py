@@ -1,4 +1,5 @@
-"""The alerts `dead` (a gradient of zeros), `no-gradient` (none at all) and `nothing-learns` (neither anywhere)."""
+"""The alerts `dead` (a gradient of zeros), `no-gradient` (none at all) and `nothing-learns` (neither
+anywhere)."""
 
 from __future__ import annotations
 
@@ -55,9 +56,9 @@ class NoGradient:
 class NothingLearns:
     """No tensor of the optimizers has had a gradient other than zero in any step so far, for ten steps.
 
-    Every gradient is None, because no backward reached the tensors or because zero_grad() stands between backward and
-    step; or every gradient is exactly zero. A loss that is 0 in all of these steps (rewards that are still all 0, a
-    margin that is kept) has no gradient to give: that is a warning.
+    Every gradient is None, because no backward reached the tensors or because zero_grad() stands between
+    backward and step; or every gradient is exactly zero. A loss that is 0 in all of these steps (rewards
+    that are still all 0, a margin that is kept) has no gradient to give: that is a warning.
     """
 
     cause, opens, closes = "nothing-learns", 10, 1

@@ -47,7 +47,8 @@ class NonFinite:
 
 
 class StepNotFinite:
-    """Weights that the step itself made NaN or infinite: they were finite before it, and so was the gradient."""
+    """Weights that the step itself made NaN or infinite: they were finite before it, and so was the
+    gradient."""
 
     cause, opens, closes = "step-not-finite", 1, 10
 

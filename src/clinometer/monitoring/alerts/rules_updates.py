@@ -23,8 +23,8 @@ class NeverMoves:
     converged; a rate that rises by more than a tenth in 20 steps (a warm-up or a search for a learning rate
     begins where nothing moves); a rate below a tenth of its highest (a decaying schedule ends there).
 
-    Or the rate has fallen so far that no tensor moves at all, for 50 steps and for as many as there were before: no
-    schedule ends with half of the run.
+    Or the rate has fallen so far that no tensor moves at all, for 50 steps and for as many as there were
+    before: no schedule ends with half of the run.
     """
 
     cause, opens, closes = "never-moves", 20, 3
@@ -115,8 +115,8 @@ class NotInOptimizer:
 
 
 class StaleInOptimizer:
-    """The optimizer steps tensors that are no longer the model's, and the model has others instead that no optimizer
-    holds. The model is looked at every 16 steps."""
+    """The optimizer steps tensors that are no longer the model's, and the model has others instead that no
+    optimizer holds. The model is looked at every 16 steps."""
 
     cause, opens, closes = "stale-in-optimizer", 3, 3
 
@@ -134,7 +134,8 @@ class StaleInOptimizer:
 
 
 class SharedMemory:
-    """Two parameters lie over one memory, an optimizer holds both, and both have a gradient, in three steps."""
+    """Two parameters lie over one memory, an optimizer holds both, and both have a gradient, in three
+    steps."""
 
     cause, opens, closes = "shared-memory", 3, 3
 
@@ -144,7 +145,8 @@ class SharedMemory:
 
 
 class Decay:
-    """Weight decay takes a tenth of every weight or more in each step, for ten steps: no gradient gives it back."""
+    """Weight decay takes a tenth of every weight or more in each step, for ten steps: no gradient gives it
+    back."""
 
     cause, opens, closes = "decay", 10, 3
     SHARE = 0.1
@@ -157,11 +159,11 @@ class Decay:
 
 
 class WrittenBetween:
-    """Something other than the optimizer writes to the weights between its steps, and undoes half of each step or
-    more, for 20 steps in a row; or it writes ten times what a step does.
+    """Something other than the optimizer writes to the weights between its steps, and undoes half of each
+    step or more, for 20 steps in a row; or it writes ten times what a step does.
 
-    Weights that are clipped or normalised after each step lose less of it, or all written entries end at one size;
-    an average that is swapped in and out again leaves no difference.
+    Weights that are clipped or normalised after each step lose less of it, or all written entries end at one
+    size; an average that is swapped in and out again leaves no difference.
     """
 
     cause, opens, closes = "written-between", 20, 3

@@ -1,9 +1,10 @@
 """Backwards whose gradients were cleared before any step used them, as by zero_grad() among micro-batches.
 
-A backward is discarded if, when the next one begins, the gradients it left are gone and no watched optimizer has
-stepped in between. Left out is what reads gradients for another end: weights that changed meanwhile (a trial step, as
-in sharpness-aware minimisation), gradients that the step takes from elsewhere (one made of several tasks'), and
-backwards that also reach tensors that are not watched (an adversarial input, another model of a GAN).
+A backward is discarded if, when the next one begins, the gradients it left are gone and no watched optimizer
+has stepped in between. Left out is what reads gradients for another end: weights that changed meanwhile (a
+trial step, as in sharpness-aware minimisation), gradients that the step takes from elsewhere (one made of
+several tasks'), and backwards that also reach tensors that are not watched (an adversarial input, another
+model of a GAN).
 """
 
 from __future__ import annotations

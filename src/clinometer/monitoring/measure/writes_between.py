@@ -1,8 +1,10 @@
-"""Weights that something other than the optimizer writes between its steps: how much of each step that undoes.
+"""Weights that something other than the optimizer writes between its steps: how much of each step that
+undoes.
 
-A few entries of the two largest matrices of each optimizer are kept from one step to the next: reading them costs
-some microseconds. A write through `.data` leaves no version, so the values themselves are compared. With u the
-optimizer's update of these entries and b what was written after it: undone = −⟨b, u⟩/⟨u, u⟩, and |b|/|u|.
+A few entries of the two largest matrices of each optimizer are kept from one step to the next: reading them
+costs some microseconds. A write through `.data` leaves no version, so the values themselves are compared.
+With u the optimizer's update of these entries and b what was written after it: undone = −⟨b, u⟩/⟨u, u⟩, and
+|b|/|u|.
 """
 
 from __future__ import annotations
