@@ -104,7 +104,7 @@ CAUSES: tuple[Cause, ...] = (
     # what watch reports while a run goes on
     _alert("non-finite", (F,), "loss scaler"),
     _alert("step-not-finite", (F,), "eps zero_gradient"),
-    _alert("nothing-learns", (F, W), "none cleared"),
+    _alert("nothing-learns", (F, W), "none cleared stopped"),
     _alert("exploding", (F,)),
     _alert("vanishing", (W,)),
     _alert("dead", (W,)),

@@ -74,6 +74,18 @@ def test_an_optimizer_whose_tensors_no_backward_reaches_is_told():
     assert "No backward() reached one" in render(watching.alerts[0], "en")
 
 
+def test_a_model_that_is_made_anew_in_the_run_is_told():
+    models = [net(), net()]
+    optimizer = torch.optim.SGD(models[0].parameters(), lr=0.1)
+    watching = watch(models[0], optimizer, to=[])
+    for step in range(90):
+        F.cross_entropy(models[step > 20](batch()[0]), batch()[1]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert told(watching) == ["nothing-learns"]
+    assert watching.alerts[0]["values"]["since"] == 22
+
+
 def test_a_gradient_that_comes_late_is_no_alert():
     model = net()
     steps = iter(range(100))

@@ -292,6 +292,37 @@ def test_rows_that_only_decay_are_said_with_their_share():
     assert not found_in(diagnose(table, loss, optimizer=torch.optim.SGD(table.parameters(), 1e-2)), "decay")
 
 
+def test_rows_that_momentum_still_moves_are_not_counted_as_decaying():
+    table = nn.Embedding(50, 8)
+    optimizer = torch.optim.AdamW(table.parameters(), 1e-2, weight_decay=0.1)
+    table(torch.arange(10, 20)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    found = diagnose(table, lambda: table(torch.arange(10)).square().mean(), optimizer=optimizer)
+    (finding,) = found_in(found, "decay")
+    assert (finding.values["rows"], finding.values["total"]) == (30, 50)
+
+
+class Sign(torch.optim.Optimizer):
+    """A sign step with decoupled decay, as Lion's."""
+
+    def __init__(self, params, lr, weight_decay):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * p.grad.sign())
+
+
+@pytest.mark.parametrize(("decay", "faulty"), [(500.0, True), (10.0, False)])
+def test_the_decay_of_an_optimizer_of_ones_own_is_tried(decay, faulty):
+    line = Line()
+    found = diagnose(line, line.loss, optimizer=Sign(line.parameters(), 1e-3, decay))
+    assert [f.severity for f in found_in(found, "decay")] == (["fault"] if faulty else [])
+
+
 class Noisy(torch.optim.SGD):
     def step(self, closure=None):
         super().step(closure)

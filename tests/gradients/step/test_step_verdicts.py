@@ -388,3 +388,19 @@ def test_no_reason_is_given_that_was_not_measured():
     with explain_step(decaying, {"p": p}) as anatomy:
         decaying.step()
     assert "Weight decay moves it." in anatomy["p"][0].render("en")
+
+
+def test_what_a_hook_writes_after_the_step_is_not_the_steps():
+    p = nn.Parameter(torch.randn(5, 4))
+    optimizer = torch.optim.AdamW([p], lr=1e-2)
+
+    @torch.no_grad()
+    def normalise(*_):
+        p.div_(p.norm(dim=1, keepdim=True))
+
+    optimizer.register_step_post_hook(normalise)
+    p.grad = torch.randn(5, 4)
+    with explain_step(optimizer, {"p": p}) as anatomy:
+        optimizer.step()
+    assert anatomy.faithful is True
+    assert not torch.equal(anatomy["p"].moved.after, p)

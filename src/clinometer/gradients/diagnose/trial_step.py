@@ -86,6 +86,7 @@ class TrialStep:
         broken = yield from self._not_finite(moved)
         yield from self._unpushed([n for n in moved if self._learns(n) and n not in broken])
         yield from self._still(moved)
+        yield from self._erasing_on_its_own()
 
     def _step(self) -> None:
         # Without the hooks of the optimizer: what they report to must not see a step that is none.
@@ -141,6 +142,39 @@ class TrialStep:
             }
             yield _loop("decay", FAULT, names, share=format_number(share, place=""), **numbers)
 
+    def _erasing_on_its_own(self) -> Iterator[Finding]:
+        """The same of an optimizer with a step of its own: its step is tried with gradients of zero and no
+        state."""
+        groups = self._optimizer.param_groups
+        rates = {key for group in groups for key in group if "decay" in key and option(group, key) > 0}
+        if not (rates and has_own_step(self._optimizer) and self._ranks.alone):
+            return
+        able = {name: t for name, t in self._ours.items() if t.grad is not None and t.requires_grad}
+        kept = {name: t.grad for name, t in able.items()}
+        old = {name: t.detach().clone() for name, t in able.items()}
+        try:
+            for t in able.values():
+                t.grad = torch.zeros_like(t)
+            self._optimizer.state.clear()
+            self._step()
+        except Exception:  # an optimizer that needs its state tells nothing
+            return
+        finally:
+            for name, t in able.items():
+                t.grad = kept[name]
+        shares = {name: _share(old[name], t.detach() - old[name]) for name, t in able.items()}
+        names = tuple(
+            name
+            for name, share in shares.items()
+            if share >= _ERASES and _is_proportional(old[name], able[name].detach() - old[name], share)
+        )
+        if names:
+            group = self._groups[id(able[names[0]])]
+            decay = max(option(group, key) for key in rates)
+            numbers = {"lr": format_number(option(group, "lr")), "decay": format_number(decay)}
+            share = format_number(max(shares[name] for name in names), place="")
+            yield _loop("decay", FAULT, names, share=share, **numbers)
+
     def _not_finite(self, moved: list[str]) -> Iterator[Finding]:
         """What the step itself made NaN or infinite; returns the names."""
         made = {}
@@ -187,10 +221,9 @@ class TrialStep:
                 if cause == "decay":
                     shares.append(_share(old, change))
             elif tensor.dim() > 1 and tensor.grad is not None and tensor.grad.layout is torch.strided:
-                empty = (tensor.grad == 0).flatten(1).all(1)
-                empty &= (change != 0).flatten(1).any(1)
-                if bool(empty.any()) and self._cause(name, old[empty], change[empty]) == "decay":
-                    rows[name] = int(empty.sum()), len(empty), _share(old[empty], change[empty])
+                empty = (tensor.grad == 0).flatten(1).all(1) & (change != 0).flatten(1).any(1)
+                if bool(empty.any()) and (found := self._decaying(name, old[empty], change[empty])):
+                    rows[name] = found[0], len(empty), found[1]
         if names := tuple(whole.pop("decay", ())):
             yield _loop(
                 "decay", EXPLAINED, names, variant="tensors", share=format_number(max(shares), place="")
@@ -205,14 +238,26 @@ class TrialStep:
             share = format_number(max(s for _, _, s in rows.values()), place="")
             yield _loop("decay", EXPLAINED, tuple(rows), variant="rows", share=share, **values)
 
+    def _decaying(self, name: str, old: Tensor, change: Tensor) -> tuple[int, float] | None:
+        """How many of these rows, whose gradient is zero, move by weight decay alone, and by which share."""
+        if option(self._groups[id(self._ours[name])], "weight_decay") == 0:
+            return None
+        if name not in self._pushed:
+            return len(old), _share(old, change)
+        # Rows that a moment of earlier batches moves too are not in proportion to themselves.
+        old, change = old.flatten(1), change.flatten(1)
+        size = old.double().square().sum(1).clamp(min=1e-300)
+        shares = (-(change.double() * old.double()).sum(1) / size)[:, None]
+        rounding = 4 * torch.finfo(change.dtype).eps * old.abs() + torch.finfo(change.dtype).tiny
+        alone = ((change + shares * old).abs() <= rounding).all(1) & (shares[:, 0] > 0)
+        return (int(alone.sum()), float(shares[alone].max())) if bool(alone.any()) else None
+
     def _cause(self, name: str, old: Tensor, change: Tensor) -> str:
         """ "decay", "momentum", "both" or "unknown": what moved numbers that have no gradient."""
         decays = option(self._groups[id(self._ours[name])], "weight_decay") != 0
         pushed = name in self._pushed
         if decays and pushed:
-            share = _share(old, change)
-            unit = torch.finfo(change.dtype).eps * old.abs() + torch.finfo(change.dtype).tiny
-            return "decay" if bool(((change + share * old).abs() <= 4 * unit).all()) else "both"
+            return "decay" if _is_proportional(old, change, _share(old, change)) else "both"
         return "decay" if decays else "momentum" if pushed else "unknown"
 
     def _still(self, moved: list[str]) -> Iterator[Finding]:
@@ -300,6 +345,12 @@ def _share(old: Tensor, change: Tensor) -> float:
     """c of change = −c · old, by least squares."""
     wide = old.double().flatten()
     return -float(change.double().flatten() @ wide) / (float(wide @ wide) or 1.0)
+
+
+def _is_proportional(old: Tensor, change: Tensor, share: float) -> bool:
+    """Whether change = −share · old within rounding."""
+    unit = torch.finfo(change.dtype).eps * old.abs() + torch.finfo(change.dtype).tiny
+    return bool(((change + share * old).abs() <= 4 * unit).all())
 
 
 def _loop(

@@ -20,8 +20,9 @@ TORCHS: frozenset[type] = frozenset(
 )
 """The classes of torch.optim."""
 
-_DECOUPLED = ("AdamW", "Muon", "Adafactor")
-_PLAIN = ("SGD",)
+_PROPORTIONAL = ("AdamW", "Muon", "Adafactor", "SGD")
+"""Whose weight decay takes a share of the weight itself; elsewhere the step divides it by the gradient's
+size."""
 
 
 def ancestor_of(optimizer: Any) -> type | None:
@@ -47,19 +48,13 @@ def option(group: dict[str, Any], name: str, default: float = 0.0) -> float:
 def shrinks_by(optimizer: Any, group: dict[str, Any]) -> float | None:
     """The share of every weight that weight decay takes away in a step of this group; None if not known.
 
-    Known for torch's classes only: lr λ where decay acts on the weight itself, and for SGD lr λ / (1 − μ),
-    what its momentum makes of it.
+    It is lr λ where decay acts on the weight itself, and for SGD, whose momentum makes it more with time.
+    Known for torch's classes only.
     """
     kind = None if has_own_step(optimizer) else ancestor_of(optimizer)
-    if kind is None:
+    if kind is None or not (kind.__name__ in _PROPORTIONAL or group.get("decoupled_weight_decay")):
         return None
-    share = option(group, "lr") * option(group, "weight_decay")
-    if kind.__name__ in _DECOUPLED or group.get("decoupled_weight_decay"):
-        return share
-    if kind.__name__ in _PLAIN:
-        momentum, dampening = option(group, "momentum"), option(group, "dampening")
-        return share * (1 - dampening) / (1 - momentum) if 0 < momentum < 1 else share
-    return None
+    return option(group, "lr") * option(group, "weight_decay")
 
 
 def tensors_of(*optimizers: Any) -> dict[int, Tensor]:

@@ -106,11 +106,13 @@ class _Watch:
     def begin(self, stack: ExitStack) -> None:
         self.note_gradients()
         if isinstance(self.optimizer, Optimizer):
-            for handle in (
-                self.optimizer.register_step_pre_hook(self._before_step),
-                self.optimizer.register_step_post_hook(self._after_step),
-            ):
-                stack.callback(handle.remove)
+            before = self.optimizer.register_step_pre_hook(self._before_step)
+            after = self.optimizer.register_step_post_hook(self._after_step)
+            stack.callback(before.remove)
+            stack.callback(after.remove)
+            # Last of the hooks before the step, and first after it: what they write is not the step's.
+            if (hooks := after.hooks_dict_ref()) is not None:
+                hooks.move_to_end(after.id, last=False)
             for name, tensor in self.subject.tensors.items():
                 if tensor.requires_grad and tensor.is_leaf:
                     note = partial(self._note, name)

@@ -62,9 +62,12 @@ class NothingLearns:
     """
 
     cause, opens, closes = "nothing-learns", 10, 1
+    LATER_STEPS = 50
 
     def __init__(self) -> None:
         self._began = False
+        self._without = 0
+        """Steps in a row in which no tensor had a gradient."""
         self._loss_seen = False
 
     def look(self, facts: Facts) -> Trouble | None:
@@ -73,10 +76,16 @@ class NothingLearns:
         cleared = facts.backwards > 0 and bool(np.isnan(norm).all())
         self._began = self._began or bool((norm[able] > 0).any())
         self._loss_seen = self._loss_seen or facts.scalar("loss") != 0
-        if not facts.taken or not able.any() or (self._began and not cleared):
+        if not facts.taken or not able.any():
             return None
         if cleared:
             return Trouble("fault", (), {}, "cleared")
+        nothing = np.isnan(norm[able]).all() and not facts.replaced.any()
+        self._without = self._without + 1 if nothing else 0
+        if self._began and self._without > self.LATER_STEPS - self.opens:
+            return Trouble("warning", (), {"since": facts.step - self._without + 1}, "stopped")
+        if self._began:
+            return None
         if np.isnan(norm[able]).all():
             return Trouble("fault", (), {}, "none")
         return Trouble("fault" if self._loss_seen else "warning", (), {})
