@@ -112,7 +112,7 @@ CAUSES: tuple[Cause, ...] = (
     _alert("always-clipped", (W,)),
     _alert("update-ratio", (W,), "large small"),
     _alert("loss-spike", (W,)),
-    _alert("not-in-optimizer", (F,)),
+    _alert("not-in-optimizer", (F, W, E), "outside"),
     _alert("accumulating", (F,)),
     _alert("discarded", (W,)),
     _alert("no-step", (F,), "never"),

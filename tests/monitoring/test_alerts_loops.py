@@ -148,6 +148,57 @@ def test_a_model_whose_parameters_the_optimizer_has_is_silent(how, renew):
     assert told(replaced(how, renew)) == []
 
 
+# ---- a gradient that arrives at no step ----
+
+
+class Centres(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.centres = nn.Parameter(torch.randn(3, 3))
+
+    def forward(self, features, y):
+        return (features - self.centres[y]).square().sum(1).mean()
+
+
+@pytest.mark.parametrize(
+    ("how", "causes"),
+    [
+        ("forgotten", ["not-in-optimizer"]),
+        ("eval", ["not-in-optimizer"]),
+        ("optimizer", []),
+        ("another optimizer", []),
+        ("frozen", []),
+        ("by hand", []),
+        ("input", []),
+    ],
+)
+def test_parameters_of_a_criterion_that_nothing_moves_are_told(how, causes):
+    model, criterion = net(), Centres()
+    if how == "eval":
+        criterion.eval()
+    if how == "frozen":
+        criterion.requires_grad_(False)
+    held = [*model.parameters(), *(criterion.parameters() if how == "optimizer" else ())]
+    optimizer = torch.optim.SGD(held, lr=0.05)
+    other = torch.optim.SGD(criterion.parameters(), lr=0.5) if how == "another optimizer" else None
+    points = torch.randn(32, 6, requires_grad=how == "input")  # collocation points of a physical loss
+    watching = watch(model, optimizer, to=[])
+    for _ in range(8):
+        x, y = batch()
+        loss = model(points).square().mean() if how == "input" else criterion(model(x), y)
+        loss.backward()
+        optimizer.step()
+        if other is not None:
+            other.step()
+        if how == "by hand":
+            with torch.no_grad():
+                criterion.centres -= 0.1 * criterion.centres.grad
+    assert told(watching) == causes
+    if causes:
+        assert watching.alerts[0]["severity"] == ("explained" if how == "eval" else "warning")
+        assert "Centres.centres" in render(watching.alerts[0], "en")
+
+
 # ---- backwards that no step used ----
 
 

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from clinometer.distributed.ranks import refuse_flattened
 from clinometer.distributed.sharded_tensors import is_sharded, rank
+from clinometer.gradients.report.formatting import shorten
 from clinometer.gradients.step.explain_step import innermost
 from clinometer.monitoring.alert_diagnosis import diagnose_now
 from clinometer.monitoring.alerts.alerts import Alerts
@@ -22,6 +23,7 @@ from clinometer.monitoring.environment import environment, memory_in_use
 from clinometer.monitoring.listen.discarded import DiscardedBackwards
 from clinometer.monitoring.listen.loss_scale import LossScale, Scaling
 from clinometer.monitoring.listen.losses import Losses
+from clinometer.monitoring.listen.outside_parameters import OutsideParameters
 from clinometer.monitoring.listen.zero_grad import Chains
 from clinometer.monitoring.measure.noise_scale import FirstMicroBatch
 from clinometer.monitoring.measure.pins import Pins
@@ -35,6 +37,8 @@ from clinometer.monitoring.sinks import SinkGroup
 from clinometer.vocabulary import STATISTICS
 
 HISTOGRAMS_EVERY = 16
+OUTSIDE_AFTER = 4
+"""Steps after which parameters outside the model that nothing moved are reported."""
 NEVER_STEPPED = 100
 """Backwards without any step that are an alert while the watch lives."""
 FEWEST_BACKWARDS = 3
@@ -90,6 +94,7 @@ class StepWatch:
         self._chains = Chains(self.roster)
         self._discarded = DiscardedBackwards(self.roster)
         self._writes: dict[int, WritesBetween] = {}
+        self._outside = OutsideParameters()
         self._backwards = 0
         """Backwards that reached the watched tensors, while no step was ever seen."""
         self._scale = LossScale()
@@ -317,6 +322,8 @@ class StepWatch:
         if self._known is None or len(self._known.names) != len(row.statistics):
             self._known = Tensors.of(self.roster, self._described[: len(row.statistics)])
         self.alerts.look(facts_of(row, self.roster, self._known))
+        if self.alerts.seen == OUTSIDE_AFTER:
+            self._report_outside()
 
     def _describe(self) -> None:
         if len(self._described) < len(self.roster.watched):
@@ -332,6 +339,8 @@ class StepWatch:
             self._positions = order_of_use(losses, self.roster.watched, self.shards.stand_ins())
         self._chains.backward_begins()
         self._discarded.backward_begins(losses)
+        if not self.shards.active:
+            self._outside.look(losses, self.roster)
         self._losses.begins([*self.roster.tensors(), *self.shards.gathered_parameters()])
 
     def backward_failed(self) -> None:
@@ -436,6 +445,14 @@ class StepWatch:
     def steps_seen(self) -> int:
         """Steps that the alert rules have judged."""
         return self.alerts.seen
+
+    def _report_outside(self) -> None:
+        found = self._outside.still()
+        if found:
+            severity = "warning" if any(one.training for one in found) else "explained"
+            names = sorted({one.name for one in found})
+            values = {"outside": len(found), "which": shorten(names, 3)}
+            self.alerts.raise_now("not-in-optimizer", severity, values, variant="outside", step=self.step)
 
     def _never_stepped(self) -> None:
         values = {"backwards": self._backwards}

@@ -7,6 +7,7 @@ of its own descends from torch's, and may do something else on purpose.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -61,3 +62,8 @@ def tensors_of(*optimizers: Any) -> dict[int, Tensor]:
     """The tensors that optimizers hold, by id."""
     groups = [group for optimizer in optimizers for group in getattr(optimizer, "param_groups", ())]
     return {id(tensor): tensor for group in groups for tensor in group["params"]}
+
+
+def holds_any(optimizer: Any, ids: Collection[int]) -> set[int]:
+    """Which of these tensors, by id, an optimizer holds."""
+    return {key for key in tensors_of(optimizer) if key in ids}

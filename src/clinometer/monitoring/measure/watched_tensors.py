@@ -302,8 +302,9 @@ def order_of_use(
     return {index: position for position, (_, index) in enumerate(sorted(keys))}
 
 
-def reaches_others(losses: Iterable[Tensor], roster: Roster) -> bool:
-    """Whether the graph of these losses ends in a tensor that is not watched."""
+def leaves_of(losses: Iterable[Tensor]) -> list[Tensor]:
+    """The tensors in which the graph of these losses ends."""
+    found: dict[int, Tensor] = {}
     seen: set[Any] = set()
     queue = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
     while queue:
@@ -317,6 +318,11 @@ def reaches_others(losses: Iterable[Tensor], roster: Roster) -> bool:
             leaf = getattr(following, "variable", None)
             if leaf is None:
                 queue.append(following)
-            elif roster.find(leaf) is None:
-                return True
-    return False
+            else:
+                found[id(leaf)] = leaf
+    return list(found.values())
+
+
+def reaches_others(losses: Iterable[Tensor], roster: Roster) -> bool:
+    """Whether the graph of these losses ends in a tensor that is not watched."""
+    return any(roster.find(leaf) is None for leaf in leaves_of(losses))
