@@ -88,7 +88,7 @@ def test_every_clue_and_finding_about_the_loop_is_in_the_catalogue():
     ids=lambda c: f"{c.status}-{c.name}",
 )
 def test_every_line_of_the_catalogue_is_found_by_some_code(cause):
-    written = words("gradients/diagnose", "gradients/trace")
+    written = words("gradients/diagnose", "gradients/trace", "gradients/optimizers")
     assert cause.name in written
     assert set(cause.variants) <= written
 

@@ -73,6 +73,8 @@ BACKWARD_POINTS = (
 TOO_LARGE = "forward exponential backward sum"
 TOO_LARGE_WIDE = "forward-wide exponential-wide backward-wide sum-wide"
 """In a type with the range of float32, to whom a wider one cannot be advised."""
+UNPUSHED = "zero_gradient_momentum zero_gradient_both zero_gradient_unknown"
+STEP_TERMS = "eps no_eps zero_gradient state option overflow"
 
 # fmt: off
 CAUSES: tuple[Cause, ...] = (
@@ -117,23 +119,36 @@ CAUSES: tuple[Cause, ...] = (
     _diagnosis("loop", "not-in-optimizer", (F, E), f"other hidden {OUTSIDE}"),
     _diagnosis("loop", "stale-in-optimizer", (F,)),
     _diagnosis("loop", "accumulating", (F,)),
-    _diagnosis("loop", "moved-while-frozen", (F, E), "zero_gradient statistics"),
-    _diagnosis("loop", "never-moves", (F, E)),
+    _diagnosis("loop", "moved-while-frozen", (F, E), f"{UNPUSHED} statistics"),
+    _diagnosis("loop", "never-moves", (F, E), "minimum waits"),
+    _diagnosis("loop", "decay", (F, E), "tensors rows"),
+    _diagnosis("loop", "step-not-finite", (F,), STEP_TERMS),
+    _diagnosis("loop", "shared-memory", (F,)),
+    _diagnosis("loop", "state-of-another", (F,)),
+    _diagnosis("loop", "trial-step", (E,)),
     _diagnosis("loop", "zero-lr", (F, E)),
     _diagnosis("loop", "unscaled-amp", (F, E), "held"),
     # what watch reports while a run goes on
-    _alert("non-finite", (F,), "loss"),
+    _alert("non-finite", (F,), "loss scaler"),
+    _alert("step-not-finite", (F,), "eps zero_gradient"),
+    _alert("nothing-learns", (F, W), "none cleared stopped"),
     _alert("exploding", (F,)),
     _alert("vanishing", (W,)),
     _alert("dead", (W,)),
-    _alert("no-gradient", (F, W), "none"),
+    _alert("no-gradient", (W,)),
     _alert("always-clipped", (W,)),
     _alert("update-ratio", (W,), "large small"),
     _alert("loss-spike", (W,)),
-    _alert("not-in-optimizer", (F,)),
+    _alert("not-in-optimizer", (F, W, E), "outside"),
     _alert("accumulating", (F,)),
+    _alert("discarded", (W,)),
+    _alert("no-step", (F,), "never"),
+    _alert("stale-in-optimizer", (F,)),
+    _alert("shared-memory", (F,)),
+    _alert("decay", (F,)),
+    _alert("written-between", (F, W), "undone"),
     _alert("moved-while-frozen", (F,)),
-    _alert("never-moves", (F, W)),
+    _alert("never-moves", (F, W), "rate"),
     _alert("zero-lr", (F, E)),
     _alert("unscaled-amp", (F,)),
     # check_gradients

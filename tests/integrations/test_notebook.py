@@ -65,7 +65,7 @@ def test_a_watch_shows_how_far_it_is_and_its_alerts(tmp_path: Path, capsys) -> N
     watch = clinometer.watch(model, optimizer, tmp_path / "run")
     train(model, optimizer, 3)
     assert str(watch).split("\n")[0] == "Watching 4 tensors: step 3."
-    assert "No alert." in watch._repr_html_()
+    assert "not enough steps yet for every rule (2 of 50)" in watch._repr_html_()
     train(model, optimizer, 1, float("nan"))
     watch.close()
     assert "4 tensors were watched, up to step 4." in str(watch)

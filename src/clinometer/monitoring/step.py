@@ -14,13 +14,16 @@ from torch.optim import Optimizer
 
 from clinometer.distributed.ranks import refuse_flattened
 from clinometer.distributed.sharded_tensors import is_sharded, rank
+from clinometer.gradients.report.formatting import shorten
 from clinometer.gradients.step.explain_step import innermost
 from clinometer.monitoring.alert_diagnosis import diagnose_now
 from clinometer.monitoring.alerts.alerts import Alerts
 from clinometer.monitoring.alerts.facts import Tensors, facts_of
 from clinometer.monitoring.environment import environment, memory_in_use
+from clinometer.monitoring.listen.discarded import DiscardedBackwards
 from clinometer.monitoring.listen.loss_scale import LossScale, Scaling
 from clinometer.monitoring.listen.losses import Losses
+from clinometer.monitoring.listen.outside_parameters import OutsideParameters
 from clinometer.monitoring.listen.zero_grad import Chains
 from clinometer.monitoring.measure.noise_scale import FirstMicroBatch
 from clinometer.monitoring.measure.pins import Pins
@@ -29,10 +32,17 @@ from clinometer.monitoring.measure.small_tensors import Gradients
 from clinometer.monitoring.measure.statistics import Scratch
 from clinometer.monitoring.measure.step_row import StepRow, refresh
 from clinometer.monitoring.measure.watched_tensors import Roster, describe, order_of_use
+from clinometer.monitoring.measure.writes_between import WritesBetween
 from clinometer.monitoring.sinks import SinkGroup
 from clinometer.vocabulary import STATISTICS
 
 HISTOGRAMS_EVERY = 16
+OUTSIDE_AFTER = 4
+"""Steps after which parameters outside the model that nothing moved are reported."""
+NEVER_STEPPED = 100
+"""Backwards without any step that are an alert while the watch lives."""
+FEWEST_BACKWARDS = 3
+"""Backwards without any step that are an alert when the watch is closed."""
 
 
 class Phase(Enum):
@@ -82,6 +92,11 @@ class StepWatch:
         self._diagnosis = DiagnosisPhase.NOT_RUN
         self._losses = Losses()
         self._chains = Chains(self.roster)
+        self._discarded = DiscardedBackwards(self.roster)
+        self._writes: dict[int, WritesBetween] = {}
+        self._outside = OutsideParameters()
+        self._backwards = 0
+        """Backwards that reached the watched tensors, while no step was ever seen."""
         self._scale = LossScale()
         self._scratch, self._small_gradients = Scratch(), Gradients()
         self._row: StepRow | None = None
@@ -188,9 +203,9 @@ class StepWatch:
         return self._begin_row()
 
     def _begin_row(self) -> StepRow:
-        if self.roster.grew():
-            self.shards.agree()
         number = self.step + 1
+        if self.roster.grew(look=number % HISTOGRAMS_EVERY == 0):
+            self.shards.agree()
         measured = (number - 1) % self.every == 0
         # The same steps however often the run is stopped and resumed.
         before = number - self.every
@@ -206,6 +221,8 @@ class StepWatch:
     def _read(self, row: StepRow, optimizer: Optimizer) -> None:
         first = not row.read_for
         row.piled_up |= self._chains.unbroken(optimizer)
+        discarded, backwards = self._discarded.stepped()
+        row.discarded, row.backwards = row.discarded + discarded, row.backwards + backwards
         row.read_for.add(id(optimizer))
         row.parts = max(row.parts, self._losses.parts)
         loss = self._losses.take()
@@ -217,7 +234,10 @@ class StepWatch:
             self.shards.agree()
             row.widen(self.roster.watched)
         owned, places = self.roster.owned_by(optimizer), self._small_gradients.places
-        refresh(owned, places, stepped=id(optimizer) in self._unmeasured)
+        elsewhere = refresh(owned, places, stepped=id(optimizer) in self._unmeasured)
+        if elsewhere:
+            self.roster.compare_memory()
+        self._read_writes(row, optimizer, owned)
         self._unmeasured.discard(id(optimizer))
         if first:  # apart, because another optimizer may be the first of the next round
             refresh(self.roster.unowned, places)
@@ -226,6 +246,12 @@ class StepWatch:
         self.pins.before(optimizer)
         if not self._scale.is_used and self._may_diagnose() and self.shards.any(row.nonfinite()):
             self._diagnose()
+
+    def _read_writes(self, row: StepRow, optimizer: Optimizer, owned: list[Any]) -> None:
+        if self.every == 1 and not self.shards.active:
+            if id(optimizer) not in self._writes:
+                self._writes[id(optimizer)] = WritesBetween(owned)
+            row.write = self._writes[id(optimizer)].step_begins() or row.write
 
     def _read_gradients(self, row: StepRow, watched: list[Any], scale: Any) -> None:
         read = row.read_gradients(watched, self.roster.living(), self._scratch, self._small_gradients)
@@ -247,6 +273,8 @@ class StepWatch:
         else:
             self._unmeasured.add(id(optimizer))
         row.stepped.add(id(optimizer))
+        if id(optimizer) in self._writes:
+            self._writes[id(optimizer)].step_ended()
         self._chains.stepped(optimizer)
         self.step = row.step
         if all(id(o) in row.stepped for o in self.roster.living()):
@@ -294,6 +322,8 @@ class StepWatch:
         if self._known is None or len(self._known.names) != len(row.statistics):
             self._known = Tensors.of(self.roster, self._described[: len(row.statistics)])
         self.alerts.look(facts_of(row, self.roster, self._known))
+        if self.alerts.seen == OUTSIDE_AFTER:
+            self._report_outside()
 
     def _describe(self) -> None:
         if len(self._described) < len(self.roster.watched):
@@ -308,6 +338,9 @@ class StepWatch:
         if not self._positions:
             self._positions = order_of_use(losses, self.roster.watched, self.shards.stand_ins())
         self._chains.backward_begins()
+        self._discarded.backward_begins(losses)
+        if not self.shards.active:
+            self._outside.look(losses, self.roster)
         self._losses.begins([*self.roster.tensors(), *self.shards.gathered_parameters()])
 
     def backward_failed(self) -> None:
@@ -323,6 +356,10 @@ class StepWatch:
         if not self._losses.ended(reached, losses, given, scale, own=len(tensors)):
             return
         self.shards.backwards += self._losses.reduced
+        self._discarded.backward_ended()
+        self._backwards += 1
+        if self._phase is Phase.WAITING and self._backwards == NEVER_STEPPED:
+            self._never_stepped()
         row = self._open_row()
         if row is not None:
             row.read.clear()  # what was measured when values were clipped is out of date
@@ -403,6 +440,28 @@ class StepWatch:
             self._read_gradients(row, self.roster.watched, None)
         else:
             row.after_clipping = True
+
+    @property
+    def steps_seen(self) -> int:
+        """Steps that the alert rules have judged."""
+        return self.alerts.seen
+
+    def _report_outside(self) -> None:
+        found = self._outside.still()
+        if found:
+            severity = "warning" if any(one.training for one in found) else "explained"
+            names = sorted({one.name for one in found})
+            values = {"outside": len(found), "which": shorten(names, 3)}
+            self.alerts.raise_now("not-in-optimizer", severity, values, variant="outside", step=self.step)
+
+    def _never_stepped(self) -> None:
+        values = {"backwards": self._backwards}
+        self.alerts.raise_now("no-step", "fault", values, variant="never", step=self.step)
+
+    def ends(self) -> None:
+        """The watch is closed: gradients that no step ever took are reported."""
+        if self._phase is Phase.WAITING and FEWEST_BACKWARDS <= self._backwards < NEVER_STEPPED:
+            self._never_stepped()
 
     # The diagnosis of a gradient that is not finite.
 

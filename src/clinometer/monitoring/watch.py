@@ -83,6 +83,9 @@ class Watch:
         self._steps = StepWatch(model, optimizers, self._sinks, every)
         self._steps.begin(config)
         self._handles = []
+        self._depth: dict[int, int] = {}
+        """How deep a step is inside a step, by the optimizer's id."""
+        self._in_closure = False
         for one in optimizers:
             if not hasattr(one, "register_step_pre_hook"):
                 raise InputError("step.not_an_optimizer", type=type(one).__name__)
@@ -184,7 +187,7 @@ class Watch:
         return to_html(self._document())
 
     def _document(self) -> Document:
-        return summary_of(len(self.names), self.step, self.alerts, self.closed)
+        return summary_of(len(self.names), self.step, self.alerts, self.closed, self._steps.steps_seen)
 
     def flush(self) -> None:
         """Pass the last step to the sinks now, instead of when the next one begins."""
@@ -195,6 +198,7 @@ class Watch:
         if self.closed:
             return
         self._call(self._steps.flush)
+        self._call(self._steps.ends)
         self._end(state)
 
     def __enter__(self) -> Watch:
@@ -208,13 +212,21 @@ class Watch:
 
     def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        # A subclass whose step calls torch's comes here twice: the outer step is the step.
+        self._depth[id(optimizer)] = self._depth.get(id(optimizer), 0) + 1
+        if self._depth[id(optimizer)] > 1:
+            return None
         if closure is None or self.closed:
             self._call(self._steps.before_step, optimizer)
             return None
 
         def watched() -> Any:
             # The closure computes the gradients of the step; of several calls (LBFGS) the first counts.
-            value = closure()
+            self._in_closure = True
+            try:
+                value = closure()
+            finally:
+                self._in_closure = False
             self._call(self._steps.closure_ran, optimizer)
             return value
 
@@ -224,6 +236,9 @@ class Watch:
         return (*args[:1], watched, *args[2:]), kwargs
 
     def _after_step(self, optimizer: Any, *_: Any) -> None:
+        self._depth[id(optimizer)] = max(0, self._depth.get(id(optimizer), 0) - 1)
+        if self._depth[id(optimizer)]:
+            return
         self._call(self._steps.after_step, optimizer)
 
     def _call(self, handler: Callable[_P, None], *args: _P.args, **kwargs: _P.kwargs) -> None:
@@ -240,6 +255,8 @@ class Watch:
             self._give_up(f"{type(error).__name__}: {error}")
 
     def backward_begins(self, losses: Sequence[Tensor], given: Any) -> None:
+        if not self._in_closure:
+            self._depth.clear()  # a step that raised has no end
         self._call(self._steps.backward_begins, losses)
 
     def backward_failed(self) -> None:

@@ -211,7 +211,9 @@ def diagnose(
         reasons, apart = _kept_apart(reasons, membership.outside(result.getting))
         reasons = _of_other_steps(reasons, membership, result.getting)
         findings = find_outside(subject, result, before, membership)
-        findings += loop_checks.check_run(subject, result, membership, before, ranks, apart=apart)
+        findings += loop_checks.check_run(
+            subject, result, membership, before, ranks, closure=closure, apart=apart
+        )
         nodes = len(result.flow.graph.nodes) if result.flow else 0
         older = result.older
         if older is not None and older.live and older.saved and not older.whole:

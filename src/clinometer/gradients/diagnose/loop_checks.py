@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Collection, Iterator
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from clinometer.distributed.ranks import Ranks, whole
 from clinometer.gradients.diagnose.loop_finding import loop_finding
-from clinometer.gradients.diagnose.optimizer_membership import Membership, Optimizers, tensors_of
+from clinometer.gradients.diagnose.optimizer_membership import Membership, Optimizers
+from clinometer.gradients.diagnose.trial_step import TrialStep
+from clinometer.gradients.optimizers.identity import tensors_of
+from clinometer.gradients.optimizers.shared_memory import pairs_that_overlap
 from clinometer.gradients.report.finding import EXPLAINED, FAULT, Finding
 from clinometer.gradients.report.formatting import format_number, shorten
+from clinometer.gradients.sandbox.closure import Closure
 from clinometer.gradients.sandbox.sandbox import Before
 from clinometer.gradients.sandbox.subject import Subject
 from clinometer.gradients.trace.observed_run import ObservedRun
@@ -33,6 +35,7 @@ def check_run(
     before: Before,
     ranks: Ranks,
     *,
+    closure: Closure,
     apart: Collection[str] = (),
 ) -> list[Finding]:
     """Returns the findings of one forward and backward, and of one step of each optimizer, which is undone.
@@ -43,6 +46,7 @@ def check_run(
     found = [
         *membership.findings(apart, reached, run.getting),
         *_rates(membership.optimizers),
+        *_shared(subject, run, membership.optimizers),
         *_accumulated(subject, before),
         *_statistics(subject, before),
     ]
@@ -50,7 +54,7 @@ def check_run(
         found.append(loop_finding("unscaled-amp", FAULT, (), where=run.trace.amp["clipped"]))
     if run.flow is not None:
         for optimizer in filter(_steps_alone, membership.optimizers):
-            found += _one_step(subject, run, optimizer, before, ranks)
+            found += TrialStep(subject, run, optimizer, before, ranks, closure).findings()
     return found
 
 
@@ -65,6 +69,18 @@ def _learning_rates(optimizer: Optimizer) -> Iterator[Finding]:
         scheduled = all("initial_lr" in optimizer.param_groups[i] for i in groups)
         severity = EXPLAINED if scheduled else FAULT
         yield loop_finding("zero-lr", severity, (), n=len(groups), groups=shorten([*map(str, groups)], 6))
+
+
+def _shared(subject: Subject, run: ObservedRun, optimizers: Optimizers) -> Iterator[Finding]:
+    """Parameters over one memory that are all stepped: each step moves the same numbers more than once."""
+    held = tensors_of(*optimizers)
+    stepped = {
+        name: tensor
+        for name, tensor in subject.tensors.items()
+        if id(tensor) in held and tensor.requires_grad and run.sizes.get(name) is not None
+    }
+    for one, other in pairs_that_overlap(stepped):
+        yield loop_finding("shared-memory", FAULT, (one, other), one=one, other=other)
 
 
 def _accumulated(subject: Subject, before: Before) -> Iterator[Finding]:
@@ -112,43 +128,6 @@ def _statistics(subject: Subject, before: Before) -> Iterator[Finding]:
     ]
     if moved:
         yield loop_finding("moved-while-frozen", EXPLAINED, tuple(moved), variant="statistics")
-
-
-def _one_step(
-    subject: Subject, run: ObservedRun, optimizer: Optimizer, before: Before, ranks: Ranks
-) -> Iterator[Finding]:
-    """Take one step with these gradients and see who moved; `untouched` takes it back."""
-    held = tensors_of(optimizer)
-    for parameter in held.values():
-        if not parameter.requires_grad and before.grad_of(parameter) is not None and parameter.is_leaf:
-            parameter.grad = before.grad_of(parameter)  # the loop's step would meet it
-    # Without the hooks of the optimizer: what they report to must not see a step that is none.
-    with torch.no_grad():
-        inspect.unwrap(type(optimizer).step)(optimizer)
-    rates = {id(p): g for g in optimizer.param_groups for p in g["params"]}
-    ours = {name: t for name, t in subject.tensors.items() if id(t) in held}
-    moved = ranks.named_by_any({name for name, t in ours.items() if before.differs(t)})
-    frozen = tuple(name for name, t in ours.items() if not t.requires_grad and name in moved)
-    if frozen:
-        yield loop_finding("moved-while-frozen", FAULT, frozen)
-    zero = tuple(n for n, t in ours.items() if t.requires_grad and n in moved and run.sizes[n] == 0)
-    if zero:
-        yield loop_finding("moved-while-frozen", EXPLAINED, zero, variant="zero_gradient")
-    should = [n for n, t in ours.items() if t.requires_grad and run.sizes[n] and rates[id(t)].get("lr", 1.0)]
-    # A step of NaN says nothing about rounding: an optimizer may refuse it, and a weight be NaN already.
-    should = [n for n in should if math.isfinite(run.sizes[n] or 0.0) and not _is_rounding(ours[n], run)]
-    still = tuple(name for name in should if name not in moved)
-    if still:
-        scheduled = all("initial_lr" in rates[id(ours[name])] for name in still)
-        severity = FAULT if len(still) == len(should) and not scheduled else EXPLAINED
-        yield loop_finding(
-            "never-moves", severity, still, dtype=str(ours[still[0]].dtype).removeprefix("torch.")
-        )
-
-
-def _is_rounding(tensor: Tensor, run: ObservedRun) -> bool:
-    """Whether its gradient cancels by construction, so that it need not move."""
-    return run.flow is not None and run.flow.graph.leaves.get(id(tensor)) in run.flow.cancelled
 
 
 def _steps_alone(optimizer: Optimizer) -> bool:

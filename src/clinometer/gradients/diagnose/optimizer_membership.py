@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clinometer.gradients.diagnose.loop_finding import loop_finding
+from clinometer.gradients.optimizers.identity import tensors_of
 from clinometer.gradients.report.finding import EXPLAINED, FAULT, Finding
 from clinometer.gradients.report.module_names import owners
 from clinometer.gradients.sandbox.subject import Subject
@@ -124,12 +125,6 @@ class Membership:
                 continue
             if all(a == b for a, b, own in zip(held, order, known, strict=True) if own):
                 yield from ((key, name) for key, name, own in zip(held, names, known, strict=True) if not own)
-
-
-def tensors_of(*optimizers: Optimizer) -> dict[int, Tensor]:
-    """id → tensor, of all that these optimizers hold."""
-    groups = [group for optimizer in optimizers for group in getattr(optimizer, "param_groups", ())]
-    return {id(p): p for group in groups for p in group["params"]}
 
 
 def in_other_optimizers(ids: Collection[int], optimizers: Optimizers) -> dict[int, Optimizer]:

@@ -141,6 +141,13 @@ class Before:
         """Whether `rewind` gives a tensor its memory and values of before: a buffer, or a plain attribute."""
         return id(tensor) in self._by_id and id(tensor) not in self._values
 
+    def values_of(self, tensor: Tensor) -> Tensor | None:
+        """The values of a kept strided tensor as they were; None if it is none. Do not write to them."""
+        kept = self._by_id.get(id(tensor))
+        if kept is None or kept.shell is None or len(kept.bits) != 1:
+            return None
+        return self._bits[kept.bits[0].key].values(kept.shell)
+
     def rewind(self) -> None:
         """Random generators, buffers, modes and attributes as at the beginning, every `.grad` None.
 

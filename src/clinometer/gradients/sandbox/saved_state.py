@@ -42,6 +42,12 @@ class KeptBits:
         """Whether the bits in memory are other than those kept."""
         return self.copy is not None and not torch.equal(self._alias(), self.copy)
 
+    def values(self, like: Tensor) -> Tensor | None:
+        """The copy as a tensor of the shape, the strides and the dtype that `like` has."""
+        if self.copy is None:
+            return None
+        return self.copy.view(like.dtype).as_strided(like.shape, like.stride(), 0)
+
     def restore(self) -> None:
         if self.copy is None:
             return

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor
 
+from clinometer.gradients.optimizers.made_nonfinite import MadeNonfinite
 from clinometer.gradients.report.document import Document, Line, Table, code, dim, fault, name, note, sentence
 from clinometer.gradients.report.formatting import format_count, format_number, shorten
 from clinometer.gradients.report.result import Result
@@ -43,7 +44,7 @@ class TensorStep(Result):
         """Ratio, shares, rounding; float64 sums over the entries."""
         if self._index is not None and self.formula and FORMULAS[self.formula].of_whole:
             function = FORMULAS[self.formula]
-            return measure(self.moved, function, self._whole.replay(function, self._index))
+            return measure(self.moved, function, partial(self._whole.replay, function, self._index))
         return measure(self.moved, FORMULAS[self.formula] if self.formula else None)
 
     @cached_property
@@ -112,6 +113,7 @@ class TensorStep(Result):
         if self.status not in ("stepped", "unknown"):
             lines.append(_unmoved(self.status, [self.name], self.measures.change_sq > 0, context, language))
             return lines
+        lines += [*_made(context, [self.name], language), *_stuck(context, [self.name], language)]
         if self.faithful is False:
             lines += _accusation(self, language)
         m = self.measures
@@ -160,9 +162,13 @@ class StepAnatomy(Result):
         apart: bool,
         whole: bool,
         skipped: str | None,
+        **more: Any,
     ) -> None:
-        """Called by explain_step when its block ends."""
+        """Called by explain_step when its block ends; `more` are attributes of StepContext."""
         context = self._context
+        for attribute, value in more.items():
+            setattr(context, attribute, value)
+        context.accuses = self._accuses
         context.formula, context.losses, context.whole = formula, losses, whole
         context.apart = apart
         context.skipped, self._note = skipped, None
@@ -199,6 +205,26 @@ class StepAnatomy(Result):
         judged = [t.faithful for t in self.entries().values() if t.faithful is not None]
         return all(judged) if judged else None
 
+    def _accuses(self, name: str) -> bool:
+        """Whether it is a fault that this tensor does not follow the formula.
+
+        Of an optimizer with a step of its own only with evidence: it does what a known slip does, or takes
+        every tensor's update times one factor. A step of its own may do something else on purpose.
+        """
+        if self._context.basis != "descent":
+            return True
+        slip = self.entries()[name].slip
+        if slip is None or slip[0] != "factor":
+            return slip is not None
+        others = [t.slip for t in self.entries().values() if t.faithful is False]
+        alike = [s for s in others if s is not None and s[0] == "factor" and abs(s[1] / slip[1] - 1) < 2e-3]
+        return len(alike) == len(others) > 1
+
+    @property
+    def made_nonfinite(self) -> Mapping[str, MadeNonfinite]:
+        """Tensors that the step made NaN or infinite, though weight and gradient were finite before it."""
+        return self._context.made
+
     @property
     def predicted(self) -> float:
         """Σ⟨g, Δθ⟩: the change of the loss, to first order, of the tensors looked at."""
@@ -228,6 +254,10 @@ class StepAnatomy(Result):
             "formula": context.formula,
             "step": self._step,
             "faithful": self.faithful,
+            "basis": context.basis,
+            "made_nonfinite": {name: made.variant or "other" for name, made in context.made.items()},
+            "count_not_advanced": sorted(context.stuck),
+            "shared_memory": [list(pair) for pair in context.shared],
             "skipped": self.skipped,
             "loss_before": context.losses[0] if context.losses else None,
             "loss_after": context.losses[1] if context.losses else None,
@@ -254,6 +284,11 @@ class StepAnatomy(Result):
         if self.skipped is not None:
             lines.append(Line((note("· "), *sentence(f"step.skipped.{self.skipped}", language)), 2, 2))
             return lines
+        names = [t.name for t in tensors]
+        lines += [*_made(context, names, language), *_stuck(context, names, language)]
+        for one, other in context.shared:
+            values = {"one": name(one), "other": name(other)}
+            lines.append(Line((fault("✗ "), *sentence("step.shared", language, **values)), 2, 2))
         wrong = [t for t in tensors if t.faithful is False]
         if wrong:
             lines += _accusation(max(wrong, key=lambda t: t.measures.worst_ulp), language, len(wrong))
@@ -302,30 +337,55 @@ def _cells(m: Measures, known: bool) -> list[str]:
 
 def _accusation(tensor: TensorStep, language: str | None, count: int = 1) -> Document:
     m, context = tensor.measures, tensor._context
-    index = m.worst_index or ()
-    lines: Document = [
-        Line(
-            (
-                fault("✗ "),
-                *sentence(
-                    "step.unfaithful" if count == 1 else "step.unfaithful_several",
-                    language,
-                    optimizer=context.optimizer,
-                    count=format_count(count),
-                    missed=format_count(m.missed),
-                    numbers=format_count(m.replayed),
-                    place=name(f"{tensor.name}{_brackets(index)}"),
-                    ulp=ulps(m.worst_ulp),
-                ),
-            ),
-            2,
-            2,
-        )
-    ]
+    accuses = context.accuses(tensor.name)
+    key = "unfaithful" if count == 1 else "unfaithful_several"
+    said = sentence(
+        f"step.{key}" if accuses else "step.own_step",
+        language,
+        optimizer=context.optimizer,
+        ancestor=context.ancestor,
+        count=format_count(count),
+        missed=format_count(m.missed),
+        numbers=format_count(m.replayed),
+        place=name(f"{tensor.name}{_brackets(m.worst_index or ())}"),
+        ulp=ulps(m.worst_ulp),
+    )
+    lines: Document = [Line((fault("✗ ") if accuses else note("· "), *said), 2, 2)]
     if (slip := tensor.slip) is not None:
-        factor = format_number(slip[1])
-        lines.append(Line(sentence(f"step.slip.{slip[0]}", language, factor=factor), 4))
+        key = slip[0] if accuses or slip[0] != "factor" else "factor_only"
+        lines.append(Line(sentence(f"step.slip.{key}", language, factor=format_number(slip[1])), 4))
     return lines
+
+
+def _made(context: StepContext, names: list[str], language: str | None) -> Document:
+    """The tensors that the step made NaN or infinite, grouped by the term that did it."""
+    groups: dict[str, list[str]] = {}
+    for each in names:
+        if each in context.made:
+            groups.setdefault(context.made[each].variant, []).append(each)
+    lines: Document = []
+    for variant, members in groups.items():
+        first = context.made[members[0]]
+        what = sentence(
+            "step.made.what",
+            language,
+            count=sum(context.made[each].count for each in members),
+            place=name(members[0] + _brackets(first.index)),
+            names=name(shorten(members, language=language)),
+        )
+        lines.append(Line((fault("✗ "), *what), 2, 2))
+        lines.append(Line(sentence(f"step.made.{variant or 'other'}", language, **first.values), 4))
+    return lines
+
+
+def _stuck(context: StepContext, names: list[str], language: str | None) -> Document:
+    """Tensors whose step count did not advance by one."""
+    found = [each for each in names if each in context.stuck]
+    if not found:
+        return []
+    before, after = context.stuck[found[0]]
+    values = {"names": name(shorten(found, language=language)), "before": before, "after": after}
+    return [Line((fault("✗ "), *sentence("step.stuck", language, **values)), 2, 2)]
 
 
 def _unmoved(status: str, names: list[str], moved: bool, context: StepContext, language: str | None) -> Line:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clinometer.distributed.ranks import Ranks, whole
+from clinometer.gradients.optimizers.identity import ancestor_of
+from clinometer.gradients.optimizers.made_nonfinite import (
+    MadeNonfinite,
+    made_nonfinite,
+    without_coincidence,
+)
+from clinometer.gradients.optimizers.shared_memory import pairs_that_overlap
 from clinometer.gradients.sandbox.closure import Closure, eagerly, evaluate
 from clinometer.gradients.sandbox.interrupts import uninterrupted_block
 from clinometer.gradients.sandbox.random_state import RandomState
@@ -30,9 +38,9 @@ from clinometer.gradients.sandbox.saved_state import has_grad
 from clinometer.gradients.sandbox.subject import Subject
 from clinometer.gradients.step.anatomy import StepAnatomy
 from clinometer.gradients.step.clipping import after_unscaling, clipping_factor
-from clinometer.gradients.step.formulas import FORMULAS, claims
-from clinometer.gradients.step.measures import WeightMove, fitting
-from clinometer.gradients.step.optimizer_state import OptimizerState, wide
+from clinometer.gradients.step.formulas import FORMULAS, Claim, claim_of
+from clinometer.gradients.step.measures import WeightMove, fitting, moves_beyond_rounding
+from clinometer.gradients.step.optimizer_state import OptimizerState, count_in, wide
 from clinometer.messages import InputError
 
 
@@ -85,19 +93,28 @@ class _Watch:
         self._losses: list[float] = []
         self._random: RandomState | None = None
         self._clip: float | None = None
+        self._first_counts: dict[str, int] = {}
+        """The count in a tensor's state before the first step that was counted, less the steps since."""
+        self._steps: dict[str, int] = {}
+        """The steps taken in the block with a count in the state."""
+        self._counts: dict[str, tuple[int, int | None]] = {}
+        """The count that the last step should have begun at, and the one its state holds after it."""
+        self._shared: list[tuple[str, str]] = []
         self._stepped = False
-        self._ran = False
+        self._ran = self._counted = False
         modules = [subject.module, *([] if loss is None else modules_named_by(loss))]
         self._ranks = Ranks(subject.tensors, [m for m in modules if m is not None])
 
     def begin(self, stack: ExitStack) -> None:
         self.note_gradients()
         if isinstance(self.optimizer, Optimizer):
-            for handle in (
-                self.optimizer.register_step_pre_hook(self._before_step),
-                self.optimizer.register_step_post_hook(self._after_step),
-            ):
-                stack.callback(handle.remove)
+            before = self.optimizer.register_step_pre_hook(self._before_step)
+            after = self.optimizer.register_step_post_hook(self._after_step)
+            stack.callback(before.remove)
+            stack.callback(after.remove)
+            # Last of the hooks before the step, and first after it: what they write is not the step's.
+            if (hooks := after.hooks_dict_ref()) is not None:
+                hooks.move_to_end(after.id, last=False)
             for name, tensor in self.subject.tensors.items():
                 if tensor.requires_grad and tensor.is_leaf:
                     note = partial(self._note, name)
@@ -119,7 +136,7 @@ class _Watch:
 
     def _before_step(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        self._ran = True
+        self._ran, self._counted = True, False
         if closure is None:
             self._copy_before()
             return None
@@ -138,6 +155,10 @@ class _Watch:
     def _after_step(self, *_: Any) -> None:
         self._copy_after()
         self._stepped = not _found_inf(self.optimizer)
+        # A subclass whose step calls torch's comes here twice.
+        if self._stepped and not self._counted:
+            self._count_steps()
+        self._counted = True
 
     def _copy_before(self) -> None:
         options = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
@@ -157,6 +178,7 @@ class _Watch:
             }
             group = {key: _copied(value) for key, value in options[id(tensor)].items() if key != "params"}
             self._held[name] = OptimizerState(self._before[name], grad, state, group)
+        self._shared = pairs_that_overlap({name: self.subject.tensors[name] for name in self._held})
         if self._clipped_from:
             self._clip = min(1.0, self._norm_of_all() / float(self._clipped_from))
         if self._loss is not None:
@@ -167,6 +189,18 @@ class _Watch:
         self._after = {name: tensor.detach().clone() for name, tensor in self.subject.tensors.items()}
         if self._loss is not None and len(self._losses) == 1:
             self._losses.append(self._loss_now())
+
+    def _count_steps(self) -> None:
+        """Counts the steps of the block, to compare the counts in the states with."""
+        groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+        for name, held in self._held.items():
+            tensor = self.subject.tensors[name]
+            began = count_in(held.state, held.options)
+            now = count_in(self.optimizer.state.get(tensor, {}), groups.get(id(tensor), {}))
+            if began is not None:
+                taken = self._steps.get(name, 0)
+                self._counts[name] = self._first_counts.setdefault(name, began) + taken, now
+                self._steps[name] = taken + 1
 
     def _loss_now(self) -> float:
         assert self._loss is not None
@@ -193,22 +227,23 @@ class _Watch:
             if held.grad.is_meta:
                 raise InputError("gradients.subject.meta", name=name)
         self._gather()
-        claimed = claims(self.optimizer)
+        claim = claim_of(self.optimizer)
+        shared = {name for pair in self._shared for name in pair}
         moved: dict[str, WeightMove] = {}
         for name, tensor in self._before.items():
             held = self._held.get(name)
             raw, clip = self._raw_of(name, held)
             moved[name] = WeightMove(
                 name,
-                self._status(name, skipped, bool(claimed)),
+                self._status(name, skipped, shared),
                 tensor,
                 self._after.get(name, tensor),
                 held,
                 raw,
                 clip,
-                claimed[0] if claimed else None,
             )
-        formula = _best(claimed, moved)
+        formula, moved = _formula_of(claim, moved)
+        ancestor = ancestor_of(self.optimizer)
         everything = {id(t) for t in self.subject.tensors.values()}
         anatomy.complete(
             {name: _with(m, formula) for name, m in moved.items()},
@@ -222,7 +257,28 @@ class _Watch:
                 if p.requires_grad
             ),
             skipped="no-step" if skipped and not self._ran else "scaler" if skipped else None,
+            basis=claim.basis,
+            ancestor="" if ancestor is None else ancestor.__name__,
+            made={} if skipped else self._made_nonfinite(),
+            stuck={} if skipped or formula not in _COUNTED else self._stuck(),
+            shared=tuple(self._shared),
         )
+
+    def _made_nonfinite(self) -> dict[str, MadeNonfinite]:
+        found = {
+            name: made_nonfinite(held.theta, held.grad, self._after[name], held.state, held.options)
+            for name, held in self._held.items()
+            if name in self._after
+        }
+        return without_coincidence({name: made for name, made in found.items() if made is not None})
+
+    def _stuck(self) -> dict[str, tuple[int, int]]:
+        """The counts of tensors whose state does not count the steps that were taken."""
+        return {
+            name: (began, now)
+            for name, (began, now) in self._counts.items()
+            if now is not None and now != began + 1
+        }
 
     def _losses_of_all(self) -> list[float]:
         """The mean over ranks where they meet anyway; under DDP one of them may look alone."""
@@ -249,14 +305,14 @@ class _Watch:
             for name, held in self._held.items()
         }
 
-    def _status(self, name: str, skipped: bool, known: bool) -> str:
+    def _status(self, name: str, skipped: bool, shared: set[str]) -> str:
         if name not in self._owned:
             return "not-held"
         if skipped:
             return "skipped"
         if name not in self._held:
             return "no-gradient"
-        return "stepped" if known else "unknown"
+        return "shared" if name in shared else "stepped"
 
     def _raw_of(self, name: str, held: OptimizerState | None) -> tuple[Tensor | None, float | None]:
         if held is None:
@@ -268,23 +324,37 @@ class _Watch:
         return (None, self._clip) if factor is None else (raw, factor)
 
 
-def _best(claimed: tuple[str, ...], moved: dict[str, WeightMove]) -> str | None:
-    """Of the formulas a name may stand for, the one that the first tensors follow."""
-    if len(claimed) < 2:
-        return claimed[0] if claimed else None
-    steps = [m for m in moved.values() if m.status == "stepped" and m.before.numel()]
-    chosen = {key: FORMULAS[key] for key in claimed}
-    missed = dict.fromkeys(claimed, 0)
-    for m in steps[:3]:
-        for key, count in fitting(m, chosen):
-            missed[key] += count
-    return min(claimed, key=lambda key: missed[key])
+_COUNTED = ("adam", "adamw", "adamw-after", "adamax", "nadam", "radam", "adafactor")
+"""Formulas whose bias corrections or rates depend on the count."""
+
+
+def _formula_of(claim: Claim, moved: dict[str, WeightMove]) -> tuple[str | None, dict[str, WeightMove]]:
+    """The formula claimed; of an optimizer that claims none, one that every tensor follows, if there is
+    one."""
+    if claim.basis != "fit":
+        return (claim.formulas[0] if claim.formulas else None), moved
+    for counts_next in (False, True):
+        tried = {name: _counting(m, counts_next) for name, m in moved.items()}
+        steps = [
+            m for m in tried.values() if m.status == "stepped" and m.before.numel() and not m.before.is_meta
+        ]
+        if any(moves_beyond_rounding(m) for m in steps):
+            for key in claim.formulas:
+                with suppress(KeyError, TypeError, ValueError, RuntimeError):  # options of another kind
+                    if all(fitting(m, {key: FORMULAS[key]})[0][1] == 0 for m in steps):
+                        return key, tried
+    return None, moved
+
+
+def _counting(moved: WeightMove, counts_next: bool) -> WeightMove:
+    if moved.held is None or not counts_next:
+        return moved
+    return replace(moved, held=replace(moved.held, counts_next=True))
 
 
 def _with(moved: WeightMove, formula: str | None) -> WeightMove:
-    return WeightMove(
-        moved.name, moved.status, moved.before, moved.after, moved.held, moved.raw, moved.clip, formula
-    )
+    status = "unknown" if moved.status == "stepped" and formula is None else moved.status
+    return replace(moved, status=status, formula=formula)
 
 
 def innermost(optimizer: Any) -> Any:

@@ -19,8 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clinometer.gradients.optimizers.identity import ancestor_of, has_own_step
 from clinometer.gradients.report.document import NBSP
-from clinometer.gradients.step.optimizer_state import OptimizerState, Quantity, ReplayedUpdate, wide
+from clinometer.gradients.step import torch_formulas as others
+from clinometer.gradients.step.optimizer_state import (
+    OptimizerState,
+    Quantity,
+    ReplayedUpdate,
+    or_zero,
+    wide,
+)
 
 
 def sgd(held: OptimizerState) -> ReplayedUpdate:
@@ -103,8 +111,8 @@ def _adam(
     )
     (beta1, beta2), t = held.betas, held.t
     theta, g = wide(held.theta), held.signed_grad
-    m_old = _or_zero(held.kept("exp_avg", "m"), theta)
-    v_old = _or_zero(held.kept("exp_avg_sq", "v"), theta)
+    m_old = or_zero(held.kept("exp_avg", "m"), theta)
+    v_old = or_zero(held.kept("exp_avg_sq", "v"), theta)
     penalty = torch.zeros_like(theta) if decoupled else decay_rate * theta
     m = beta1 * m_old + (1 - beta1) * (g + penalty)
     v = beta2 * v_old + (1 - beta2) * (g + penalty).square()
@@ -116,7 +124,7 @@ def _adam(
     ]
     used, sign = v, "v"
     if held.option("amsgrad"):
-        largest = _or_zero(held.kept("max_exp_avg_sq"), theta)
+        largest = or_zero(held.kept("max_exp_avg_sq"), theta)
         used, sign = torch.maximum(largest, v), "v̂"
         quantities.append(Quantity("largest", "√v̂", largest.sqrt(), used.sqrt(), "v̂: max(v̂, v)"))
     if efficient:
@@ -231,24 +239,20 @@ def _newton_schulz(matrix: Tensor, coefficients: tuple[float, ...], steps: int, 
     return x.T if tall else x
 
 
-def _or_zero(kept: Tensor | None, theta: Tensor) -> Tensor:
-    return torch.zeros_like(theta) if kept is None else kept
-
-
 Formula = Callable[[OptimizerState], ReplayedUpdate]
 
 
 @dataclass(frozen=True)
 class RegisteredFormula:
-    """One line of FORMULAS: a formula, and the optimizers that claim to follow it."""
+    """One line of FORMULAS: a formula, and the optimizers that follow it."""
 
     name: str
     """What an optimizer's attribute `formula` says, and an anatomy shows."""
     replay: Formula
-    classes: tuple[str, ...]
-    """Names of optimizer classes that claim it: their own or an ancestor's."""
+    torchs: str
+    """The name in torch.optim of the class that follows it; "" if none of torch's does."""
     options: frozenset[str]
-    """What such an optimizer must have in its param_groups."""
+    """What an optimizer that follows it has in its param_groups."""
     of_whole: bool = False
     """Whether an entry depends on the rest of its tensor."""
 
@@ -257,16 +261,26 @@ class RegisteredFormula:
         return self.replay(state)
 
 
-_ADAM = frozenset(("lr", "betas", "eps"))
-_MUON = frozenset(("lr", "momentum", "ns_coefficients", "ns_steps", "eps"))
-# To add an optimizer: its function above, its line here. Of several formulas that one class claims, the
-# likeliest stands first.
+def _registered(name: str, replay: Formula, torchs: str, options: str, *, of_whole: bool = False) -> Any:
+    return RegisteredFormula(name, replay, torchs, frozenset(options.split()), of_whole)
+
+
+# To add an optimizer: its function, and its line here. Of several formulas that may fit, the likeliest first.
 _REGISTERED = (
-    RegisteredFormula("sgd", sgd, ("SGD",), frozenset(("lr",))),
-    RegisteredFormula("adam", adam, ("Adam",), _ADAM),
-    RegisteredFormula("adamw", adamw, ("AdamW",), _ADAM),
-    RegisteredFormula("adamw-after", adamw_after, ("AdamW",), _ADAM),
-    RegisteredFormula("muon", muon, ("Muon",), _MUON, of_whole=True),
+    _registered("sgd", sgd, "SGD", "lr"),
+    _registered("adam", adam, "Adam", "lr betas eps"),
+    _registered("adamw", adamw, "AdamW", "lr betas eps"),
+    _registered("adamw-after", adamw_after, "", "lr betas eps"),
+    _registered("muon", muon, "Muon", "lr momentum ns_coefficients ns_steps eps", of_whole=True),
+    _registered("rmsprop", others.rmsprop, "RMSprop", "lr alpha eps"),
+    _registered("adagrad", others.adagrad, "Adagrad", "lr lr_decay eps"),
+    _registered("adadelta", others.adadelta, "Adadelta", "lr rho eps"),
+    _registered("adamax", others.adamax, "Adamax", "lr betas eps"),
+    _registered("nadam", others.nadam, "NAdam", "lr betas eps momentum_decay"),
+    _registered("radam", others.radam, "RAdam", "lr betas eps"),
+    _registered("asgd", others.asgd, "ASGD", "lr lambd alpha t0"),
+    _registered("rprop", others.rprop, "Rprop", "lr etas step_sizes"),
+    _registered("adafactor", others.adafactor, "Adafactor", "lr beta2_decay eps d", of_whole=True),
 )
 FORMULAS: dict[str, RegisteredFormula] = {formula.name: formula for formula in _REGISTERED}
 
@@ -284,18 +298,37 @@ SLIPS: dict[str, Formula] = {
 """What an Adam that misses its formula may be doing instead; the key is that of its sentence."""
 
 
-def claims(optimizer: Any) -> tuple[str, ...]:
-    """The formulas an optimizer claims to follow, the likeliest first; empty when it claims none here.
+@dataclass(frozen=True)
+class Claim:
+    """Which formulas an optimizer may follow, the likeliest first, and how that is known."""
 
-    A class says so by an attribute `formula` (a key of FORMULAS) or by its name or an ancestor's: torch's
-    SGD, Adam, AdamW and Muon do, and so does a hand-written `class AdamW`.
+    formulas: tuple[str, ...]
+    basis: str
+    """"stated" (by its attribute `formula`), "torch" (its step is that of a class of torch.optim),
+    "descent" (a step of its own, in a subclass of torch's), or "fit" (it is known only if what it does
+    fits)."""
+
+    @property
+    def is_held_to(self) -> bool:
+        """Whether a step that differs from the formula is a fault. A step of its own may differ on
+        purpose."""
+        return self.basis in ("stated", "torch")
+
+
+def claim_of(optimizer: Any) -> Claim:
+    """The formula an optimizer claims by what it states or by the identity of its class, never by a name.
+
+    Of any other class the formulas whose options it has; one of them is its formula if all it does fits.
     """
     for cls in type(optimizer).__mro__:
         stated = cls.__dict__.get("formula")
         if isinstance(stated, str) and stated in FORMULAS:
-            return (stated,)
-        given = set(optimizer.param_groups[0])
-        named = [f.name for f in _REGISTERED if cls.__name__ in f.classes and f.options <= given]
-        if named:
-            return tuple(named[:1] if cls.__module__.startswith("torch.optim") else named)
-    return ()
+            return Claim((stated,), "stated")
+    given = set(optimizer.param_groups[0]) if optimizer.param_groups else set()
+    ancestor = ancestor_of(optimizer)
+    for formula in _REGISTERED:
+        if ancestor is not None and formula.torchs == ancestor.__name__ and formula.options <= given:
+            return Claim((formula.name,), "descent" if has_own_step(optimizer) else "torch")
+    if ancestor is not None and not has_own_step(optimizer):
+        return Claim((), "torch")  # LBFGS, SparseAdam
+    return Claim(tuple(f.name for f in _REGISTERED if f.options <= given), "fit")

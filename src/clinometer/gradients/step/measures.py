@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -12,9 +12,14 @@ from torch import Tensor
 
 from clinometer.gradients.step.formulas import FORMULAS, Formula
 from clinometer.gradients.step.optimizer_state import OptimizerState, ReplayedUpdate, wide
+from clinometer.gradients.step.rounding import spread_of_roundings, ulp
 
 ULP_ALLOWED = 4.0
 """Measured over a million entries a step of torch's single, foreach and fused updates: at most 1.9."""
+_SPREADS = 1.5
+"""Times the spread of the roundings that were tried, a step may lie apart."""
+_COARSE = 1e-4
+"""Dtypes with a larger ε are compared with the spread of their roundings from the first."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +28,8 @@ class WeightMove:
 
     name: str
     status: str
-    """"stepped"; "unknown" (no formula); "no-gradient"; "not-held" (by the optimizer); "skipped"."""
+    """"stepped"; "unknown" (no formula); "shared" (its memory is another parameter's too); "no-gradient";
+    "not-held" (by the optimizer); "skipped"."""
     before: Tensor
     after: Tensor
     held: OptimizerState | None = None
@@ -43,7 +49,7 @@ class WeightMove:
                 else value
                 for key, value in held.state.items()
             }
-            held = OptimizerState(held.theta[index], held.grad[index], state, held.options)
+            held = replace(held, theta=held.theta[index], grad=held.grad[index], state=state)
         raw = None if self.raw is None else self.raw[index]
         return WeightMove(
             self.name,
@@ -81,6 +87,22 @@ class WeightMove:
         options = self.held.options.values() if self.held is not None else ()
         kinds = [v.dtype for v in options if isinstance(v, Tensor) and v.is_floating_point()]
         return max([_real(self.before.dtype), *kinds], key=lambda dtype: torch.finfo(dtype).eps)
+
+    @property
+    def coarsest(self) -> torch.dtype:
+        """The coarsest dtype among those of the weight, its gradient and its state: the step computes in
+        it."""
+        kinds = [self.precision]
+        if self.held is not None:
+            kept = [self.held.grad, *self.held.state.values()]
+            kinds += [
+                _real(value.dtype)
+                for value in kept
+                if isinstance(value, Tensor)
+                and value.dim()
+                and (value.is_floating_point() or value.is_complex())
+            ]
+        return max(kinds, key=lambda dtype: torch.finfo(dtype).eps)
 
     @property
     def gradient(self) -> Tensor | None:
@@ -181,10 +203,12 @@ class Measures:
         return told
 
 
-def measure(moved: WeightMove, function: Formula | None, replay: ReplayedUpdate | None = None) -> Measures:
+def measure(
+    moved: WeightMove, function: Formula | None, again: Callable[[], ReplayedUpdate] | None = None
+) -> Measures:
     """The measures of one tensor; without a formula only what needs none.
 
-    `replay`: for a part, where the formula needs the whole tensor.
+    `again` computes the replay: for a part, where the formula needs the whole tensor.
     """
     if moved.before.is_meta:  # offloaded: its values are elsewhere
         return Measures()
@@ -200,8 +224,9 @@ def measure(moved: WeightMove, function: Formula | None, replay: ReplayedUpdate 
         told |= {"predicted": _sum(gradient * change), "gradient_sq": _sum(gradient.square())}
     if function is None or moved.status != "stepped" or not before.numel():
         return Measures(**told)
-    replay = moved.replay(function) if replay is None else replay
-    ulps = ulps_apart(moved, replay)
+    again = again or (lambda: moved.replay(function))
+    replay = again()
+    ulps = ulps_apart(moved, replay, again)
     wanted = replay.theta - before
     moving = wanted != 0
     worst = int(ulps.argmax())
@@ -222,37 +247,52 @@ def measure(moved: WeightMove, function: Formula | None, replay: ReplayedUpdate 
     )
 
 
-def ulps_apart(moved: WeightMove, replay: ReplayedUpdate) -> Tensor:
+def ulps_apart(
+    moved: WeightMove, replay: ReplayedUpdate, again: Callable[[], ReplayedUpdate] | None = None
+) -> Tensor:
     """|θ after − replay| in units of the rounding to expect: ulp(θ) + 5/4 ε·(|momentum| + |fresh|).
 
     ulp(θ) is that of max(|θ before|, |θ after|), and for most weights there is nothing else to see. Near
     zero the parts of the update are larger than the weight, and it cannot be more exact than they are:
-    about ten roundings lie on the way to them.
+    about ten roundings lie on the way to them. What is still outside is asked of the roundings themselves,
+    if `again` computes the replay: the unit is then their spread, where that is larger. What the step
+    itself made NaN or infinite of finite numbers is reported as that (`made_nonfinite`), not as another
+    formula.
     """
     before, after = wide(moved.before), wide(moved.after)
     unit = ulp(torch.maximum(before.abs(), after.abs()), moved.precision)
     unit = unit + 1.25 * torch.finfo(moved.precision).eps * replay.rounded.nan_to_num(0.0, 0.0, 0.0)
-    return _distance(after, replay.theta) / unit
+    apart = _distance(after, replay.theta)
+    found = apart / unit
+    if again is None or not bool((found > ULP_ALLOWED).any()):
+        return found
+    spread = spread_of_roundings(lambda: again().theta, replay.theta, moved.coarsest)
+    unit = torch.maximum(unit, _SPREADS / ULP_ALLOWED * spread)
+    made = ~after.isfinite() & before.isfinite()
+    if moved.held is not None:
+        made &= wide(moved.held.grad).isfinite()
+    return torch.where(made, 0.0, apart / unit)
 
 
-def misses(moved: WeightMove, replay: ReplayedUpdate) -> Tensor:
+def misses(moved: WeightMove, function: Formula) -> Tensor:
     """Where the step cannot be the formula's."""
-    return ulps_apart(moved, replay) > ULP_ALLOWED
-
-
-def ulp(size: Tensor, dtype: torch.dtype) -> Tensor:
-    """The distance of neighbouring numbers of `dtype` at `size` ≥ 0, in float64."""
-    info = torch.finfo(_real(dtype))
-    exponent = torch.frexp(size.nan_to_num(nan=0.0, posinf=info.max)).exponent - 1
-    return torch.ldexp(torch.full_like(size, info.eps), exponent).clamp(min=info.tiny * info.eps)
+    coarse = torch.finfo(moved.coarsest).eps > _COARSE
+    again = (lambda: moved.replay(function)) if coarse else None
+    return ulps_apart(moved, moved.replay(function), again) > ULP_ALLOWED
 
 
 def fitting(moved: WeightMove, functions: dict[str, Formula]) -> list[tuple[str, int]]:
     """How many entries each formula misses, the best first."""
     counted: list[tuple[str, int]] = []
     for key, function in functions.items():
-        counted.append((key, int(misses(moved, moved.replay(function)).sum())))
+        counted.append((key, int(misses(moved, function).sum())))
     return sorted(counted, key=lambda pair: pair[1])
+
+
+def moves_beyond_rounding(moved: WeightMove) -> bool:
+    """Whether some entry moved by so much that another formula would have put it elsewhere."""
+    before, after = wide(moved.before), wide(moved.after)
+    return bool(((after - before).abs() > 64 * ulp(before.abs(), moved.coarsest)).any())
 
 
 def constant_ratio(moved: WeightMove, function: Callable[[OptimizerState], ReplayedUpdate]) -> float | None:

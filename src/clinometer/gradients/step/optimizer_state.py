@@ -20,6 +20,8 @@ class OptimizerState:
     grad: Tensor
     state: Mapping[str, Any]
     options: Mapping[str, Any]
+    counts_next: bool = False
+    """Whether its count is that of the step that follows, as in `t = state.get("t", 1)`."""
 
     def option(self, *names: str, default: Any = None) -> Any:
         """A number or switch of the parameter's group, under the first of the names that is there."""
@@ -52,7 +54,8 @@ class OptimizerState:
     @property
     def t(self) -> int:
         """The count that includes this step."""
-        return 1 + int(next((float(self.state[k]) for k in ("step", "t") if k in self.state), 0))
+        count = count_in(self.state, self.options)
+        return 1 if count is None else count if self.counts_next else count + 1
 
 
 class Quantity(NamedTuple):
@@ -84,11 +87,29 @@ class ReplayedUpdate:
     numbers: Mapping[str, float]
 
 
-def wide(tensor: Tensor) -> Tensor:
-    """float64, complex numbers as pairs; on the CPU where the device has no float64."""
+def count_in(*holders: Mapping[str, Any]) -> int | None:
+    """The number of steps taken that a state or a group holds; None if it holds none."""
+    for holder in holders:
+        for key in ("step", "t"):
+            value = holder.get(key)
+            if isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1):
+                return int(value)
+    return None
+
+
+def or_zero(kept: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if kept is None else kept
+
+
+def real_pairs(tensor: Tensor) -> Tensor:
+    """Complex numbers as pairs, in the dtype they have."""
     tensor = tensor.detach()
     if tensor.layout is not torch.strided:
         tensor = tensor.to_dense()
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor.resolve_conj())
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """float64, complex numbers as pairs; on the CPU where the device has no float64."""
+    tensor = real_pairs(tensor)
     return tensor.to("cpu" if tensor.device.type == "mps" else tensor.device, torch.float64)

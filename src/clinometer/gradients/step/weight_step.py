@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor
 
+from clinometer.gradients.optimizers.made_nonfinite import MadeNonfinite, made_nonfinite
 from clinometer.gradients.report.document import (
     Document,
     Line,
@@ -25,7 +26,7 @@ from clinometer.gradients.report.formatting import MINUS, format_number
 from clinometer.gradients.report.result import Result
 from clinometer.gradients.step.formulas import FORMULAS
 from clinometer.gradients.step.measures import ULP_ALLOWED, WeightMove, ulps_apart
-from clinometer.gradients.step.optimizer_state import ReplayedUpdate, wide
+from clinometer.gradients.step.optimizer_state import ReplayedUpdate, count_in, wide
 from clinometer.messages import say
 
 
@@ -42,11 +43,26 @@ class StepContext:
     """Whether every parameter of the optimizer was looked at."""
     skipped: str | None = None
     predict: Callable[[], float] = float
+    basis: str = ""
+    """How the formula is known: `Claim.basis`."""
+    ancestor: str = ""
+    """The class of torch.optim that the optimizer's class descends from."""
+    accuses: Callable[[str], bool] = lambda name: True
+    """Whether a tensor that does not follow the formula is a fault."""
+    made: Mapping[str, MadeNonfinite] = field(default_factory=dict)
+    """Tensors that the step made NaN or infinite."""
+    stuck: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """The counts before and after the step, of tensors whose count did not advance by one."""
+    shared: tuple[tuple[str, str], ...] = ()
+    """Tensors that the step moved and that lie in the same memory."""
 
     def step_of(self, moved: WeightMove) -> int | None:
         """The count of this step, where the optimizer counts."""
-        counts = moved.held is not None and ("step" in moved.held.state or moved.formula in _COUNTING)
-        return moved.held.t if counts and moved.held is not None else None
+        held = moved.held
+        if held is None:
+            return None
+        counts = count_in(held.state, held.options) is not None or moved.formula in _COUNTING
+        return held.t if counts else None
 
     def prediction(self, language: str | None) -> Document:
         """The change of the loss, foretold and real; nothing where only a part was looked at."""
@@ -63,6 +79,7 @@ class StepContext:
 
 
 _COUNTING = {"adam", "adamw", "adamw-after"}
+_AGAINST = ("up_raised", "down_lowered", "unpushed")
 
 
 class WeightStep(Result):
@@ -80,7 +97,8 @@ class WeightStep(Result):
         self.after = _float(self._part.after)
         self._replay: ReplayedUpdate | None = None
         if self.status == "stepped" and moved.formula is not None:
-            self._replay = moved.replay(FORMULAS[moved.formula], index)
+            self._again = partial(moved.replay, FORMULAS[moved.formula], index)
+            self._replay = self._again()
 
     @property
     def change(self) -> float:
@@ -126,10 +144,12 @@ class WeightStep(Result):
         """θ after the step, by the formula in float64."""
         return None if self._replay is None else _float(self._replay.theta)
 
-    @property
+    @cached_property
     def ulp(self) -> float | None:
         """|after − replayed| in ulp of the weight, and of its update where that is larger."""
-        return None if self._replay is None else float(ulps_apart(self._part, self._replay).max())
+        if self._replay is None:
+            return None
+        return float(ulps_apart(self._part, self._replay, self._again).max())
 
     @property
     def faithful(self) -> bool | None:
@@ -193,7 +213,7 @@ class WeightStep(Result):
         context = self._context
         place = self.name + (f"[{', '.join(map(str, self.index))}]" if self.index else "")
         lines: Document = [Line(title(context, self._part, place)(language), hang=2)]
-        if self.faithful is False and self.replayed is not None:
+        if self.faithful is False and self.replayed is not None and context.accuses(self.name):
             values = {"optimizer": context.optimizer, "ulp": ulps(self.ulp or 0.0)}
             should, _ = _pair(self.replayed, self.after)
             lines.append(
@@ -238,6 +258,23 @@ class WeightStep(Result):
     def _label(self, key: str, language: str | None) -> str:
         return say(f"step.label.{key}", language)
 
+    def _made(self) -> MadeNonfinite | None:
+        """What the step did, if it made this weight NaN or infinite of finite numbers."""
+        held = self._part.held
+        if held is None:
+            return None
+        return made_nonfinite(self._part.before, held.grad, self._part.after, held.state, held.options)
+
+    def _against(self) -> str:
+        """What moved the weight where the gradient did not: measured by the replay, "" without one."""
+        if self._replay is None:
+            return ""
+        old, decay = abs(_float(self._replay.momentum)), abs(_float(self._replay.decay))
+        fresh = abs(_float(self._replay.fresh))
+        if max(old, decay) <= fresh:
+            return ""
+        return "both" if min(old, decay) > fresh else "momentum" if old > decay else "decay"
+
     def _said(self, language: str | None) -> list[Any]:
         context = self._context
         if self.status == "skipped":
@@ -245,7 +282,11 @@ class WeightStep(Result):
         if self.status in ("not-held", "no-gradient"):
             key = f"step.{self.status.replace('-', '_')}{'_moved' if self.change else ''}"
             return [*sentence(key, language, names=name(self.name), optimizer=context.optimizer)]
+        if self.status == "shared":
+            return []
         sense = _sense(self.gradient or 0.0, self.change)
+        if sense == "not_finite" and (made := self._made()):
+            return [*sentence(f"step.made.{made.variant or 'other'}", language, **made.values)]
         if (
             self._part.held is not None
             and self._part.held.option("maximize")
@@ -253,6 +294,9 @@ class WeightStep(Result):
         ):
             sense = "maximized"
         spans = [*sentence(f"step.sense.{sense}", language)]
+        if sense in _AGAINST and (because := self._against()):
+            gap = say("step.joined", language, first="", second="")
+            spans += [gap, *sentence(f"step.because.{because}", language)]
         gap = say("step.joined", language, first="", second="")
         if self._replay is None:
             return [*spans, gap, *sentence("step.unknown", language, optimizer=context.optimizer)]

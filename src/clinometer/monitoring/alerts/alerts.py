@@ -33,12 +33,15 @@ class Alerts:
         self._calm: dict[str, int] = {}
         self._last: dict[str, int] = {}
         self._all: list[dict[str, Any]] = []
+        self.seen = 0
+        """Steps that were judged."""
 
     def all(self) -> list[dict[str, Any]]:
         return [dict(alert) for alert in self._all]
 
     def look(self, facts: Facts) -> None:
         """Judge one step."""
+        self.seen += 1
         for rule, streaks in self._cases:
             trouble = rule.look(facts)
             now = () if trouble is None else trouble.tensors or (-1,)
@@ -56,6 +59,24 @@ class Alerts:
                 self._calm[rule.cause] += 1
                 if self._calm[rule.cause] >= rule.closes:
                     self._close(self._open.pop(rule.cause))
+
+    def raise_now(
+        self, cause: str, severity: str, values: dict[str, Any], *, variant: str, step: int
+    ) -> None:
+        """An alert about the loop as a whole that no step shows."""
+        alert = {
+            "id": len(self._all),
+            "cause": cause,
+            "severity": severity,
+            "step": step,
+            "until": None,
+            "tensors": [],
+            "values": values,
+            "key": _key(cause, variant, "what"),
+            "remedy": _key(cause, variant, "remedy"),
+        }
+        self._all.append(alert)
+        self._tell(dict(alert))
 
     def _show(self, rule: Rule, facts: Facts, trouble: Trouble, names: list[str]) -> None:
         self._calm[rule.cause] = 0

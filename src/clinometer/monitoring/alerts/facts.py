@@ -10,8 +10,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from clinometer.gradients.optimizers.identity import shrinks_by
 from clinometer.monitoring.measure.step_row import StepRow
 from clinometer.monitoring.measure.watched_tensors import Roster
+from clinometer.monitoring.measure.writes_between import Write
 from clinometer.vocabulary import COLUMN
 
 
@@ -49,6 +51,8 @@ class Tensors:
     """(T,) bool: two dimensions or more; vectors (biases, gains) live by other scales."""
     layer: np.ndarray
     """(T,) float, NaN where the name has none."""
+    half: np.ndarray
+    """(T,) bool: float16, whose smallest number is 6e-8."""
     kind: np.ndarray
     """(T,) int: tensors of one kind ("attn.q_proj") have the same number."""
 
@@ -61,6 +65,7 @@ class Tensors:
             names=[one.name for one in watched],
             numel=np.array([one.numel for one in watched], float),
             matrix=np.array([len(one.shape) > 1 for one in watched], bool),
+            half=np.array([one.dtype == "float16" for one in watched], bool),
             layer=np.array([math.nan if d["layer"] is None else d["layer"] for d in described], float),
             kind=np.array([numbers.setdefault(d["kind"], len(numbers)) for d in described], int),
         )
@@ -87,6 +92,16 @@ class Facts:
     """(T,) float: ‖θ‖ before its first step."""
     lr: np.ndarray
     """(T,) float, NaN where no optimizer holds it."""
+    eps: np.ndarray
+    """(T,) float, NaN where its optimizer has none."""
+    shrinks: np.ndarray
+    """(T,) float: the share that weight decay takes away in a step, NaN where that is not known."""
+    shared: np.ndarray
+    """(T,) bool: optimizers hold it and another parameter over the same memory."""
+    replaced: np.ndarray
+    """(T,) bool: an optimizer holds it, and the model has another tensor instead that none holds."""
+    replacement: np.ndarray
+    """(T,) bool: it is such another tensor."""
     rates: list[float]
     taken: bool
     scaler: bool
@@ -94,6 +109,10 @@ class Facts:
     piled_up: bool
     backwards: int
     """Backward calls since the last step that reached the tensors."""
+    discarded: tuple[int, int]
+    """Backwards that no step used, of how many since the last step."""
+    write: Write | None
+    """What something other than the optimizer wrote to the weights since its last step."""
     batch: dict[str, Any] | None
 
     @property
@@ -123,7 +142,7 @@ def facts_of(row: StepRow, roster: Roster, known: Tensors) -> Facts:
     """The facts of a finished row."""
     watched = roster.watched[: len(row.statistics)]
     tensors = [one.ref() for one in watched]
-    lr = np.full(len(watched), np.nan)
+    lr, eps, shrinks = np.full((3, len(watched)), np.nan)
     rates: list[float] = []
     owned, stepped = np.zeros(len(watched), bool), np.zeros(len(watched), bool)
     places = {id(tensor): index for index, tensor in enumerate(tensors)}
@@ -134,6 +153,9 @@ def facts_of(row: StepRow, roster: Roster, known: Tensors) -> Facts:
                 rates.append(rate)
             mine = [index for p in group["params"] if (index := places.get(id(p))) is not None]
             lr[mine], owned[mine] = rate, True
+            eps[mine] = _number(group.get("eps"))
+            if (share := shrinks_by(optimizer, group)) is not None:
+                shrinks[mine] = share
             stepped[mine] = id(optimizer) in row.stepped
     return Facts(
         step=row.step,
@@ -150,11 +172,29 @@ def facts_of(row: StepRow, roster: Roster, known: Tensors) -> Facts:
         if row.first_norm is None
         else row.first_norm,
         lr=lr,
+        eps=eps,
+        shrinks=shrinks,
+        shared=np.array([one.shared for one in watched], bool),
+        replaced=np.array([one.replaced for one in watched], bool),
+        replacement=np.array([one.replacement for one in watched], bool),
         rates=rates,
         taken=row.taken,
         scaler="grad_scale" in row.scalars,
         clipped_while_scaled=row.clipped_while_scaled,
         piled_up=row.piled_up,
         backwards=row.parts,
+        discarded=(row.discarded, row.backwards),
+        write=row.write,
         batch=row.batch,
     )
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def longer(values: np.ndarray, size: int, fill: float = math.nan) -> np.ndarray:
+    """`values` with room for `size` tensors: there may be more of them now."""
+    if len(values) == size:
+        return values
+    return np.concatenate([values, np.full(size - len(values), fill, values.dtype)])

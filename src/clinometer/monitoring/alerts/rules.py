@@ -5,14 +5,22 @@ from __future__ import annotations
 from typing import Protocol
 
 from clinometer.monitoring.alerts.facts import Facts, Trouble
-from clinometer.monitoring.alerts.rules_accumulation import Accumulating
+from clinometer.monitoring.alerts.rules_accumulation import Accumulating, Discarded, NoStep
 from clinometer.monitoring.alerts.rules_clipping import AlwaysClipped, UnscaledAmp
 from clinometer.monitoring.alerts.rules_gradient_size import Exploding, Vanishing
 from clinometer.monitoring.alerts.rules_loss import LossSpike
-from clinometer.monitoring.alerts.rules_no_gradient import Dead, NoGradient
-from clinometer.monitoring.alerts.rules_not_finite import NonFinite
+from clinometer.monitoring.alerts.rules_no_gradient import Dead, NoGradient, NothingLearns
+from clinometer.monitoring.alerts.rules_not_finite import NonFinite, StepNotFinite
 from clinometer.monitoring.alerts.rules_rates import UpdateRatio, ZeroRate
-from clinometer.monitoring.alerts.rules_updates import MovedWhileFrozen, NeverMoves, NotInOptimizer
+from clinometer.monitoring.alerts.rules_updates import (
+    Decay,
+    MovedWhileFrozen,
+    NeverMoves,
+    NotInOptimizer,
+    SharedMemory,
+    StaleInOptimizer,
+    WrittenBetween,
+)
 
 
 class Rule(Protocol):
@@ -33,11 +41,17 @@ class Rule(Protocol):
 
 RULES: tuple[type[Rule], ...] = (
     NonFinite,
+    StepNotFinite,
+    NothingLearns,
     Dead,
     NoGradient,
     NeverMoves,
     MovedWhileFrozen,
     NotInOptimizer,
+    StaleInOptimizer,
+    SharedMemory,
+    Decay,
+    WrittenBetween,
     Vanishing,
     UpdateRatio,
     Exploding,
@@ -45,6 +59,8 @@ RULES: tuple[type[Rule], ...] = (
     LossSpike,
     ZeroRate,
     Accumulating,
+    Discarded,
+    NoStep,
     UnscaledAmp,
 )
 
@@ -53,3 +69,8 @@ def thresholds_of(rule: type[Rule]) -> dict[str, float]:
     """The waiting times and thresholds of a rule, by name."""
     named = {name: value for name, value in vars(rule).items() if name.isupper() and not name.startswith("_")}
     return {"opens": rule.opens, "closes": rule.closes, **named}
+
+
+def steps_needed() -> int:
+    """The steps after which every rule could have opened an alert, but those that compare a longer run."""
+    return max(rule.opens for rule in RULES)

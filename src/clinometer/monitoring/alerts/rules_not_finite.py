@@ -1,4 +1,4 @@
-"""The alert `non-finite`: NaN or Inf in a gradient, or a loss that stays NaN."""
+"""Alerts about NaN and Inf: `non-finite` (a gradient, a loss) and `step-not-finite` (made by the step)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from clinometer.monitoring.alerts.facts import Facts, Trouble, indices_of
+from clinometer.monitoring.alerts.facts import Facts, Trouble, indices_of, longer
 
 
 class NonFinite:
@@ -40,4 +40,39 @@ class NonFinite:
         if facts.scaler and not facts.taken and self._gradients_in_a_row < self.SCALED_STEPS:
             return None
         count = int(np.nansum(facts.of("grad_nonfinite")))
+        if facts.scaler and not facts.taken:
+            values = {"entries": count, "scale": f"{facts.scalar('grad_scale'):.3g}"}
+            return Trouble("fault", indices_of(bad), values, "scaler")
         return Trouble("fault", indices_of(bad), {"entries": count})
+
+
+class StepNotFinite:
+    """Weights that the step itself made NaN or infinite: they were finite before it, and so was the
+    gradient."""
+
+    cause, opens, closes = "step-not-finite", 1, 10
+
+    def __init__(self) -> None:
+        self._step = 0
+        self._norms = np.zeros(0)
+
+    def look(self, facts: Facts) -> Trouble | None:
+        norm, grad = facts.of("weight_norm"), facts.of("grad_norm")
+        before = longer(self._norms, len(norm))
+        if not self._step:
+            before = facts.first_norm
+        follows = not self._step or facts.step == self._step + 1
+        self._step, self._norms = facts.step, norm.copy()
+        made = facts.stepped & np.isinf(norm) & np.isfinite(before) & np.isfinite(grad)
+        if not (facts.taken and follows and made.any()):
+            return None
+        zero = made & (grad == 0)
+        if (facts.tensors.half & (facts.eps > 0) & (facts.eps < SMALLEST_HALF))[made].any():
+            return Trouble("fault", indices_of(made), {"eps": f"{np.nanmax(facts.eps[made]):g}"}, "eps")
+        if zero.sum() == made.sum():
+            return Trouble("fault", indices_of(made), {}, "zero_gradient")
+        return Trouble("fault", indices_of(made))
+
+
+SMALLEST_HALF = 2.0**-25
+"""Numbers up to this are 0 in float16."""

@@ -29,6 +29,7 @@ from clinometer.monitoring.measure.statistics import (
     measure_weight,
 )
 from clinometer.monitoring.measure.watched_tensors import WatchedTensors, give_memory, state_of
+from clinometer.monitoring.measure.writes_between import Write
 from clinometer.vocabulary import BUCKETS, COLUMN, HISTOGRAM_KINDS, MEASURED, STATISTICS, OverRanks, Source
 
 _NORM = COLUMN["grad_norm"]
@@ -59,6 +60,10 @@ class StepRow:
         self.clipped_while_scaled = False
         self.piled_up = False
         """The gradients were added to those of the step before."""
+        self.discarded = self.backwards = 0
+        """Backwards that no step used, of how many since the last step."""
+        self.write: Write | None = None
+        """What was written to the weights since the last step."""
         self.scales: list[tuple[list[int], Any]] = []
         """Which tensors were measured with a loss scale on them, and which."""
         self.statistics = np.full((len(watched), len(STATISTICS)), np.nan, np.float64)
@@ -269,12 +274,14 @@ class StepRow:
         self._late.append((rows, columns, numbers, event))
 
 
-def refresh(watched: Iterable[WatchedTensors], places: Places, *, stepped: bool = False) -> None:
+def refresh(watched: Iterable[WatchedTensors], places: Places, *, stepped: bool = False) -> bool:
     """Copy the weights that changed since the last measurement, other than by this step.
 
     `stepped`: steps were taken that were not measured. torch's fused kernels write and leave the version.
+    Returns whether a tensor got other memory.
     """
     give_memory(watched, places)
+    elsewhere = False
     for one in watched:
         tensor = one.ref()
         if tensor is None or one.before is None:
@@ -292,7 +299,9 @@ def refresh(watched: Iterable[WatchedTensors], places: Places, *, stepped: bool 
                     one.room.whole, one.room = False, None
             else:
                 one.before.copy_(values)
+            elsewhere |= one.look is not None and state[1] != one.look[1]
             one.look, one.weight_norm, one.moved_elsewhere = state, math.nan, True
+    return elsewhere
 
 
 def _moment_of(tensor: Tensor, states: list[Any]) -> Tensor | None:

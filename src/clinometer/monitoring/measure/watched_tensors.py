@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from clinometer.distributed.sharded_tensors import local, version
+from clinometer.gradients.optimizers.shared_memory import pairs_that_overlap
 from clinometer.gradients.sandbox.subject import Subject
 from clinometer.monitoring.measure.small_tensors import Places, Room, is_small
 from clinometer.monitoring.measure.statistics import flat
@@ -36,9 +37,13 @@ class WatchedTensors:
         "moved_elsewhere",
         "name",
         "numel",
+        "of_model",
         "ref",
+        "replaced",
+        "replacement",
         "room",
         "shape",
+        "shared",
         "weight_norm",
     )
 
@@ -57,6 +62,14 @@ class WatchedTensors:
         """Version and address of the tensor at the last measurement; if they differ, it was written to."""
         self.moved_elsewhere = False
         """It was written to between two steps."""
+        self.of_model = False
+        """The model named it."""
+        self.shared = False
+        """Its memory is another parameter's too, and optimizers hold both."""
+        self.replaced = False
+        """An optimizer holds it, and the model has another tensor instead that no optimizer holds."""
+        self.replacement = False
+        """It is such another tensor."""
         self.weight_norm = self.first_norm = float("nan")
         """After the last step; and before the first."""
 
@@ -75,7 +88,7 @@ class Roster:
         self.watched: list[WatchedTensors] = []
         self._by_id: dict[int, WatchedTensors] = {}
         self._owned: dict[int, list[WatchedTensors]] = {}
-        self._sizes: tuple[int, ...] = ()
+        self._sizes: tuple[tuple[int, ...], ...] = ()
         self.unowned: list[WatchedTensors] = []
         self.grow()
 
@@ -89,7 +102,7 @@ class Roster:
         model = self.model
         named = Subject.of(model).tensors if model is not None else {}
         for name, tensor in named.items():
-            self._add(name, tensor)
+            self._add(name, tensor).of_model = True
         self._owned, owned = {}, set()
         for place, optimizer in enumerate(self.living()):
             mine = self._owned.setdefault(id(optimizer), [])
@@ -100,11 +113,40 @@ class Roster:
                     owned.add(id(tensor))
         self.unowned = [w for w in self.watched if id(w.ref()) not in owned]
         self._sizes = self._count()
+        self._compare_with_model({id(t): t for t in named.values()}, owned)
         return len(self.watched) > size
 
-    def grew(self) -> bool:
-        """The same, if an optimizer was given other parameters since."""
-        return self._count() != self._sizes and self.grow()
+    def _compare_with_model(self, named: dict[int, Tensor], owned: set[int]) -> None:
+        """Parameters that were replaced behind an optimizer's back, and parameters over one memory."""
+        new = [w for w in self.unowned if (t := w.ref()) is not None and id(t) in named and t.requires_grad]
+        gone = [
+            w
+            for w in self.watched
+            if w.of_model and (t := w.ref()) is not None and id(t) in owned and id(t) not in named
+        ]
+        stale = bool(named) and bool(gone)
+        # Only what came after them can have taken their place.
+        new = [w for w in new if stale and w.index > max(g.index for g in gone)]
+        for one in self.watched:
+            one.replaced, one.replacement = bool(new) and one in gone, one in new
+        self.compare_memory()
+
+    def compare_memory(self) -> None:
+        """Look for parameters of the optimizers that lie over one memory."""
+        owned = {id(w): w for mine in self._owned.values() for w in mine}
+        able = {
+            str(w.index): t
+            for w in owned.values()
+            if (t := w.ref()) is not None and t.requires_grad and t.is_leaf and not t.is_inference()
+        }
+        pairs = pairs_that_overlap(able)
+        shared = {int(name) for pair in pairs for name in pair}
+        for one in self.watched:
+            one.shared = one.index in shared
+
+    def grew(self, *, look: bool = False) -> bool:
+        """The same, if an optimizer was given other parameters since; with `look` in any case."""
+        return (look or self._count() != self._sizes) and self.grow()
 
     def owned_by(self, optimizer: Optimizer) -> list[WatchedTensors]:
         return self._owned.get(id(optimizer), [])
@@ -133,8 +175,8 @@ class Roster:
                 number += 1
         return found
 
-    def _count(self) -> tuple[int, ...]:
-        return tuple(len(group["params"]) for o in self.living() for group in o.param_groups)
+    def _count(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(map(id, group["params"])) for o in self.living() for group in o.param_groups)
 
     def _add(self, name: str, tensor: Tensor) -> WatchedTensors:
         known = self.find(tensor)
@@ -258,3 +300,29 @@ def order_of_use(
         place = used.get(id(one.ref()), place)
         keys.append((place, one.index))
     return {index: position for position, (_, index) in enumerate(sorted(keys))}
+
+
+def leaves_of(losses: Iterable[Tensor]) -> list[Tensor]:
+    """The tensors in which the graph of these losses ends."""
+    found: dict[int, Tensor] = {}
+    seen: set[Any] = set()
+    queue = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
+    while queue:
+        node = queue.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        for following, _ in node.next_functions:
+            if following is None:
+                continue
+            leaf = getattr(following, "variable", None)
+            if leaf is None:
+                queue.append(following)
+            else:
+                found[id(leaf)] = leaf
+    return list(found.values())
+
+
+def reaches_others(losses: Iterable[Tensor], roster: Roster) -> bool:
+    """Whether the graph of these losses ends in a tensor that is not watched."""
+    return any(roster.find(leaf) is None for leaf in leaves_of(losses))

@@ -87,7 +87,7 @@ def frozen_after_a_backward():
     return model, lambda: model(x()).mean(), optimizer
 
 
-@explained("loop", "moved-while-frozen", "a")
+@explained("loop", "decay", "a")
 def decay_moves_a_weight_without_a_gradient():
     tensors = {"a": nn.Parameter(torch.randn(4, 2)), "b": nn.Parameter(torch.zeros(2, 1))}
     optimizer = torch.optim.AdamW(tensors.values(), 0.1, weight_decay=0.1)
