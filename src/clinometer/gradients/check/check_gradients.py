@@ -112,6 +112,7 @@ class _Check:
     """Tensors whose gradient a hook accumulates, and where it was registered."""
     functions: list[type] = field(default_factory=list)
     operators: dict[str, Any] = field(default_factory=dict)
+    computed: str = ""
     done: int = 0
     total: int = 0
     has_graph: bool = True
@@ -127,7 +128,7 @@ class _Check:
             if isinstance(error, IndexError) or is_overwritten(error):
                 self._raise_its_own()
             raise
-        self.functions, self.operators = own.functions, own.operators
+        self.functions, self.operators, self.computed = own.functions, own.operators, own.computed
         modules = dict.fromkeys(
             [m for m in [subject.module, *modules_named_by(self.closure)] if m is not None]
         )
@@ -401,7 +402,9 @@ class _Check:
             for name, t in self.subject.tensors.items()
         }
         held = None if probe is None else probe.held
-        concluded, statuses = conclude(tensors, self.layers, held, broken, self.reasons)
+        concluded, statuses = conclude(
+            tensors, self.layers, held, broken, self.reasons, computed=self.computed
+        )
         places = {n: finding.where for finding in reversed(concluded) for n in finding.names}
         tensors = {
             n: replace(t, status=statuses.get(n, t.status), where=places.get(n)) for n, t in tensors.items()

@@ -31,6 +31,7 @@ def conclude(
     held: StopGradients | None,
     broken: Exception | None,
     reasons: Sequence[TriedReason] = (),
+    computed: str = "",
 ) -> tuple[list[Finding], dict[str, Any]]:
     """The findings, and the status of tensors whose error a layer or a hook shows to be meant."""
     findings: list[Finding] = []
@@ -61,7 +62,7 @@ def conclude(
         findings.append(Finding("wrong-gradient", "wrong", FAULT, f"check.{key}", tuple(left), where, values))
     findings += _approximate(tensors, layers)
     findings += _corners(tensors, held)
-    findings += _precision(tensors)
+    findings += _precision(tensors, computed)
     if broken is not None:
         findings.append(_finding("own_precision", EXPLAINED, [], values={"error": _short(broken)}))
     return findings, statuses
@@ -226,22 +227,27 @@ def _corners(tensors: Mapping[str, TensorCheck], held: StopGradients | None) -> 
     return found
 
 
-def _precision(tensors: Mapping[str, TensorCheck]) -> list[Finding]:
+def _precision(tensors: Mapping[str, TensorCheck], computed: str) -> list[Finding]:
+    """Gradients that are coarse at the precision of the model, or at that in which autocast computes."""
     far = [
         t
         for t in tensors.values()
-        if t.passed and t.own_precision is not None and t.own_precision > _COARSE.get(t.dtype, 1.0)
+        if t.passed
+        and t.own_precision is not None
+        and t.own_precision > _COARSE.get(computed or t.dtype, 1.0)
     ]
     if not far:
         return []
     worst = max(far, key=lambda t: t.own_precision or 0.0)
     values = {
-        "dtype": worst.dtype,
+        "dtype": computed or worst.dtype,
         "total": format_count(len(tensors)),
         "worst": worst.name,
         "distance": format_number(100 * (worst.own_precision or 0.0), place=""),
     }
-    return [_finding("coarse", EXPLAINED, [t.name for t in far], values=values)]
+    variant = "autocast" if computed and computed != worst.dtype else ""
+    names = [t.name for t in far]
+    return [_finding("coarse", EXPLAINED, names, values=values, variant=variant)]
 
 
 def not_repeatable(run: Callable[[], Tensor], mode: AbstractContextManager[Any]) -> Finding:

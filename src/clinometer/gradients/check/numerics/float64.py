@@ -37,9 +37,9 @@ LIFT = {
 _CASTS = {"float": "double", "half": "double", "bfloat16": "double", "cfloat": "cdouble", "chalf": "cdouble"}
 _TYPE_NAMES = {"FloatTensor", "HalfTensor", "BFloat16Tensor"}
 _AS_THEY_ARE = {"__deepcopy__", "__reduce_ex__", "__set__", "backward", "grad", "register_hook", "set_"}
-_STATISTICS = {"batch_norm", "instance_norm"}
+STATISTICS = {"batch_norm", "instance_norm"}
 """Calls that write into the running mean and variance that they are given."""
-_OTHERWISE = {"__get__", "type", "view", "_grouped_mm", *_CASTS, *_AS_THEY_ARE, *_STATISTICS}
+_OTHERWISE = {"__get__", "type", "view", "_grouped_mm", *_CASTS, *_AS_THEY_ARE, *STATISTICS}
 """Names of calls that are more than their arguments lifted; so are those that write into one."""
 IN_PLACE = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__ipow__"}
 _PLAIN = {int, float, bool, str, type(None)}
@@ -133,7 +133,7 @@ class InDouble(TorchFunctionMode):
             return getattr(self._up(args[0]), _CASTS[name])(*args[1:], **kwargs)
         if name == "type" and len(args) > 1:
             args = (args[0], _lifted_type(args[1]))
-        for target in _written(name, args, kwargs):
+        for target in written(name, args, kwargs):
             self._lift_in_place(target)
         if writes(name) and args and isinstance(args[0], Tensor):
             args = (args[0], *self._up(tuple(args[1:])))
@@ -204,11 +204,11 @@ class InDouble(TorchFunctionMode):
             self.outside.lift(tensor)
 
 
-def _written(name: str, args: Any, kwargs: Any) -> Iterator[Tensor]:
+def written(name: str, args: Any, kwargs: Any) -> Iterator[Tensor]:
     """The tensors that a call writes into: its first argument, `out`, or running statistics."""
     if writes(name) and args:
         yield from tensors_in(args[0])
-    elif name in _STATISTICS:
+    elif name in STATISTICS:
         yield from tensors_in(args[1:5], [kwargs.get(key) for key in ("running_mean", "running_var")])
     yield from tensors_in(kwargs.get("out"))
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
-from clinometer.gradients.check.numerics.float64 import InDouble, is_low, writes
+from clinometer.gradients.check.numerics.float64 import STATISTICS, InDouble, is_low, writes, written
 from clinometer.gradients.check.numerics.frequency_scaling import LOOKUPS, signature, undivided
 from clinometer.gradients.report.places import Where, user_frame
 from clinometer.gradients.sandbox.random_state import RandomState
@@ -162,11 +162,14 @@ class StopGradients(TorchFunctionMode):
             return self._write_unseen(name, func, args, kwargs)
         asked = _asks(args) or (kwargs and _asks(kwargs.values()))
         out = self._call(func, args, kwargs)
-        if not asked or (type(out) is Tensor and out.requires_grad and not writes(name)):
+        into = writes(name) or name in STATISTICS or "out" in kwargs
+        if not asked or (type(out) is Tensor and out.requires_grad and not into):
             return out
-        if writes(name):
-            if isinstance(args[0], Tensor) and not args[0].requires_grad and not in_custom():
-                self._hold_write(name, args[0])
+        if into and not in_custom():
+            for target in written(name, args, kwargs):
+                if not target.requires_grad:
+                    self._hold_write(name, target)
+        if writes(name) or "out" in kwargs:
             return out
         return self._hold(name, out, args)
 
