@@ -211,3 +211,63 @@ def test_a_value_detached_inside_grad_is_held_constant_and_its_parameters_are_sa
     assert check["2.weight"].passed
     cut = next(finding for finding in check.findings if finding.cause == "no-gradient-cut")
     assert cut.names == ("0.weight", "0.bias")
+
+
+@pytest.mark.parametrize("form", ["detached", "rounded"])
+def test_values_cut_off_inside_vmap_give_no_verdict_and_no_accusation(form):
+    model, x = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)), torch.randn(6, 3)
+    f = {
+        "detached": lambda v: model(v) * model(v).detach(),
+        "rounded": lambda v: model(v) + (model(v).round() - model(v)).detach(),
+    }[form]
+    check = check_gradients(model, lambda: vmap(f)(x).mean())
+    assert check.healthy
+    assert not check.passed
+    (finding,) = check.findings
+    assert (finding.cause, finding.variant) == ("unclear", "vmap")
+    assert "detach" in finding.where.source
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_a_teacher_that_the_forward_moves_on_is_put_back_between_evaluations(many):
+    class Taught(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.student, self.teacher = nn.Linear(4, 4), nn.Linear(4, 4).requires_grad_(False)
+
+        def forward(self, x):
+            pairs = [[*self.teacher.parameters()], [*self.student.parameters()]]
+            with torch.no_grad():
+                if many:
+                    torch._foreach_lerp_(*pairs, 0.1)
+                else:
+                    for p, q in zip(*pairs, strict=True):
+                        p.mul_(0.9).add_(q, alpha=0.1)
+            return self.student(x) - self.teacher(x)
+
+    torch.manual_seed(0)
+    model, x = Taught(), torch.randn(8, 4)
+    kept = model.teacher.weight.clone()
+    check = check_gradients(model, lambda: model(x).square().mean())
+    assert check.findings == ()
+    assert check["student.weight"].passed
+    assert torch.equal(model.teacher.weight, kept)
+
+
+def test_a_wrong_backward_of_complex_numbers_is_named():
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, a):
+            ctx.save_for_backward(a)
+            return a * a
+
+        @staticmethod
+        def backward(ctx, g):
+            (a,) = ctx.saved_tensors
+            return 2 * g * a  # the conjugate is missing
+
+    c = torch.randn(4, 4, dtype=torch.complex64, requires_grad=True)
+    check = check_gradients({"c": c}, lambda: Product.apply(c).real.sin().mean(), entries={"c": [(0, 1)]})
+    (finding,) = check.findings
+    assert finding.cause == "wrong-backward"
+    assert finding.where.function == "Product.backward" or "Product" in finding.say("what")

@@ -133,6 +133,7 @@ class _Check:
             [m for m in [subject.module, *modules_named_by(self.closure)] if m is not None]
         )
         also = [p for module in modules for p in module.parameters()]
+        self.before.rewind_frozen()
         with in_double([*self.checked.values(), *also], self.before.puts_back) as (mode, doubled):
             self.mode, self.doubled = mode, doubled
             probe = Probe(self._loss, self.checked, mode, doubled)
@@ -232,8 +233,13 @@ class _Check:
                 tensors[name] = replace(tensors[name], status="approximate")
         if left or any(layer.share and not layer.function and layer.where for layer in self.layers):
             self.layers += self._operations()
-        if any(name not in accounted_for(self.layers, wrong) for name in left):
+        known = accounted_for(self.layers, wrong)
+        if any(name not in known for name in left):
             self.layers += self._second_derivatives(probe)
+            known = accounted_for(self.layers, wrong)
+        for name in left:
+            if probe.held.unheld and name not in known:
+                tensors[name] = replace(tensors[name], status="unclear", reason="vmap")
 
     def _approximate(
         self, probe: Probe, tensors: Mapping[str, TensorCheck], wrong: Sequence[str]
@@ -349,6 +355,8 @@ class _Check:
     def _loss(self) -> Tensor:
         self.evaluations += 1
         self.before.rewind()
+        self.doubled.put_back(self.mode.written.values())
+        self.mode.written = {}
         return evaluate(self.closure)
 
     def _look(self, loss: Tensor) -> None:

@@ -219,11 +219,14 @@ def _corners(tensors: Mapping[str, TensorCheck], held: StopGradients | None) -> 
     for op, (count, where) in (held.corners if held is not None and held.active else {}).items():
         values = {"op": op, "values": format_count(count)}
         found.append(_finding("corner", EXPLAINED, [], where=where, values=values))
-    for status, reason in (("kink", ""), ("unclear", ""), ("unclear", "rounding")):
+    unheld = next(iter(held.unheld.values()), None) if held is not None else None
+    for status, reason in (("kink", ""), ("unclear", ""), ("unclear", "rounding"), ("unclear", "vmap")):
         names = [n for n, tensor in tensors.items() if (tensor.status, tensor.reason) == (status, reason)]
         if names:
-            values = {"total": format_count(len(tensors))}
-            found.append(_finding(status, EXPLAINED, names, values=values, variant=reason))
+            where = unheld if reason == "vmap" else None
+            values = {"total": format_count(len(tensors)), **_asked(where)}
+            finding = _finding(status, EXPLAINED, names, where=where, values=values, variant=reason)
+            found.append(finding)
     return found
 
 

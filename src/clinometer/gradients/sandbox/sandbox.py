@@ -157,6 +157,14 @@ class Before:
                     bits.restore()
             self._random.restore()
 
+    def rewind_frozen(self) -> None:
+        """Values of frozen tensors as at the beginning, which a forward may move on (a teacher's average)."""
+        with torch.inference_mode(False), torch.no_grad():
+            for kept in self._tensors:
+                if id(kept.tensor) in self._values and not kept.tensor.requires_grad:
+                    for bits in kept.bits:
+                        self._bits[bits.key].restore()
+
     def restore(self) -> None:
         """Everything, in an order that may be begun again after an interruption.
 

@@ -68,6 +68,14 @@ class Float64Tensors:
         kept = self.before.get(id(tensor))
         return None if kept is None else kept[1]
 
+    def put_back(self, tensors: Iterable[Tensor]) -> None:
+        """Gives frozen ones among these their values of before: a teacher that the forward moves on."""
+        with torch.no_grad(), without_modes():
+            for tensor in tensors:
+                original = self.original(tensor)
+                if original is not None and not tensor.requires_grad:
+                    tensor.data.copy_(original)
+
     def restore(self) -> None:
         for tensor, data in self.before.values():
             if tensor.dtype != data.dtype or tensor.data_ptr() != data.data_ptr():
@@ -82,6 +90,8 @@ class InDouble(TorchFunctionMode):
         self._kept = kept or _no_tensor
         """Whether a tensor is put back before each run: it follows in place, so that writes reach it."""
         self.outside = Float64Tensors(())
+        self.written: dict[int, Tensor] = {}
+        """Tensors that calls wrote into."""
         self._lifted: dict[int, tuple[Tensor, int, Tensor]] = {}
         self._default: list[torch.dtype] = []
         self._wrapping: list[Callable[[], None]] = []
@@ -198,7 +208,10 @@ class InDouble(TorchFunctionMode):
 
     def _lift_in_place(self, tensor: Tensor) -> None:
         """A tensor from outside that the closure writes into: a low-precision one would round the loss."""
-        if tensor.dtype not in LIFT or is_transformed(tensor):
+        if is_transformed(tensor):
+            return
+        self.written[id(tensor)] = tensor
+        if tensor.dtype not in LIFT:
             return
         if tensor.grad_fn is None and not tensor.is_inference():
             self.outside.lift(tensor)
