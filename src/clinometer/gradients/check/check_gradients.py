@@ -39,12 +39,14 @@ from clinometer.gradients.check.own_precision import CANCELS, OwnGradients, chec
 from clinometer.gradients.check.reason_search import TriedReason, search
 from clinometer.gradients.check.result import GradientCheck, TensorCheck
 from clinometer.gradients.report.places import Where
-from clinometer.gradients.sandbox.closure import Closure, eagerly, evaluate
+from clinometer.gradients.sandbox.closure import Closure, evaluate
+from clinometer.gradients.sandbox.interrupts import uninterrupted
 from clinometer.gradients.sandbox.sandbox import Before, modules_named_by, untouched
 from clinometer.gradients.sandbox.subject import Subject
+from clinometer.gradients.trace.circumstances import in_order, run_eagerly
 from clinometer.gradients.trace.function_calls import function_calls
-from clinometer.gradients.trace.inplace_errors import is_overwritten
-from clinometer.gradients.trace.observed_run import observe
+from clinometer.gradients.trace.holders import find_holders
+from clinometer.gradients.trace.observed_run import can_be_explained, observe
 from clinometer.messages import InputError
 from clinometer.torch_internals.tensors import is_wrapper
 from clinometer.torch_support import offers
@@ -56,6 +58,7 @@ Progress = Callable[[int, int], None]
 Indices = Mapping[str, Sequence[int | tuple[int, ...]]]
 
 
+@uninterrupted
 def check_gradients(
     params: Any,
     closure: Closure,
@@ -86,10 +89,12 @@ def check_gradients(
         ranks.apart(),
         untouched(subject, closure=closure) as before,
         function_calls(),
-        eagerly(),
+        run_eagerly(subject.compiled) as circumstances,
         sdpa_kernel(SDPBackend.MATH),
     ):
-        return _Check(subject, closure, before, seed, asked, quiet).run()
+        result = _Check(subject, closure, before, seed, asked, quiet).run()
+        result.findings = tuple(in_order([*circumstances.findings(closure, before), *result.findings]))
+        return result
 
 
 def _index(given: int | tuple[int, ...]) -> tuple[int, ...]:
@@ -119,13 +124,25 @@ class _Check:
     stopped: list[Where] = field(default_factory=list)
 
     def run(self) -> GradientCheck:
+        try:
+            return self._run()
+        except InputError as error:
+            if error.key == "check.graph_used_up":
+                self._raise_its_own()
+            raise
+
+    def _run(self) -> GradientCheck:
         self.started = time.perf_counter()
         subject = self.subject
         self.checked = {n: t for n, t in subject.tensors.items() if _checkable(t)}
+        if any(h.tensor.grad_fn is not None for h in find_holders(subject.module, self.closure).values()):
+            older = observe(subject, self.closure, self.before, Ranks(subject.tensors)).older
+            if older is not None and older.live:
+                return self._result({}, [older.finding()], None)
         try:
             own = OwnGradients.of(self.closure, self.checked, self.before)
         except (RuntimeError, IndexError) as error:
-            if isinstance(error, IndexError) or is_overwritten(error):
+            if isinstance(error, IndexError) or can_be_explained(error):
                 self._raise_its_own()
             raise
         self.functions, self.operators, self.computed = own.functions, own.operators, own.computed

@@ -24,6 +24,7 @@ from clinometer.gradients.report.finding import FAULT, Finding
 from clinometer.gradients.report.formatting import format_count, format_number, shorten
 from clinometer.gradients.report.places import Where
 from clinometer.gradients.report.result import Result
+from clinometer.gradients.trace.circumstances import in_order
 
 Status = Literal["passed", "approximate", "wrong", "surrogate", "kink", "unclear", "no-gradient", "unchecked"]
 AS_GOOD_AS_EXACT = 1e-6
@@ -134,7 +135,7 @@ class GradientCheck(Result):
         self._aliases = dict(aliases)
         self.layers = tuple(layers)
         """One verdict for each call of a module or custom Function that could be repeated alone."""
-        self.findings = tuple(sorted(findings, key=lambda finding: finding.severity != FAULT))
+        self.findings = tuple(in_order(findings))
         self.size = size
         self.everything = everything
         """One direction through all tensors at once."""

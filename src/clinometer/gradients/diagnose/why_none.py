@@ -8,7 +8,8 @@ from torch import Tensor
 
 from clinometer.gradients.diagnose.optional_modules import may_be_skipped
 from clinometer.gradients.report.finding import EXPLAINED, FAULT, Reason
-from clinometer.gradients.report.places import definition_of, is_installed
+from clinometer.gradients.report.places import definition_of
+from clinometer.gradients.sandbox.code_origin import is_installed
 from clinometer.gradients.sandbox.subject import Subject
 from clinometer.gradients.trace.backward_trace import Flow
 from clinometer.gradients.trace.cuts import Cut, Escape
@@ -16,6 +17,7 @@ from clinometer.gradients.trace.forward_trace import Trace
 from clinometer.gradients.trace.graph import Node
 from clinometer.gradients.trace.graph_search import receives
 from clinometer.torch_internals.custom_functions import function_of
+from clinometer.torch_internals.tensors import has_hooks
 
 
 def before_any_run(tensor: Tensor) -> Reason | None:
@@ -42,7 +44,7 @@ def why_none(name: str, subject: Subject, trace: Trace, flow: Flow | None, loss:
     cuts = [cut for i, cut in enumerate(trace.cuts) if cut.live & bit]
     reaching = trace.cuts_in(loss)
     to_loss = [cut for i, cut in enumerate(trace.cuts) if cut.live & bit and reaching >> i & 1]
-    if loss.grad_fn is None:
+    if loss.grad_fn is None and not (loss.requires_grad and has_hooks(loss)):
         # A loss made from a Python number has no cut in it: the place is where the number left torch.
         found = _first(to_loss) or (trace.escapes[-1] if trace.escapes else _first(trace.cuts))
         where = found.where if found else None

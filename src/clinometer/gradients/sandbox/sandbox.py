@@ -125,6 +125,11 @@ class Before:
             if has_grad(kept.tensor) and kept.tensor.grad is not None:
                 kept.tensor.grad = None
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Those whose state is kept: of the subject, of the closure, and every one that was called."""
+        return list(self._modules)
+
     def grad_of(self, tensor: Tensor) -> Tensor | None:
         """The `.grad` that was set aside."""
         kept = self._by_id.get(id(tensor))
