@@ -239,6 +239,7 @@ class _Check:
         if any(layer.share for layer in self.layers):
             known |= set(near)
         if left := [name for name in wrong if name not in known]:
+            left.sort(key=lambda name: -tensors[name].share)
             tries = reasons_to_try(self.checked, self.functions, probe.held)
             self.reasons, left = search(probe, left, tries, self.seed)
             if not left:  # what a layer measured with these hooks and checkpoints is not its own

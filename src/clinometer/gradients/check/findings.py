@@ -111,7 +111,8 @@ def _of_reason(reason: TriedReason, tensors: Mapping[str, TensorCheck]) -> Findi
     }
     cause = "hooked" if reason.key == "hooked" else "saved-tensors" if meant else "wrong-gradient"
     status, severity = ("explained", EXPLAINED) if meant else ("wrong", FAULT)
-    return Finding(cause, status, severity, f"check.{reason.key}", reason.names, where, values)
+    names = tuple(name for name in tensors if name in reason.names)
+    return Finding(cause, status, severity, f"check.{reason.key}", names, where, values)
 
 
 def _approximate(tensors: Mapping[str, TensorCheck], layers: Sequence[LayerCheck]) -> list[Finding]:

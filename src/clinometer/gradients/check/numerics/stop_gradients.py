@@ -319,7 +319,7 @@ class StopGradients(TorchFunctionMode):
         for alias in self._aliases:
             name, value = self._values[alias.position]
             # NumPy writes into the memory and moves no version.
-            if version_of(alias.tensor) != alias.version or not torch.equal(alias.tensor.detach(), value):
+            if version_of(alias.tensor) != alias.version or not _equal(alias.tensor.detach(), value):
                 self._values[alias.position] = (name, _PASS)
                 if alias.where is not None:
                     self.written.append(alias.where)
@@ -392,6 +392,11 @@ def _unseen(args: Any) -> bool:
 
 def _memory(tensor: Tensor) -> int | None:
     return memory_of(tensor.untyped_storage()) if tensor.layout is torch.strided else None
+
+
+def _equal(now: Tensor, before: Tensor) -> bool:
+    """Whether two tensors hold the same numbers; NaN is itself."""
+    return bool(((now == before) | ((now != now) & (before != before))).all())
 
 
 def _like(out: Any, parts: list[Any]) -> Any:
