@@ -117,6 +117,7 @@ class _Check:
     """Tensors whose gradient a hook accumulates, and where it was registered."""
     functions: list[type] = field(default_factory=list)
     operators: dict[str, Any] = field(default_factory=dict)
+    computed: str = ""
     done: int = 0
     total: int = 0
     has_graph: bool = True
@@ -144,11 +145,12 @@ class _Check:
             if isinstance(error, IndexError) or can_be_explained(error):
                 self._raise_its_own()
             raise
-        self.functions, self.operators = own.functions, own.operators
+        self.functions, self.operators, self.computed = own.functions, own.operators, own.computed
         modules = dict.fromkeys(
             [m for m in [subject.module, *modules_named_by(self.closure)] if m is not None]
         )
         also = [p for module in modules for p in module.parameters()]
+        self.before.rewind_frozen()
         with in_double([*self.checked.values(), *also], self.before.puts_back) as (mode, doubled):
             self.mode, self.doubled = mode, doubled
             probe = Probe(self._loss, self.checked, mode, doubled)
@@ -237,6 +239,7 @@ class _Check:
         if any(layer.share for layer in self.layers):
             known |= set(near)
         if left := [name for name in wrong if name not in known]:
+            left.sort(key=lambda name: -tensors[name].share)
             tries = reasons_to_try(self.checked, self.functions, probe.held)
             self.reasons, left = search(probe, left, tries, self.seed)
             if not left:  # what a layer measured with these hooks and checkpoints is not its own
@@ -248,8 +251,13 @@ class _Check:
                 tensors[name] = replace(tensors[name], status="approximate")
         if left or any(layer.share and not layer.function and layer.where for layer in self.layers):
             self.layers += self._operations()
-        if any(name not in accounted_for(self.layers, wrong) for name in left):
+        known = accounted_for(self.layers, wrong)
+        if any(name not in known for name in left):
             self.layers += self._second_derivatives(probe)
+            known = accounted_for(self.layers, wrong)
+        for name in left:
+            if probe.held.unheld and name not in known:
+                tensors[name] = replace(tensors[name], status="unclear", reason="vmap")
 
     def _approximate(
         self, probe: Probe, tensors: Mapping[str, TensorCheck], wrong: Sequence[str]
@@ -365,6 +373,8 @@ class _Check:
     def _loss(self) -> Tensor:
         self.evaluations += 1
         self.before.rewind()
+        self.doubled.put_back(self.mode.written.values())
+        self.mode.written = {}
         return evaluate(self.closure)
 
     def _look(self, loss: Tensor) -> None:
@@ -418,7 +428,9 @@ class _Check:
             for name, t in self.subject.tensors.items()
         }
         held = None if probe is None else probe.held
-        concluded, statuses = conclude(tensors, self.layers, held, broken, self.reasons)
+        concluded, statuses = conclude(
+            tensors, self.layers, held, broken, self.reasons, computed=self.computed
+        )
         places = {n: finding.where for finding in reversed(concluded) for n in finding.names}
         tensors = {
             n: replace(t, status=statuses.get(n, t.status), where=places.get(n)) for n, t in tensors.items()

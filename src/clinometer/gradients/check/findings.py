@@ -31,6 +31,7 @@ def conclude(
     held: StopGradients | None,
     broken: Exception | None,
     reasons: Sequence[TriedReason] = (),
+    computed: str = "",
 ) -> tuple[list[Finding], dict[str, Any]]:
     """The findings, and the status of tensors whose error a layer or a hook shows to be meant."""
     findings: list[Finding] = []
@@ -61,7 +62,7 @@ def conclude(
         findings.append(Finding("wrong-gradient", "wrong", FAULT, f"check.{key}", tuple(left), where, values))
     findings += _approximate(tensors, layers)
     findings += _corners(tensors, held)
-    findings += _precision(tensors)
+    findings += _precision(tensors, computed)
     if broken is not None:
         findings.append(_finding("own_precision", EXPLAINED, [], values={"error": _short(broken)}))
     return findings, statuses
@@ -110,7 +111,8 @@ def _of_reason(reason: TriedReason, tensors: Mapping[str, TensorCheck]) -> Findi
     }
     cause = "hooked" if reason.key == "hooked" else "saved-tensors" if meant else "wrong-gradient"
     status, severity = ("explained", EXPLAINED) if meant else ("wrong", FAULT)
-    return Finding(cause, status, severity, f"check.{reason.key}", reason.names, where, values)
+    names = tuple(name for name in tensors if name in reason.names)
+    return Finding(cause, status, severity, f"check.{reason.key}", names, where, values)
 
 
 def _approximate(tensors: Mapping[str, TensorCheck], layers: Sequence[LayerCheck]) -> list[Finding]:
@@ -218,30 +220,38 @@ def _corners(tensors: Mapping[str, TensorCheck], held: StopGradients | None) -> 
     for op, (count, where) in (held.corners if held is not None and held.active else {}).items():
         values = {"op": op, "values": format_count(count)}
         found.append(_finding("corner", EXPLAINED, [], where=where, values=values))
-    for status, reason in (("kink", ""), ("unclear", ""), ("unclear", "rounding")):
+    unheld = next(iter(held.unheld.values()), None) if held is not None else None
+    for status, reason in (("kink", ""), ("unclear", ""), ("unclear", "rounding"), ("unclear", "vmap")):
         names = [n for n, tensor in tensors.items() if (tensor.status, tensor.reason) == (status, reason)]
         if names:
-            values = {"total": format_count(len(tensors))}
-            found.append(_finding(status, EXPLAINED, names, values=values, variant=reason))
+            where = unheld if reason == "vmap" else None
+            values = {"total": format_count(len(tensors)), **_asked(where)}
+            finding = _finding(status, EXPLAINED, names, where=where, values=values, variant=reason)
+            found.append(finding)
     return found
 
 
-def _precision(tensors: Mapping[str, TensorCheck]) -> list[Finding]:
+def _precision(tensors: Mapping[str, TensorCheck], computed: str) -> list[Finding]:
+    """Gradients that are coarse at the precision of the model, or at that in which autocast computes."""
     far = [
         t
         for t in tensors.values()
-        if t.passed and t.own_precision is not None and t.own_precision > _COARSE.get(t.dtype, 1.0)
+        if t.passed
+        and t.own_precision is not None
+        and t.own_precision > _COARSE.get(computed or t.dtype, 1.0)
     ]
     if not far:
         return []
     worst = max(far, key=lambda t: t.own_precision or 0.0)
     values = {
-        "dtype": worst.dtype,
+        "dtype": computed or worst.dtype,
         "total": format_count(len(tensors)),
         "worst": worst.name,
         "distance": format_number(100 * (worst.own_precision or 0.0), place=""),
     }
-    return [_finding("coarse", EXPLAINED, [t.name for t in far], values=values)]
+    variant = "autocast" if computed and computed != worst.dtype else ""
+    names = [t.name for t in far]
+    return [_finding("coarse", EXPLAINED, names, values=values, variant=variant)]
 
 
 def not_repeatable(run: Callable[[], Tensor], mode: AbstractContextManager[Any]) -> Finding:

@@ -222,7 +222,7 @@ class _Weighed:
         with torch.enable_grad():
             target = call.target
             came = target.apply(*args, **kwargs) if isinstance(target, type) else target(*args, **kwargs)
-            return [out for out in tensors_in(came) if out.requires_grad and out.is_floating_point()]
+            return [_real(out) for out in tensors_in(came) if out.requires_grad]
 
     def __call__(self) -> Tensor:
         outputs = self.compute()
@@ -241,6 +241,11 @@ class _Weighed:
             for u, out in zip(self.weights, outputs, strict=False):
                 total = total + (u * out.to(torch.float64)).sum().to(total.device)  # of several devices
             return total
+
+
+def _real(out: Tensor) -> Tensor:
+    """An output as real numbers, a complex one as pairs."""
+    return torch.view_as_real(out.resolve_conj()) if out.is_complex() else out
 
 
 class _SecondOrder(_Weighed):

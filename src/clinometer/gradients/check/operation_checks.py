@@ -99,7 +99,7 @@ class OperationChecks(TorchFunctionMode):
     def _check(self, name: str, target: Any, call: Any, given: Any) -> Any:
         if self._checking or not torch.is_grad_enabled() or transforms_active():
             return call()
-        if not any(t.requires_grad and t.is_floating_point() for t in tensors_in(given)):
+        if not any(t.requires_grad for t in tensors_in(given)):
             return call()
         where = user_frame(sys._getframe(2), op=name)
         key = (name, None if where is None else where.label)

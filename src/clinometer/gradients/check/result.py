@@ -56,7 +56,7 @@ class TensorCheck:
     scale: float = 0.0
     """‖g⊙v‖₂ along the direction that was judged."""
     reason: str = ""
-    """Why there is no verdict: "rounding"."""
+    """Why there is no verdict: "rounding", "vmap"."""
 
     @property
     def passed(self) -> bool:

@@ -37,9 +37,9 @@ LIFT = {
 _CASTS = {"float": "double", "half": "double", "bfloat16": "double", "cfloat": "cdouble", "chalf": "cdouble"}
 _TYPE_NAMES = {"FloatTensor", "HalfTensor", "BFloat16Tensor"}
 _AS_THEY_ARE = {"__deepcopy__", "__reduce_ex__", "__set__", "backward", "grad", "register_hook", "set_"}
-_STATISTICS = {"batch_norm", "instance_norm"}
+STATISTICS = {"batch_norm", "instance_norm"}
 """Calls that write into the running mean and variance that they are given."""
-_OTHERWISE = {"__get__", "type", "view", "_grouped_mm", *_CASTS, *_AS_THEY_ARE, *_STATISTICS}
+_OTHERWISE = {"__get__", "type", "view", "_grouped_mm", *_CASTS, *_AS_THEY_ARE, *STATISTICS}
 """Names of calls that are more than their arguments lifted; so are those that write into one."""
 IN_PLACE = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__ipow__"}
 _PLAIN = {int, float, bool, str, type(None)}
@@ -68,6 +68,14 @@ class Float64Tensors:
         kept = self.before.get(id(tensor))
         return None if kept is None else kept[1]
 
+    def put_back(self, tensors: Iterable[Tensor]) -> None:
+        """Gives frozen ones among these their values of before: a teacher that the forward moves on."""
+        with torch.no_grad(), without_modes():
+            for tensor in tensors:
+                original = self.original(tensor)
+                if original is not None and not tensor.requires_grad:
+                    tensor.data.copy_(original)
+
     def restore(self) -> None:
         for tensor, data in self.before.values():
             if tensor.dtype != data.dtype or tensor.data_ptr() != data.data_ptr():
@@ -82,6 +90,8 @@ class InDouble(TorchFunctionMode):
         self._kept = kept or _no_tensor
         """Whether a tensor is put back before each run: it follows in place, so that writes reach it."""
         self.outside = Float64Tensors(())
+        self.written: dict[int, Tensor] = {}
+        """Tensors that calls wrote into."""
         self._lifted: dict[int, tuple[Tensor, int, Tensor]] = {}
         self._default: list[torch.dtype] = []
         self._wrapping: list[Callable[[], None]] = []
@@ -133,7 +143,7 @@ class InDouble(TorchFunctionMode):
             return getattr(self._up(args[0]), _CASTS[name])(*args[1:], **kwargs)
         if name == "type" and len(args) > 1:
             args = (args[0], _lifted_type(args[1]))
-        for target in _written(name, args, kwargs):
+        for target in written(name, args, kwargs):
             self._lift_in_place(target)
         if writes(name) and args and isinstance(args[0], Tensor):
             args = (args[0], *self._up(tuple(args[1:])))
@@ -198,17 +208,20 @@ class InDouble(TorchFunctionMode):
 
     def _lift_in_place(self, tensor: Tensor) -> None:
         """A tensor from outside that the closure writes into: a low-precision one would round the loss."""
-        if tensor.dtype not in LIFT or is_transformed(tensor):
+        if is_transformed(tensor):
+            return
+        self.written[id(tensor)] = tensor
+        if tensor.dtype not in LIFT:
             return
         if tensor.grad_fn is None and not tensor.is_inference():
             self.outside.lift(tensor)
 
 
-def _written(name: str, args: Any, kwargs: Any) -> Iterator[Tensor]:
+def written(name: str, args: Any, kwargs: Any) -> Iterator[Tensor]:
     """The tensors that a call writes into: its first argument, `out`, or running statistics."""
     if writes(name) and args:
         yield from tensors_in(args[0])
-    elif name in _STATISTICS:
+    elif name in STATISTICS:
         yield from tensors_in(args[1:5], [kwargs.get(key) for key in ("running_mean", "running_var")])
     yield from tensors_in(kwargs.get("out"))
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
-from clinometer.gradients.check.numerics.float64 import InDouble, is_low, writes
+from clinometer.gradients.check.numerics.float64 import STATISTICS, InDouble, is_low, writes, written
 from clinometer.gradients.check.numerics.frequency_scaling import LOOKUPS, signature, undivided
 from clinometer.gradients.report.places import Where, user_frame
 from clinometer.gradients.sandbox.random_state import RandomState
@@ -162,11 +162,14 @@ class StopGradients(TorchFunctionMode):
             return self._write_unseen(name, func, args, kwargs)
         asked = _asks(args) or (kwargs and _asks(kwargs.values()))
         out = self._call(func, args, kwargs)
-        if not asked or (type(out) is Tensor and out.requires_grad and not writes(name)):
+        into = writes(name) or name in STATISTICS or "out" in kwargs
+        if not asked or (type(out) is Tensor and out.requires_grad and not into):
             return out
-        if writes(name):
-            if isinstance(args[0], Tensor) and not args[0].requires_grad and not in_custom():
-                self._hold_write(name, args[0])
+        if into and not in_custom():
+            for target in written(name, args, kwargs):
+                if not target.requires_grad:
+                    self._hold_write(name, target)
+        if writes(name) or "out" in kwargs:
             return out
         return self._hold(name, out, args)
 
@@ -316,7 +319,7 @@ class StopGradients(TorchFunctionMode):
         for alias in self._aliases:
             name, value = self._values[alias.position]
             # NumPy writes into the memory and moves no version.
-            if version_of(alias.tensor) != alias.version or not torch.equal(alias.tensor.detach(), value):
+            if version_of(alias.tensor) != alias.version or not _equal(alias.tensor.detach(), value):
                 self._values[alias.position] = (name, _PASS)
                 if alias.where is not None:
                     self.written.append(alias.where)
@@ -389,6 +392,11 @@ def _unseen(args: Any) -> bool:
 
 def _memory(tensor: Tensor) -> int | None:
     return memory_of(tensor.untyped_storage()) if tensor.layout is torch.strided else None
+
+
+def _equal(now: Tensor, before: Tensor) -> bool:
+    """Whether two tensors hold the same numbers; NaN is itself."""
+    return bool(((now == before) | ((now != now) & (before != before))).all())
 
 
 def _like(out: Any, parts: list[Any]) -> Any:
