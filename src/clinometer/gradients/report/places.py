@@ -100,6 +100,11 @@ def user_line_of(error: BaseException) -> Where | None:
     return where
 
 
+def runs_machinery(frame: FrameType) -> bool:
+    """Whether a frame is torch's, the standard library's or the instrument's."""
+    return is_machinery(frame.f_code.co_filename)
+
+
 def definition_of(function: Any) -> Where | None:
     """The line with `def` of a Python function; None for one written in C."""
     function = inspect.unwrap(getattr(function, "__func__", function))

@@ -15,9 +15,9 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from clinometer.gradients.report.places import Where, user_frame
+from clinometer.gradients.report.places import Where, runs_machinery, user_frame
 from clinometer.gradients.sandbox.closure import Closure, evaluate
-from clinometer.gradients.sandbox.code_origin import is_installed, is_machinery
+from clinometer.gradients.sandbox.code_origin import is_installed
 from clinometer.gradients.sandbox.sandbox import Before
 from clinometer.gradients.sandbox.tensors import tensors_in
 from clinometer.gradients.trace.forward_trace import Trace
@@ -147,7 +147,7 @@ def _writer(tensor: Tensor, name: str, where: Where | None, frame: FrameType) ->
         return "library"
     if name == "__setitem__":
         return "index"
-    return "module" if is_machinery(frame.f_code.co_filename) else "call"
+    return "module" if runs_machinery(frame) else "call"
 
 
 def _is_refused(node: Node, name: str) -> bool:
