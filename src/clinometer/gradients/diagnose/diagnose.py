@@ -205,6 +205,7 @@ def diagnose(
         unknown = {name: result.lines[name] for name, reason in reasons.items() if reason == "partly-zero"}
         reasons |= explain_lines(subject, closure, before, unknown, ranks)
         reasons = _without_chance(subject, closure, reasons, ranks)
+        reasons = _awaited(reasons, ranks, result)
         reasons, apart = _kept_apart(reasons, membership.outside(result.getting))
         reasons = _of_other_steps(reasons, membership, result.getting)
         findings = find_outside(subject, result, before, membership)
@@ -345,13 +346,29 @@ def _kept_apart(
     return {**reasons, **apart}, set(apart)
 
 
+def _awaited(reasons: dict[str, Reason | str], ranks: Ranks, result: ObservedRun) -> dict[str, Reason | str]:
+    """What DistributedDataParallel waits for and this forward does not use: every rank stops for it."""
+    awaited = ranks.awaited(result.trace.outermost)
+    replicated = Reason("none", "unused", FAULT, "replicated", group=0)
+    return {
+        name: replicated
+        if name in awaited and isinstance(reason, Reason) and reason.cause == "unused"
+        else reason
+        for name, reason in reasons.items()
+    }
+
+
 def _of_other_steps(
     reasons: dict[str, Reason | str], membership: Membership, getting: set[str]
 ) -> dict[str, Reason | str]:
     """What this loss does not concern: tensors of optimizers to which it brings no gradient at all."""
     faults = {n: r for n, r in reasons.items() if isinstance(r, Reason) and r.severity == FAULT}
     cut = {n for n, r in faults.items() if r.cause == "cut" and r.variant in _OFTEN_MEANT}
-    unused = {n for n, r in faults.items() if r.cause in ("unused", "not-reaching-loss")}
+    unused = {
+        n
+        for n, r in faults.items()
+        if r.cause in ("unused", "not-reaching-loss") and r.variant != "replicated"
+    }
     others = membership.of_other_steps(cut, getting)
     if unused:
         others |= membership.of_other_steps(unused, getting, live=True)
@@ -401,5 +418,6 @@ def _finding(reason: Reason, names: tuple[str, ...], owned: tuple[str, ...] = ()
         reason.where,
         reason.values,
         reason.variant,
+        others=reason.others,
         owners=owned,
     )
