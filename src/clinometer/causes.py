@@ -52,6 +52,11 @@ CUTS = (
 ESCAPES = "item tolist numpy float int complex"
 OUTSIDE = "plain computed new late outside network beside variable"
 LAYERS = "layer layer_written root root_written"
+SURROGATES = "surrogate_steps surrogate_sampled"
+TRIED = (
+    "checkpoint_random checkpoint_changed saved_tensors not_contiguous unseen_write operation no_derivative"
+    " repeated"
+)
 POLES = "sqrt norm log division pow acos std softmax other"
 
 # fmt: off
@@ -114,9 +119,12 @@ CAUSES: tuple[Cause, ...] = (
     _alert("zero-lr", (F, E)),
     _alert("unscaled-amp", (F,)),
     # check_gradients
-    _check("wrong", "wrong-backward", (F,), "check", f"function operator {LAYERS}"),
-    _check("wrong", "wrong-gradient", (F,), "check", "tensor written"),
-    _check("explained", "surrogate-gradient", (E,), "check", "surrogate_identity surrogate_steps"),
+    _check("wrong", "wrong-backward", (F,), "check", f"function operator second {LAYERS}"),
+    _check("wrong", "wrong-gradient", (F,), "check", f"tensor written {TRIED}"),
+    _check("explained", "surrogate-gradient", (E,), "check", f"surrogate_identity {SURROGATES}"),
+    _check("explained", "approximate", (E,), "check", "approximate"),
+    _check("explained", "saved-tensors", (E,), "check", "saved_tensors"),
+    _check("explained", "hook-backward", (E,), "check", "hook_backward"),
     _check("explained", "hooked", (E,), "check", "hooked"),
     _check("explained", "divided", (E,), "check", "divided"),
     _check("explained", "corner", (E,), "check", "corner"),

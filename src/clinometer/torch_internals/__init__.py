@@ -10,7 +10,9 @@ Seen to work with torch 2.10.0, 2.13.0, 2.14.1 and 2.15.0 unless a line says oth
     CheckpointFunction.forward                        looking into reentrant checkpoints   "checkpoints"
     _C.DisableTorchFunction                           the same                             "checkpoints"
     _C._are_functorch_transforms_active               leaving vmap and grad alone          "transforms"
-    _C._functorch.get_unwrapped, is_functorch_wrapped_tensor   the graph outside them      "transforms"
+    _C._functorch.get_unwrapped, is_functorch_wrapped_tensor, is_gradtrackingtensor
+                                                      the graph and the values in them     "transforms"
+    _functorch.eager_transforms._wrap_tensor_for_grad                                      low precision there
     _unpack_dual, a call's name                       derivatives of forward mode          taken as a cut
     _C._autograd._top_saved_tensors_default_hooks     reading what nodes saved             "saved"
     node._saved_<name>                                the same                             None

@@ -20,6 +20,7 @@ from clinometer.gradients.sandbox.closure import Closure, evaluate
 from clinometer.gradients.sandbox.random_state import RandomState
 from clinometer.gradients.sandbox.sandbox import Before
 from clinometer.gradients.trace.checkpointing import opened_checkpoints
+from clinometer.gradients.trace.function_calls import function_calls
 
 ROUGH = 0.05
 """Share of ‖g⊙v‖ that differences at low precision may be off before anyone is accused."""
@@ -58,14 +59,24 @@ class OwnGradients:
             inside.extend(custom_functions(out))
             operators.update(custom_operators(out))
 
+        def called(kind: type, call: Any, args: Any, kwargs: Any) -> Any:
+            if not kind.__module__.startswith("torch."):  # one that only a derivative uses is in no graph
+                inside.append(kind)
+            return call(*args, **kwargs)
+
         divided = UndividedLookups()
-        with opened_checkpoints(seen), divided:
+        with opened_checkpoints(seen), divided, function_calls(called):
             loss = evaluate(closure)
         seen(loss)
         functions = list(dict.fromkeys(inside))
         if not low or not state.same_as(RandomState()):
             return cls(dtypes, {}, functions, operators, divided.where, float(loss.detach()))
-        found = backward(loss, low, lambda: evaluate(closure))
+
+        def again() -> Tensor:
+            before.rewind()
+            return evaluate(closure)
+
+        found = backward(loss, low, again)
         kept = {name: grad for name, grad in found.items() if grad is not None}
         size = sum(float(torch.linalg.vector_norm(grad)) ** 2 for grad in kept.values()) ** 0.5
         return cls(dtypes, kept, functions, operators, divided.where, float(loss.detach()), size)

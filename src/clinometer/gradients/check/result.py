@@ -26,7 +26,9 @@ from clinometer.gradients.report.places import Where
 from clinometer.gradients.report.result import Result
 from clinometer.gradients.trace.circumstances import in_order
 
-Status = Literal["passed", "wrong", "surrogate", "kink", "unclear", "no-gradient", "unchecked"]
+Status = Literal["passed", "approximate", "wrong", "surrogate", "kink", "unclear", "no-gradient", "unchecked"]
+AS_GOOD_AS_EXACT = 1e-6
+"""A relative error of a few roundings of float32: no training can notice it."""
 _SHOWN = 3
 
 
@@ -51,10 +53,19 @@ class TensorCheck:
     own_precision: float | None = None
     """‖g − g₆₄‖/‖g₆₄‖ of the gradient at the model's own precision; None if there is nothing to compare."""
     where: Where | None = None
+    scale: float = 0.0
+    """‖g⊙v‖₂ along the direction that was judged."""
+    reason: str = ""
+    """Why there is no verdict: "rounding"."""
 
     @property
     def passed(self) -> bool:
-        return self.status == "passed"
+        return self.status == "passed" or (self.status == "approximate" and self.share <= AS_GOOD_AS_EXACT)
+
+    @property
+    def share(self) -> float:
+        """The error, relative to the gradient or to the differences, whichever is larger."""
+        return self.error / max(self.scale, abs(self.numeric), 1e-300)
 
     @property
     def error(self) -> float:

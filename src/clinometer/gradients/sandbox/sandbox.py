@@ -137,6 +137,10 @@ class Before:
         kept = self._by_id.get(id(tensor))
         return kept is not None and any(self._bits[bits.key].differs() for bits in kept.bits)
 
+    def puts_back(self, tensor: Tensor) -> bool:
+        """Whether `rewind` gives a tensor its memory and values of before: a buffer, or a plain attribute."""
+        return id(tensor) in self._by_id and id(tensor) not in self._values
+
     def rewind(self) -> None:
         """Random generators, buffers, modes and attributes as at the beginning, every `.grad` None.
 

@@ -20,6 +20,15 @@ def prune(folder: Path, keep: int, best_step: int | None) -> None:
             remove_folder(path)
 
 
+def set_aside(path: Path) -> Path:
+    """Rename a checkpoint that cannot be read, so that it is none any more; nothing of it is lost."""
+    number = 1
+    while (aside := path.with_name(f"damaged-{path.name}" + (f"-{number}" if number > 1 else ""))).exists():
+        number += 1
+    path.rename(aside)
+    return aside
+
+
 def sweep(folder: Path) -> None:
     """Remove what an interrupted save or removal has left: for the folder's trainer, before it trains.
 

@@ -127,6 +127,23 @@ class Probe:
         with self._doubling:
             return backward(loss, self.tensors, self._run)
 
+    def gradients_again(self) -> dict[str, Tensor | None]:
+        """The gradient of one more run, in the circumstances of now."""
+        with self.held.replay():
+            loss = self._run()
+        return self._backward(loss)
+
+    def accumulated(self) -> dict[str, Tensor | None]:
+        """What one more run leaves in `.grad`: also what a hook accumulates by a backward of its own."""
+        with self._doubling:
+            loss = self._run()
+            if loss.requires_grad:
+                run_backward(loss, [], accumulate=True)
+        found = {name: tensor.grad for name, tensor in self.tensors.items()}
+        for tensor in self.tensors.values():
+            tensor.grad = None
+        return {name: None if grad is None else grad.detach() for name, grad in found.items()}
+
     def slope_by_gradient(self, steps: Mapping[str, Tensor]) -> tuple[float, float]:
         """`⟨g, v⟩` and `‖g⊙v‖₂`; a missing gradient counts as zero."""
         total = square = 0.0
