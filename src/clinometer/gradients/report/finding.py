@@ -62,7 +62,7 @@ class Finding:
         lines: Document = [Line((mark, *self._spans("what", language)), hang=2)]
         if self.where is not None:
             lines += [self._place(where, language) for where in (self.where, *self.others)]
-        if self.others:
+        if self.others and self.severity == FAULT:
             spans = sentence("gradients.finding.each_path", language, count=1 + len(self.others))
             lines.append(Line(spans, indent=4))
         if why := self._spans("why", language):
