@@ -57,7 +57,22 @@ TRIED = (
     "checkpoint_random checkpoint_changed saved_tensors not_contiguous unseen_write operation no_derivative"
     " repeated"
 )
-POLES = "sqrt norm log division pow acos std softmax other"
+POINTS = (
+    "outside edge near division division-small power-negative power-zero single empty eps eps-inside"
+    " singular no-target no-weight other other-at"
+)
+"""What may be special about the values where NaN or infinity begins, in the forward and in the backward."""
+FORWARD_POINTS = (
+    f"{POINTS} parameter input constant infinity infinity-term softmax softmax-across no-alignment unread"
+)
+BACKWARD_POINTS = (
+    f"{POINTS} parameter where where-division sqrt power-exponent origin singular-values singular-zero"
+    " eigenvalues rank operand function hook hook-parameter unseen unseen-input unseen-softmax unseen-large"
+    " unseen-constant"
+)
+TOO_LARGE = "forward exponential backward sum"
+TOO_LARGE_WIDE = "forward-wide exponential-wide backward-wide sum-wide"
+"""In a type with the range of float32, to whom a wider one cannot be advised."""
 
 # fmt: off
 CAUSES: tuple[Cause, ...] = (
@@ -72,11 +87,14 @@ CAUSES: tuple[Cause, ...] = (
     _diagnosis("none", "not-reaching-loss", (F, E), "extra_output differentiated seen_from_grad other_step"),
     _diagnosis("none", "undefined-in-backward", (F,), "built_in"),
     # .grad is zero everywhere
-    _diagnosis("zero", "zero-loss-gradient", (F, E), "minimum flat ignored"),
+    _diagnosis("zero", "zero-loss-gradient", (F, E), "minimum lowest flat ignored"),
     _diagnosis("zero", "dead-activation", (F, E), "relu saturated single choice"),
     _diagnosis("zero", "masked", (F, E), "mask attention zero zero_constant dropout dropout_module choice"),
-    _diagnosis("zero", "clamped", (F,), "clamp round"),
-    _diagnosis("zero", "zero-weight-downstream", (F, E), "product named stuck forward stacked"),
+    _diagnosis("zero", "clamped", (F, E), "clamp round nearest flat"),
+    _diagnosis("zero", "sampled", (F,)),
+    _diagnosis("zero", "constant", (F,), "equal slope"),
+    _diagnosis("zero", "cancellation", (F,), "read elsewhere paths"),
+    _diagnosis("zero", "zero-weight-downstream", (F, E), "product named stuck fixed forward stacked"),
     _diagnosis("zero", "underflow", (F, E), "forward"),
     _diagnosis("zero", "absent-rows", (E,), "none empty inputs"),
     _diagnosis("zero", "structural", (E,), "cancels"),
@@ -84,13 +102,13 @@ CAUSES: tuple[Cause, ...] = (
     _diagnosis("zero", "unknown", (E,)),
     # some rows or columns of .grad are zero
     _diagnosis("partly-zero", "absent-rows", (E,), "rows picked slices inputs"),
-    _diagnosis("partly-zero", "dead-activation", (E,), "units"),
+    _diagnosis("partly-zero", "dead-activation", (E,), "units layers"),
     _diagnosis("partly-zero", "masked", (E,)),
     _diagnosis("partly-zero", "zero-weight-downstream", (E,), "product named stuck"),
     # .grad holds NaN or infinity
-    _diagnosis("non-finite", "forward", (F,), f"parameter input softmax-across mean loss {POLES}"),
-    _diagnosis("non-finite", "backward", (F,), f"where unseen unseen-input unseen-softmax function {POLES}"),
-    _diagnosis("non-finite", "overflow", (F,), "forward backward sum"),
+    _diagnosis("non-finite", "forward", (F,), FORWARD_POINTS),
+    _diagnosis("non-finite", "backward", (F,), BACKWARD_POINTS),
+    _diagnosis("non-finite", "overflow", (F,), f"{TOO_LARGE} {TOO_LARGE_WIDE}"),
     _diagnosis("non-finite", "unknown", (F,), "own elsewhere"),
     # the loop around it
     _diagnosis("loop", "gradients-off", (F, E), "no_grad inference_mode allowed"),

@@ -82,6 +82,14 @@ def attributes_kept(node: Any) -> tuple[str, ...]:
     )
 
 
+_ModuleHooks = look_up("nn.modules._functions.BackwardHookFunction")
+
+
+def carries_module_hooks(kind: Any) -> bool:
+    """Whether a Function is torch's own, which full backward hooks of modules stand on."""
+    return kind is not None and kind is _ModuleHooks
+
+
 def has_setup_context(kind: Any) -> bool:
     """Whether a Function's forward gets no ctx."""
     return kind.setup_context != Function.setup_context

@@ -32,6 +32,15 @@ def is_clipping(code: CodeType) -> bool:
     return code.co_name == "clip_grad_norm_"
 
 
+def steps_an_optimizer(frame: FrameType | None) -> bool:
+    """Whether a frame runs inside the step of an optimizer, torch's or one that inherits from it."""
+    while frame is not None:
+        if frame.f_code.co_name == "step" and isinstance(frame.f_locals.get("self"), torch.optim.Optimizer):
+            return True
+        frame = frame.f_back
+    return False
+
+
 def is_parametrization(frame: FrameType | None) -> bool:
     """Whether a frame is one of torch's own parametrizations."""
     return frame is not None and frame.f_code.co_filename == _PARAMETRIZATIONS

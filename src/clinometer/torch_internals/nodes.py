@@ -37,6 +37,15 @@ def shape_into(node: Any, position: int) -> torch.Size | None:
     return None if metadata is None else metadata[position].shape
 
 
+def run_node(node: Any, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...] | None:
+    """What a node would hand on for these gradients of its outputs; None if it cannot be run by itself."""
+    try:
+        handed = node(*gradients)
+    except (RuntimeError, TypeError, NotImplementedError):
+        return None
+    return handed if isinstance(handed, tuple) else (handed,)
+
+
 def order_of(node: Any) -> int | None:
     """A number that grows with each node a forward makes."""
     number = getattr(node, "_sequence_nr", None)

@@ -46,8 +46,7 @@ from clinometer.gradients.sandbox.subject import Subject
 from clinometer.gradients.trace.circumstances import in_order, run_eagerly
 from clinometer.gradients.trace.function_calls import function_calls
 from clinometer.gradients.trace.holders import find_holders
-from clinometer.gradients.trace.inplace_errors import is_overwritten
-from clinometer.gradients.trace.observed_run import observe
+from clinometer.gradients.trace.observed_run import can_be_explained, observe
 from clinometer.messages import InputError
 from clinometer.torch_internals.tensors import is_wrapper
 from clinometer.torch_support import offers
@@ -142,7 +141,7 @@ class _Check:
         try:
             own = OwnGradients.of(self.closure, self.checked, self.before)
         except (RuntimeError, IndexError) as error:
-            if isinstance(error, IndexError) or is_overwritten(error):
+            if isinstance(error, IndexError) or can_be_explained(error):
                 self._raise_its_own()
             raise
         self.functions, self.operators = own.functions, own.operators

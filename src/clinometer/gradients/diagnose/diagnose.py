@@ -20,9 +20,10 @@ from clinometer.gradients.diagnose.optimizer_membership import Membership
 from clinometer.gradients.diagnose.outside_tensors import find_outside
 from clinometer.gradients.diagnose.second_runs import look_at_values, only_looked_at, used_by_chance
 from clinometer.gradients.diagnose.why_blocks_zero import explain_lines
+from clinometer.gradients.diagnose.why_constant import judge_zeros
 from clinometer.gradients.diagnose.why_none import before_any_run, why_none
 from clinometer.gradients.diagnose.why_nonfinite import from_forward, trace_back, why_nonfinite
-from clinometer.gradients.diagnose.why_partly_zero import why_partly
+from clinometer.gradients.diagnose.why_partly_zero import merge_units, why_partly
 from clinometer.gradients.diagnose.why_zero import why_zero
 from clinometer.gradients.report.document import BLANK, Document, Line, dim, ok, sentence
 from clinometer.gradients.report.finding import EXPLAINED, FAULT, Finding, Reason, Severity
@@ -173,8 +174,9 @@ def diagnose(
 ) -> Diagnosis:
     """Returns why each gradient is None, zero, partly zero or not finite, with the line at fault.
 
-    `closure` computes the loss; it is run once, with a backward (its forward again when the loss is not
-    finite or a layer was not used), and nothing is changed by it. Without one, what can be known from
+    `closure` computes the loss; it is run once, with a backward, and again where one run does not tell: its
+    forward when the loss is not finite or a layer was not used, both at other values of the parameters when
+    a gradient is zero. Nothing is changed by it. Without one, what can be known from
     the gradients that are there is said, and no more. With `optimizer` (one or several), what a step would
     do is too. Of sharded tensors, and under DDP, every rank must call: they agree on what is missing or
     zero. Raises InputError for arguments that cannot be used, and whatever the closure raises.
@@ -202,8 +204,9 @@ def diagnose(
         result = observe(subject, closure, before, ranks, read_clue)
         with gradients_kept(subject):
             reasons, origin = explain(subject, closure, result, before, ranks)
+            reasons = judge_zeros(subject, closure, before, ranks, result, reasons)
         unknown = {name: result.lines[name] for name, reason in reasons.items() if reason == "partly-zero"}
-        reasons |= explain_lines(subject, closure, before, unknown, ranks)
+        reasons = merge_units(reasons | explain_lines(subject, closure, before, unknown, ranks))
         reasons = _without_chance(subject, closure, reasons, ranks)
         reasons = _awaited(reasons, ranks, result)
         reasons, apart = _kept_apart(reasons, membership.outside(result.getting))
@@ -243,6 +246,8 @@ def explain(
     reasons: dict[str, Reason | str] = {}
     flow = result.flow
     _forget_logs(subject, closure, result, before, ranks)
+    lost = _lost(subject, result, ranks)
+    sizes = result.sizes | dict.fromkeys(lost, 0.0)
     nonfinite = [n for n, size in result.sizes.items() if size is not None and not math.isfinite(size)]
     for name, tensor in subject.tensors.items():
         size = result.sizes[name]
@@ -258,10 +263,10 @@ def explain(
             reasons[name] = "ok" if size else "zero"
         elif size == 0 and not math.isfinite(loss):
             reasons[name] = "zero"  # after a NaN in the forward nothing further follows from it
-        elif size == 0:
-            reasons[name] = why_zero(name, subject, flow, loss, result.sizes)
         elif flow.graph.leaves.get(id(tensor)) in flow.cancelled:
             reasons[name] = Reason("zero", "structural", group=0, severity=EXPLAINED, values={"size": size})
+        elif name in lost:
+            reasons[name] = why_zero(name, subject, flow, loss, sizes)
         elif name in result.lines:
             reasons[name] = why_partly(name, subject, flow, *result.lines[name]) or "partly-zero"
         else:
@@ -281,6 +286,27 @@ def explain(
                 reason = trace_back(reason, values)
         reasons[name] = reason
     return {name: reasons[name] for name in subject.tensors}, origin
+
+
+def _lost(subject: Subject, result: ObservedRun, ranks: Ranks) -> set[str]:
+    """The tensors whose gradient is zero or, where one process has it whole, nothing but rounding."""
+    found = set()
+    for name, tensor in subject.tensors.items():
+        leaf = None if result.flow is None else result.flow.graph.leaves.get(id(tensor))
+        size = result.sizes[name]
+        if size is None or not math.isfinite(size):
+            continue
+        if (
+            leaf is not None
+            and result.flow is not None
+            and tensor.grad is not None
+            and (ranks.alone or not size)
+        ):
+            rounding = result.flow.is_rounding(leaf, tensor.grad)
+            found |= {name} if rounding else set()
+        elif not size:
+            found.add(name)
+    return found
 
 
 def _forget_logs(

@@ -87,6 +87,19 @@ def user_frame(frame: FrameType | None = None, *, op: str = "", module: str = ""
     return Where(file, line, function, op, module, tuple(reversed(stack)))
 
 
+def user_line_of(error: BaseException) -> Where | None:
+    """The innermost line of the user's code that an exception passed; None if there is none."""
+    trace, where = error.__traceback__, None
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if not is_machinery(code.co_filename):
+            name = code.co_qualname.rpartition("<locals>.")[2]
+            frame = Frame(code.co_filename, trace.tb_lineno, name)
+            where = Where(frame.file, frame.line, name, "", "", (frame,))
+        trace = trace.tb_next
+    return where
+
+
 def definition_of(function: Any) -> Where | None:
     """The line with `def` of a Python function; None for one written in C."""
     function = inspect.unwrap(getattr(function, "__func__", function))

@@ -11,7 +11,7 @@ import operator
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -28,8 +28,10 @@ from clinometer.gradients.trace.function_calls import seen_calls
 from clinometer.gradients.trace.grad_mode import GradOff
 from clinometer.gradients.trace.graph import Node, live_below
 from clinometer.gradients.trace.index_errors import note_range
+from clinometer.gradients.trace.torch_errors import note_call
 from clinometer.torch_internals.custom_functions import UNPACK_DUAL, inside_transform
-from clinometer.torch_internals.nodes import packs_saved_tensors
+from clinometer.torch_internals.modules import has_full_backward_hooks
+from clinometer.torch_internals.nodes import order_of, packs_saved_tensors
 from clinometer.torch_internals.tensors import base_of
 from clinometer.torch_support import offers
 
@@ -55,6 +57,8 @@ class Trace(TorchFunctionMode):
         """The node that a parameter's first use made."""
         self.own_losses: list[Tensor] = []
         """Losses of backwards that the closure ran itself; of several that reach the same, the first."""
+        self.ran: set[int] = set()
+        """Numbers of the nodes that the closure's own backwards began at: nodes would hold their graphs."""
         self.vanished = 0
         """Parameters that `autograd.grad` differentiated away: no gradient of its result reaches them."""
         self.made: dict[int, Where | None] = {}
@@ -76,6 +80,8 @@ class Trace(TorchFunctionMode):
         self.on_node: Callable[[Node], None] | None = None
         """Called with every node made; backward sets it, for graphs that are built while it runs."""
         self.after_call: Callable[[str, list[Tensor], list[Tensor], Where | None], None] | None = None
+        self.hooked: set[Node] = set()
+        """Nodes whose result got a hook of the person's, which may change the gradient that arrives."""
         self._tensors = list(subject.tensors.values())  # their ids stay theirs
         self._below: dict[Node, int] = {}
         self._ends: list[Node] | None = None
@@ -110,6 +116,19 @@ class Trace(TorchFunctionMode):
     def live_node(self, node: Node) -> int:
         """The parameters below a node."""
         return live_below(node, self.bits, self._below)
+
+    @property
+    def module_paths(self) -> dict[nn.Module, str]:
+        """The subject's modules and their dotted paths."""
+        return dict(self._paths)
+
+    def _note_error(self, error: RuntimeError, name: str, ins: list[Tensor]) -> None:
+        with suppress(Exception):  # torch's error is the one that counts
+            note_call(error, ins, self.places, lambda: self._where(name), self._hooked)
+
+    def _hooked(self) -> list[str]:
+        """The modules that have full backward hooks, by their dotted paths."""
+        return [path for module, path in self._paths.items() if has_full_backward_hooks(module)]
 
     def module_at(self, path: str) -> nn.Module | None:
         """The module of a dotted path, as in `Where.module`."""
@@ -154,12 +173,20 @@ class Trace(TorchFunctionMode):
         kwargs = kwargs or {}
         name, kind = operations.kind_of(func)
         if kind == "quiet":
+            if name == "register_hook" and args[0].grad_fn is not None:
+                self.hooked.add(args[0].grad_fn)
             return func(*args, **kwargs)
         if kind == "grad_mode":
             return self._grad_off.switched(func, args)
         if kind == "backward":
             self._own_backward(args[0], args[1] if len(args) > 1 else kwargs.get("gradient"))
-            return func(*args, **{**kwargs, "retain_graph": True})
+            try:
+                out = func(*args, **{**kwargs, "retain_graph": True})
+                self.ran |= {n for t in tensors_in(args[:1]) if (n := order_of(t.grad_fn)) is not None}
+                return out
+            except RuntimeError as error:
+                self._note_error(error, name, list(tensors_in(args[:1])))
+                raise
         if name in operations.AMP:
             self._note_amp(name)
         ins = list(tensors_in(args, kwargs))
@@ -171,6 +198,9 @@ class Trace(TorchFunctionMode):
             out = func(*args, **kwargs)
         except IndexError as error:
             note_range(error, name, args, kwargs, self._where(name))
+            raise
+        except RuntimeError as error:
+            self._note_error(error, name, ins)
             raise
         if self._inside:
             self._inside[-1].note(self, ins)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -22,7 +22,7 @@ from clinometer.gradients.check.numerics.finite_differences import (
 from clinometer.gradients.check.numerics.float64 import Float64Tensors, InDouble
 from clinometer.gradients.check.numerics.stop_gradients import StopGradients
 from clinometer.gradients.report.places import Where
-from clinometer.gradients.trace.graph import Graph
+from clinometer.gradients.trace.graph import Graph, operation
 from clinometer.messages import InputError
 from clinometer.torch_internals.nodes import run_backward
 
@@ -229,6 +229,10 @@ class Probe:
         return self._copies[name]
 
 
+def _has_reentrant_checkpoint(loss: Tensor) -> bool:
+    return any(operation(node) == "CheckpointFunction" for node in Graph(loss).nodes)
+
+
 def backward(
     loss: Tensor, tensors: Mapping[str, Tensor], again: Callable[[], Tensor]
 ) -> dict[str, Tensor | None]:
@@ -239,13 +243,17 @@ def backward(
     """
     if not loss.requires_grad:
         return dict.fromkeys(tensors)
+    found: Sequence[Tensor | None] | None = None
     try:
         found = run_backward(loss, list(tensors.values()), accumulate=False)
+        if any(gradient is None for gradient in found) and _has_reentrant_checkpoint(loss):
+            found = None  # tensors that nothing but the block uses are no part of the graph that is there
     except RuntimeError as error:
         if "backward through the graph a second time" in str(error):
             raise InputError("check.graph_used_up") from error
         if "heckpoint" not in str(error):
             raise
+    if found is None:
         # Reentrant checkpointing works only with gradients that are accumulated. It computes the block once
         # more in here, and must do so in double precision too.
         loss = again()
