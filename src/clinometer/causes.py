@@ -85,7 +85,7 @@ CAUSES: tuple[Cause, ...] = (
     _diagnosis("none", "cleared", (E,), "likely"),
     _diagnosis("none", "loss-without-graph", (F,), f"frozen {CUTS} {ESCAPES}"),
     _diagnosis("none", "cut", (F, E), f"escape apart other_step {CUTS}"),
-    _diagnosis("none", "unused", (F, E), "meta choice depth branch chance other_step"),
+    _diagnosis("none", "unused", (F, E), "meta choice depth branch chance apart other_step replicated"),
     _diagnosis("none", "not-reaching-loss", (F, E), "extra_output differentiated seen_from_grad other_step"),
     _diagnosis("none", "undefined-in-backward", (F,), "built_in"),
     # .grad is zero everywhere

@@ -191,3 +191,64 @@ def test_a_tensor_that_a_variable_holds_was_never_the_model_s():
     (finding,) = (f for f in found.findings if f.severity == "fault")
     assert (finding.cause, finding.names) == ("stale-in-optimizer", ("q.weight", "q.bias"))
     assert temperature.grad is None
+
+
+@pytest.fixture
+def soft_actor_critic():
+    torch.manual_seed(0)
+    nets = nn.ModuleDict(
+        {"actor": nn.Linear(4, 2), "critic": nn.Linear(6, 1), "target": nn.Linear(6, 1).requires_grad_(True)}
+    )
+    log_alpha = torch.zeros(1, requires_grad=True)
+    return (
+        nets,
+        log_alpha,
+        [
+            torch.optim.Adam(nets["actor"].parameters()),
+            torch.optim.Adam(nets["critic"].parameters()),
+            torch.optim.Adam([log_alpha]),
+        ],
+    )
+
+
+def critic_loss(nets, log_alpha):
+    with torch.no_grad():
+        a = nets["actor"](x())
+        goal = nets["target"](torch.cat([x(), a], 1)) - log_alpha.exp() * a.sum(1, keepdim=True)
+    return (nets["critic"](torch.cat([x(), nets["actor"](x()).detach()], 1)) - goal).square().mean()
+
+
+def actor_loss(nets, log_alpha):
+    a = nets["actor"](x())
+    return (log_alpha.exp().detach() * a.sum(1) - nets["critic"](torch.cat([x(), a], 1)).squeeze(1)).mean()
+
+
+def alpha_loss(nets, log_alpha):
+    return -(log_alpha.exp() * (nets["actor"](x()).detach().sum(1) + 1)).mean()
+
+
+@pytest.mark.parametrize("loss", [critic_loss, actor_loss, alpha_loss])
+def test_each_loss_of_several_optimizers_is_healthy(soft_actor_critic, loss):
+    nets, log_alpha, optimizers = soft_actor_critic
+    found = diagnose(nets, lambda: loss(nets, log_alpha), optimizer=optimizers)
+    assert found.healthy, found.render()
+    assert found["target.weight"].severity == "explained"
+    assert "remove the other" not in found.render("en")
+
+
+def test_an_old_layer_that_a_variable_still_holds_is_stale_in_its_own_place_only():
+    def built():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+
+    model = built()
+    old, optimizer = model[1], torch.optim.SGD(model.parameters(), 0.1)
+    model[1] = nn.Linear(4, 1)
+    found = diagnose(model, lambda: model(x()).square().mean(), optimizer=optimizer)
+    assert [(f.cause, f.names) for f in found.findings] == [("stale-in-optimizer", ("1.weight", "1.bias"))]
+    assert old.weight.grad is None
+
+    model, other = built(), nn.Linear(4, 4)
+    optimizer = torch.optim.SGD([*model[0].parameters(), *other.parameters()], 0.1)
+    found = diagnose(model, lambda: model(x()).square().mean(), optimizer=optimizer)
+    assert [(f.cause, f.names) for f in found.findings] == [("not-in-optimizer", ("1.weight", "1.bias"))]

@@ -208,8 +208,9 @@ def diagnose(
         unknown = {name: result.lines[name] for name, reason in reasons.items() if reason == "partly-zero"}
         reasons = merge_units(reasons | explain_lines(subject, closure, before, unknown, ranks))
         reasons = _without_chance(subject, closure, reasons, ranks)
+        reasons = _awaited(reasons, ranks, result)
         reasons, apart = _kept_apart(reasons, membership.outside(result.getting))
-        reasons = _of_other_steps(reasons, membership, result.getting)
+        reasons = _of_other_steps(reasons, membership, result.reached)
         findings = find_outside(subject, result, before, membership)
         findings += loop_checks.check_run(
             subject, result, membership, before, ranks, closure=closure, apart=apart
@@ -360,29 +361,47 @@ def _without_chance(
 def _kept_apart(
     reasons: dict[str, Reason | str], outside: set[str]
 ) -> tuple[dict[str, Reason | str], set[str]]:
-    """Cut by detach() or no_grad(), and not in the optimizer either: two signs of one intention.
+    """Cut by detach() or no_grad(), or not used, and not in the optimizer either: two signs of one intention.
 
-    Examples: a target network, a teacher, the generator while the discriminator learns.
+    Examples: a target network, a teacher, an average of the weights, the generator while the discriminator
+    learns.
     """
     apart = {
         name: replace(reason, severity=EXPLAINED, variant="apart")
         for name, reason in reasons.items()
-        if name in outside and isinstance(reason, Reason) and reason.cause == "cut"
-        if reason.variant in _OFTEN_MEANT
+        if name in outside and isinstance(reason, Reason)
+        if (reason.cause == "cut" and reason.variant in _OFTEN_MEANT)
+        or (reason.cause == "unused" and reason.severity == FAULT and reason.variant != "replicated")
     }
     return {**reasons, **apart}, set(apart)
 
 
+def _awaited(reasons: dict[str, Reason | str], ranks: Ranks, result: ObservedRun) -> dict[str, Reason | str]:
+    """What DistributedDataParallel waits for and this forward does not use: every rank stops for it."""
+    awaited = ranks.awaited(result.trace.outermost)
+    replicated = Reason("none", "unused", FAULT, "replicated", group=0)
+    return {
+        name: replicated
+        if name in awaited and isinstance(reason, Reason) and reason.cause == "unused"
+        else reason
+        for name, reason in reasons.items()
+    }
+
+
 def _of_other_steps(
-    reasons: dict[str, Reason | str], membership: Membership, getting: set[str]
+    reasons: dict[str, Reason | str], membership: Membership, reached: set[int]
 ) -> dict[str, Reason | str]:
     """What this loss does not concern: tensors of optimizers to which it brings no gradient at all."""
     faults = {n: r for n, r in reasons.items() if isinstance(r, Reason) and r.severity == FAULT}
     cut = {n for n, r in faults.items() if r.cause == "cut" and r.variant in _OFTEN_MEANT}
-    unused = {n for n, r in faults.items() if r.cause in ("unused", "not-reaching-loss")}
-    others = membership.of_other_steps(cut, getting)
+    unused = {
+        n
+        for n, r in faults.items()
+        if r.cause in ("unused", "not-reaching-loss") and r.variant != "replicated"
+    }
+    others = membership.of_other_steps(cut, reached)
     if unused:
-        others |= membership.of_other_steps(unused, getting, live=True)
+        others |= membership.of_other_steps(unused, reached, live=True)
     apart = {
         name: replace(faults[name], severity=EXPLAINED, variant="other_step", group=faults[name].group or 0)
         for name in others
@@ -429,5 +448,6 @@ def _finding(reason: Reason, names: tuple[str, ...], owned: tuple[str, ...] = ()
         reason.where,
         reason.values,
         reason.variant,
+        others=reason.others,
         owners=owned,
     )

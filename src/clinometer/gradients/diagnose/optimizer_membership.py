@@ -80,15 +80,14 @@ class Membership:
             yield loop_finding("not-in-optimizer", FAULT, rest, owned=owners(rest, self._subject))
 
     def of_other_steps(
-        self, missing: Iterable[str], getting: Collection[str], *, live: bool = False
+        self, missing: Iterable[str], reached: Collection[int], *, live: bool = False
     ) -> set[str]:
         """Those of `missing` whose optimizers get no gradient at all from this loss, while another does.
 
-        `live`: ask all optimizers of this process, not only those given.
+        `reached`: ids of the tensors that get one; `live`: ask all optimizers of this process.
         """
         optimizers = [*self.optimizers, *(_others(self.optimizers) if live else ())]
-        reached = {id(self._subject.tensors[name]) for name in getting}
-        trained = [optimizer for optimizer in optimizers if reached & tensors_of(optimizer).keys()]
+        trained = [o for o in optimizers if not tensors_of(o).keys().isdisjoint(reached)]
         if not trained or (self.optimizers and not set(map(id, trained)) & set(map(id, self.optimizers))):
             return set()
         theirs = tensors_of(*trained)
@@ -114,17 +113,17 @@ class Membership:
         beside = {name for name in missing if name.rpartition(".")[0] in modules}
         return tuple(name for name in missing if name in (alike | beside or set(likely)))
 
-    def _in_anothers_place(self, ours: Collection[int]) -> Iterator[tuple[int, str]]:
+    def _in_anothers_place(self, ours: set[int]) -> Iterator[tuple[int, str]]:
         """Strangers of an optimizer that holds the rest of the model in its order: whose place each has."""
-        names = list(self._trainable)
-        order = [id(tensor) for tensor in self._trainable.values()]
+        order = list(self._trainable.items())
         for optimizer in self.optimizers:
-            held = list(tensors_of(optimizer))
-            known = [key in ours for key in held]
-            if len(held) != len(order) or not any(known):
+            held = tensors_of(optimizer)
+            if len(held) != len(order) or ours.isdisjoint(held):
                 continue
-            if all(a == b for a, b, own in zip(held, order, known, strict=True) if own):
-                yield from ((key, name) for key, name, own in zip(held, names, known, strict=True) if not own)
+            pairs = [(key, name, key == id(now)) for key, (name, now) in zip(held, order, strict=True)]
+            alike = all(held[key].shape == self._trainable[name].shape for key, name, _ in pairs)
+            if alike and not any(key in ours and not same for key, _, same in pairs):
+                yield from ((key, name) for key, name, same in pairs if not same)
 
 
 def in_other_optimizers(ids: Collection[int], optimizers: Optimizers) -> dict[int, Optimizer]:

@@ -67,6 +67,8 @@ class Trace(TorchFunctionMode):
         """Those of them that were made from values of other parameters: copies, and the like."""
         self.given: set[int] = set()
         """Tensors that were handed to an outermost module: inputs."""
+        self.outermost: set[nn.Module] = set()
+        """The modules that the closure called itself."""
         self.differentiated: list[Tensor] = []
         """Tensors that the closure took a gradient with respect to."""
         self.closure: Any = None
@@ -400,6 +402,7 @@ class Trace(TorchFunctionMode):
 
     def _before_module(self, module: nn.Module, args: Any) -> None:
         if not self._modules:
+            self.outermost.add(module)
             self.given |= {id(tensor) for tensor in tensors_in(args)}
 
 

@@ -102,9 +102,10 @@ def _inside(at: _Found) -> Iterator[_Found]:
 def _of_module(at: _Found) -> Iterator[_Found]:
     module: nn.Module = at.value
     root = module if at.root is None else at.root
-    for key, item in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+    own = (nn.Module.named_parameters(module, recurse=False), nn.Module.named_buffers(module, recurse=False))
+    for key, item in (pair for pairs in own for pair in pairs):
         yield _Found(item, _joined(at.name, key), module, root, True)
-    for key, item in module.named_children():
+    for key, item in nn.Module.named_children(module):
         yield _Found(item, _joined(at.name, key), module, root)
     for key, item in vars(module).items():
         if key not in _OF_EVERY_MODULE:

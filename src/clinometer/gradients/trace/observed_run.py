@@ -36,6 +36,7 @@ from clinometer.torch_internals.tensors import has_hooks
 class ObservedRun:
     """One forward and backward."""
 
+    subject: Subject
     trace: Trace
     loss: Tensor
     flow: Flow | None
@@ -57,6 +58,12 @@ class ObservedRun:
     def getting(self) -> set[str]:
         """The tensors that a backward brought a gradient, be it the closure's own."""
         return {name for name, size in self.sizes.items() if size is not None} | self.own.keys()
+
+    @property
+    def reached(self) -> set[int]:
+        """The ids of all tensors that a backward brings a gradient, be they of the subject or not."""
+        leaves = self.flow.graph.leaves if self.flow is not None else {}
+        return {id(self.subject.tensors[name]) for name in self.getting} | leaves.keys()
 
 
 def observe(
@@ -90,7 +97,7 @@ def observe(
         raise
     own = {name: t.grad for name, t in subject.tensors.items() if t.is_leaf and t.grad is not None}
     before.set_grads_aside()  # what a closure's own backwards left
-    result = ObservedRun(trace, _what_trains(loss, trace), None, holders=holders)
+    result = ObservedRun(subject, trace, _what_trains(loss, trace), None, holders=holders)
     result.returned = float(loss.detach())
     sizes = ranks.largest({name: largest(own.get(name)) for name in subject.tensors})
     result.own = {name: size for name, size in sizes.items() if size is not None}
