@@ -1,13 +1,14 @@
 """Torch's unary, binary and reducing operations, in flat places, at singular points and elsewhere.
 
-For each the gradient is computed in float32 and in float64. Where it is zero in one of them, in float64 up to
-rounding, `diagnose` must say so, with a cause and a line; where it is not, no fault may be said of it. Gradients
-between the two, and those that are not finite, are run and not judged.
+For each the gradient is computed in float32 and in float64. Where it is zero in one of them, in float64 up
+to rounding, `diagnose` must say so, with a cause and a line; where it is not, no fault may be said of it.
+Gradients between the two, and those that are not finite, are run and not judged.
 """
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,30 +16,36 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clinometer.gradients.diagnose.diagnose import diagnose
+from clinometer.gradients.report.formatting import words
 
-UNARY = """
-abs acos acosh angle asin asinh atan atanh ceil cos cosh deg2rad digamma erf erfc erfinv exp exp2 expm1 fix floor
-frac i0 lgamma log log10 log1p log2 logit nan_to_num neg positive rad2deg reciprocal relu round rsqrt sgn sigmoid
-sign signbit sin sinc sinh sqrt square tan tanh trunc special.entr special.erfcx special.i0e special.i1 special.i1e
-special.log_ndtr special.ndtr special.ndtri bernoulli poisson
-nn.functional.celu nn.functional.elu nn.functional.gelu nn.functional.hardshrink nn.functional.hardsigmoid
-nn.functional.hardswish nn.functional.hardtanh nn.functional.leaky_relu nn.functional.logsigmoid nn.functional.mish
-nn.functional.relu6 nn.functional.rrelu nn.functional.selu nn.functional.silu nn.functional.softplus
-nn.functional.softshrink nn.functional.softsign nn.functional.tanhshrink
-""".split()
-BINARY = """
-add sub mul div true_divide pow float_power fmod remainder atan2 hypot maximum minimum fmax fmin copysign xlogy
-special.xlog1py logaddexp logaddexp2 nextafter floor_divide heaviside ldexp normal
-""".split()
+UNARY = words(
+    """
+    abs acos acosh angle asin asinh atan atanh ceil cos cosh deg2rad digamma erf erfc erfinv exp exp2
+    expm1 fix floor frac i0 lgamma log log10 log1p log2 logit nan_to_num neg positive rad2deg reciprocal
+    relu round rsqrt sgn sigmoid sign signbit sin sinc sinh sqrt square tan tanh trunc special.entr
+    special.erfcx special.i0e special.i1 special.i1e special.log_ndtr special.ndtr special.ndtri
+    bernoulli poisson nn.functional.celu nn.functional.elu nn.functional.gelu nn.functional.hardshrink
+    nn.functional.hardsigmoid nn.functional.hardswish nn.functional.hardtanh nn.functional.leaky_relu
+    nn.functional.logsigmoid nn.functional.mish nn.functional.relu6 nn.functional.rrelu
+    nn.functional.selu nn.functional.silu nn.functional.softplus nn.functional.softshrink
+    nn.functional.softsign nn.functional.tanhshrink
+    """
+)
+BINARY = words(
+    """
+    add sub mul div true_divide pow float_power fmod remainder atan2 hypot maximum minimum fmax fmin
+    copysign xlogy special.xlog1py logaddexp logaddexp2 nextafter floor_divide heaviside ldexp normal
+    """
+)
+ALONG = words(
+    """
+    amax amin max min logsumexp mode nanmedian cumsum cumprod cummax cummin logcumsumexp softmax log_softmax
+    sort argsort argmax argmin
+    """
+)
 REDUCTIONS: dict[str, Callable[[Tensor], Any]] = {
-    **{name: getattr(torch, name) for name in ("sum", "mean", "prod", "std", "var", "median", "norm", "nansum", "nanmean")},
-    **{
-        name: lambda h, name=name: getattr(torch, name)(h, -1)
-        for name in (
-            "amax amin max min logsumexp mode nanmedian cumsum cumprod cummax cummin logcumsumexp softmax log_softmax"
-            " sort argsort argmax argmin"
-        ).split()
-    },
+    **{name: getattr(torch, name) for name in sorted(words("sum mean prod std var median norm nansum nanmean"))},
+    **{name: partial(getattr(torch, name), dim=-1) for name in sorted(ALONG)},
     "norm 1": lambda h: h.norm(1, -1),
     "norm inf": lambda h: h.norm(math.inf, -1),
     "norm 0": lambda h: h.norm(0, -1),
@@ -106,11 +113,11 @@ class Answer:
 
 
 def places() -> Iterator[Place]:
-    for name in UNARY:
+    for name in sorted(UNARY):
         function = _named(name)
         for point in POINTS:
             yield Place(name, lambda h, f=function: f(h), point)
-    for name in BINARY:
+    for name in sorted(BINARY):
         function = _named(name)
         for constant in CONSTANTS:
             for point in ("zero", "half", "far above", "spread"):
