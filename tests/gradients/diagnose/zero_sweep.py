@@ -43,8 +43,9 @@ ALONG = words(
     sort argsort argmax argmin
     """
 )
+WHOLE = words("sum mean prod std var median norm nansum nanmean")
 REDUCTIONS: dict[str, Callable[[Tensor], Any]] = {
-    **{name: getattr(torch, name) for name in sorted(words("sum mean prod std var median norm nansum nanmean"))},
+    **{name: getattr(torch, name) for name in sorted(WHOLE)},
     **{name: partial(getattr(torch, name), dim=-1) for name in sorted(ALONG)},
     "norm 1": lambda h: h.norm(1, -1),
     "norm inf": lambda h: h.norm(math.inf, -1),
