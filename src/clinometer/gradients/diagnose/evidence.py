@@ -236,7 +236,11 @@ def times_a_computed_zero(view: NodeView) -> Clue | None:
 
 def to_the_power_of_zero(view: NodeView) -> Clue | None:
     """x⁰ is 1 whatever x is."""
-    return Clue("masked", "zero", FAULT) if view.name == "Pow" and view.saved("exponent") == 0 else None
+    exponent = view.saved("exponent") if view.name == "Pow" and view.position == 0 else None
+    if exponent is None:
+        return None
+    zero = largest(exponent) == 0 if isinstance(exponent, Tensor) else exponent == 0
+    return Clue("masked", "zero", FAULT) if zero else None
 
 
 def exponential_of_very_little(view: NodeView) -> Clue | None:

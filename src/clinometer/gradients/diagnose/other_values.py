@@ -37,12 +37,13 @@ ten-thousandth.
 """
 _NEAR, _FRESH = "near", "fresh"
 _TRIES = ((_NEAR, 0.1), (_FRESH, 1.0), (_FRESH, 10.0))
-_FAR = ((_FRESH, 1e-3), (_FRESH, 3.0), (_FRESH, 10.0), (_FRESH, 30.0))
+_FAR = ((_FRESH, 1e-3), *((_FRESH, scale) for scale in (3.0, 10.0, 10.0, 30.0, 30.0)))
 """Values at which no margin is kept, or boxes meet. Terms that cancel would be lost in rounding there."""
 _SMALL_MOVES = (0.01, 0.01, 0.1, 0.1, 0.3, 0.3)
 _LEAST_SIZE = 0.1
 """Other values of a tensor of zeros have this size."""
-_SAME_DIRECTION = 0.7
+_FACTORS = (1.37, 0.83)
+_SAME = 0.5
 _ROUNDINGS = 256
 """At other values a gradient that does not cancel is far from the rounding of its terms."""
 _LOSS_ROUNDING = 64
@@ -98,7 +99,7 @@ class OtherValues:
 
     def _outcome(self, names: set[str], moving: list[Tensor], cancels: bool) -> Outcome:
         """What the trials show of names whose gradient stays zero when that moves which has one."""
-        own = [self._own[name] for name in names if name in self._own]
+        own = [tensor for name, tensor in self._own.items() if name in names]
         still = [tensor for name, tensor in self._own.items() if name in self.still]
         losses = []
         for kind, scale in _TRIES if cancels else _TRIES + _FAR:
@@ -142,9 +143,13 @@ class OtherValues:
             run = self._run_again()
         return {name for name in names if has_gradient(run, self.subject, name)}, float(run.loss.detach())
 
-    def _run_again(self) -> ObservedRun:
+    def _run_again(self, factor: float = 1.0) -> ObservedRun:
+        def closure() -> Tensor:
+            return evaluate(self.closure) * factor
+
+        run = self.closure if factor == 1.0 else closure
         clue = partial(read_clue, roundings=_ROUNDINGS)
-        return observe(self.subject, self.closure, self.before, self.ranks, clue, roundings=_ROUNDINGS)
+        return observe(self.subject, run, self.before, self.ranks, clue, roundings=_ROUNDINGS)
 
     def _minimum_or_stuck(self, own: Iterable[Tensor], losses: list[float]) -> Outcome:
         here = float(self.run.loss.detach())
@@ -157,13 +162,17 @@ class OtherValues:
         return "stuck" if any(loss < least for loss in losses) else "minimum"
 
     def _is_true(self, names: set[str]) -> bool:
-        """Whether gradients of rounding size point the same way after a small move: rounding would not."""
-        for _ in range(2):
+        """Whether gradients of rounding size grow with the loss and stay what they are after a small move.
+
+        Rounding does not: the loss is multiplied by numbers that no power of two is.
+        """
+        ordered = sorted(names)
+        then = [self._gradients.get(name) for name in ordered]
+        for factor in _FACTORS:
             with self._moved([*self._own.values(), *self._others], _NEAR, 1e-4):
-                self._run_again()
-                now = [self.subject.tensors[name].grad for name in names]
-            then = [self._gradients.get(name) for name in names]
-            if _cosine(now, then) < _SAME_DIRECTION:
+                self._run_again(factor)
+                now = [self.subject.tensors[name].grad for name in ordered]
+            if _distance(now, then, factor) > _SAME:
                 return False
         return True
 
@@ -207,12 +216,13 @@ def _can_move(tensor: Tensor) -> bool:
     return tensor.is_leaf and tensor.requires_grad and tensor.is_floating_point() and plain
 
 
-def _cosine(first: list[Tensor | None], second: list[Tensor | None]) -> float:
-    pairs = [
-        (a.double(), b.double())
-        for a, b in zip(first, second, strict=True)
+def _distance(now: list[Tensor | None], then: list[Tensor | None], factor: float) -> float:
+    """The size of now / factor − then, relative to that of then."""
+    both = [
+        (a.double() / factor, b.double())
+        for a, b in zip(now, then, strict=True)
         if a is not None and b is not None
     ]
-    dot = sum(float((a * b).sum()) for a, b in pairs)
-    squares = [sum(float(g.square().sum()) for g in side) for side in zip(*pairs, strict=True)]
-    return dot / math.sqrt(math.prod(squares)) if pairs and all(squares) else 0.0
+    difference = sum(float((a - b).square().sum()) for a, b in both)
+    size = sum(float(b.square().sum()) for _, b in both)
+    return math.sqrt(difference / size) if size else math.inf
