@@ -35,7 +35,7 @@ from clinometer.gradients.check.own_precision import OwnGradients, check_at_own_
 from clinometer.gradients.check.result import GradientCheck, TensorCheck
 from clinometer.gradients.report.places import Where
 from clinometer.gradients.sandbox.closure import Closure, eagerly, evaluate
-from clinometer.gradients.sandbox.interrupts import uninterrupted
+from clinometer.gradients.sandbox.public_calls import public_call
 from clinometer.gradients.sandbox.sandbox import Before, modules_named_by, untouched
 from clinometer.gradients.sandbox.subject import Subject
 from clinometer.gradients.trace.function_calls import function_calls
@@ -50,7 +50,7 @@ Progress = Callable[[int, int], None]
 Indices = Mapping[str, Sequence[int | tuple[int, ...]]]
 
 
-@uninterrupted
+@public_call
 def check_gradients(
     params: Any,
     closure: Closure,
