@@ -324,7 +324,7 @@ def test_reading_never_stops_the_writer_and_the_log_stays_short(tmp_path, monkey
     assert failures == []
     assert max(answers) > 100  # it saw the run grow
     assert RunFile.open(tmp_path).info()["last_step"] == 799
-    assert largest < 4 << 20
+    assert largest < 8 << 20  # without it 17 MB, and 2 MB with it on a machine that does nothing else
 
 
 def test_a_reader_cannot_write(tmp_path):

@@ -46,5 +46,6 @@ Seen to work with torch 2.10.0, 2.13.0, 2.14.1 and 2.15.0 unless a line says oth
     _dynamo.eval_frame._callback_from_stance          whether compiled code ran            modules only
     frames: of decorators (decorate_context up to 2.14, another name from 2.15, one file), of grad_scaler.py
       and nn/utils/parametrizations.py                                                     a line less exact
+    overrides._get_current_function_mode_stack, _push_mode, _pop_mode     a call in a call is seen by it
     frames: that only overrides.py and utils/_python_dispatch.py put modes away        Ctrl-C may leave a mode
 """

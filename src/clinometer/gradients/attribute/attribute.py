@@ -15,13 +15,13 @@ from clinometer.gradients.attribute.result import Attribution, Attributions, Con
 from clinometer.gradients.attribute.tokens import Text
 from clinometer.gradients.attribute.use_recorder import UseRecorder
 from clinometer.gradients.sandbox.closure import Closure, eagerly, evaluate
-from clinometer.gradients.sandbox.interrupts import theirs, uninterrupted
+from clinometer.gradients.sandbox.public_calls import public_call, theirs
 from clinometer.gradients.sandbox.sandbox import modules_named_by, untouched
 from clinometer.gradients.sandbox.subject import Subject
 from clinometer.messages import InputError
 
 
-@uninterrupted
+@public_call
 def attribute(
     params: Any,
     closure: Closure,

@@ -40,7 +40,7 @@ from clinometer.gradients.check.reason_search import TriedReason, search
 from clinometer.gradients.check.result import GradientCheck, TensorCheck
 from clinometer.gradients.report.places import Where
 from clinometer.gradients.sandbox.closure import Closure, evaluate
-from clinometer.gradients.sandbox.interrupts import uninterrupted
+from clinometer.gradients.sandbox.public_calls import public_call
 from clinometer.gradients.sandbox.sandbox import Before, modules_named_by, untouched
 from clinometer.gradients.sandbox.subject import Subject
 from clinometer.gradients.trace.circumstances import in_order, run_eagerly
@@ -58,7 +58,7 @@ Progress = Callable[[int, int], None]
 Indices = Mapping[str, Sequence[int | tuple[int, ...]]]
 
 
-@uninterrupted
+@public_call
 def check_gradients(
     params: Any,
     closure: Closure,

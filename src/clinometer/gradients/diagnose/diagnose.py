@@ -32,7 +32,7 @@ from clinometer.gradients.report.module_names import owners
 from clinometer.gradients.report.places import Where
 from clinometer.gradients.report.result import Result
 from clinometer.gradients.sandbox.closure import Closure
-from clinometer.gradients.sandbox.interrupts import uninterrupted
+from clinometer.gradients.sandbox.public_calls import public_call
 from clinometer.gradients.sandbox.sandbox import Before, modules_named_by, untouched
 from clinometer.gradients.sandbox.subject import Subject
 from clinometer.gradients.trace.circumstances import in_order, run_eagerly
@@ -168,7 +168,7 @@ def dim_span(span: Any) -> Any:
     return dim(span.text)
 
 
-@uninterrupted
+@public_call
 def diagnose(
     params: Any, closure: Closure | None = None, *, optimizer: Optimizer | Iterable[Optimizer] | None = None
 ) -> Diagnosis:

@@ -21,7 +21,7 @@ from clinometer.distributed.ranks import Ranks
 from clinometer.gradients.report.finding import EXPLAINED, Reason
 from clinometer.gradients.report.places import Where
 from clinometer.gradients.sandbox.closure import Closure, evaluate
-from clinometer.gradients.sandbox.interrupts import theirs
+from clinometer.gradients.sandbox.public_calls import theirs
 from clinometer.gradients.sandbox.sandbox import Before
 from clinometer.gradients.sandbox.subject import Subject
 from clinometer.gradients.trace.forward_trace import Trace

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clinometer.gradients.sandbox.interrupts import theirs
+from clinometer.gradients.sandbox.public_calls import theirs
 from clinometer.gradients.sandbox.random_state import RandomState
 from clinometer.messages import InputError
 from clinometer.torch_internals.frames import compiler_is_loaded

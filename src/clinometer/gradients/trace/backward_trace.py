@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clinometer.gradients.sandbox.interrupts import theirs
+from clinometer.gradients.sandbox.public_calls import theirs
 from clinometer.gradients.sandbox.tensors import largest, plain
 from clinometer.gradients.trace.cancellation import (
     ROUNDINGS,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clinometer.distributed.ranks import Ranks, whole
 from clinometer.gradients.sandbox.closure import Closure, evaluate
-from clinometer.gradients.sandbox.interrupts import theirs
+from clinometer.gradients.sandbox.public_calls import theirs
 from clinometer.gradients.sandbox.sandbox import Before
 from clinometer.gradients.sandbox.subject import Subject
 from clinometer.gradients.sandbox.tensors import largest, zero_lines

@@ -1,10 +1,13 @@
-"""Ctrl-C while the instrument is at work: it passes where the person's code runs, and waits where ours does.
+"""Around a public call: Ctrl-C passes only where the person's code runs, and a call in a call is not seen.
 
 Between two lines of ours a hook may be set and not yet noted, or a weight half put back; KeyboardInterrupt
 there would leave it so. So for the length of a public call SIGINT has a handler of ours, which looks at the
 stack. If the innermost call that is ours is `theirs`, which calls what is not ours, the signal goes on to
 whoever had it before; if not, it is tried again a moment later. One that still waits when the call ends is
 passed on then.
+
+A closure may itself ask the instrument something. What that computes is no part of the person's program: the
+modes of the call around it are set aside meanwhile.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from clinometer.gradients.sandbox.code_origin import is_instrument
 from clinometer.torch_internals.frames import stacks_modes
+from clinometer.torch_internals.modes import modes_aside
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -34,21 +38,22 @@ def theirs(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     return call(*args, **kwargs)
 
 
-def uninterrupted(call: Callable[P, T]) -> Callable[P, T]:
-    """Makes a function one whose own lines Ctrl-C does not part: it passes in `theirs`, or at the end."""
+def public_call(call: Callable[P, T]) -> Callable[P, T]:
+    """Makes a function a public one: Ctrl-C passes in `theirs` or at the end, and no outer call sees it."""
 
     @functools.wraps(call)
     def whole(*args: P.args, **kwargs: P.kwargs) -> T:
         guard = _Guard.begin()
         try:
-            return call(*args, **kwargs)
+            with modes_aside(_is_ours):
+                return call(*args, **kwargs)
         finally:
             guard.end()
 
     return whole
 
 
-def uninterrupted_block(
+def public_block(
     block: Callable[P, AbstractContextManager[T]],
 ) -> Callable[P, AbstractContextManager[T]]:
     """The same for a context manager: Ctrl-C passes in the person's block, not on the way in or out."""
@@ -67,7 +72,8 @@ class _Block(AbstractContextManager[T]):
     def __enter__(self) -> T:
         self._guard = _Guard.begin()
         try:
-            return self._inner.__enter__()
+            with modes_aside(_is_ours):
+                return self._inner.__enter__()
         except BaseException:
             self._guard.end()
             raise
@@ -76,7 +82,8 @@ class _Block(AbstractContextManager[T]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
         try:
-            return self._inner.__exit__(kind, error, trace)
+            with modes_aside(_is_ours):
+                return self._inner.__exit__(kind, error, trace)
         finally:
             self._guard.end()
 
@@ -137,6 +144,10 @@ class _Guard:
                 if not self._waits:
                     return
                 _thread.interrupt_main()
+
+
+def _is_ours(mode: Any) -> bool:
+    return type(mode).__module__.startswith("clinometer.")
 
 
 def _is_theirs(frame: FrameType | None) -> bool:
