@@ -18,7 +18,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clinometer.distributed.ranks import Ranks
 from clinometer.gradients.check.call_capture import Capture
-from clinometer.gradients.check.circumstances import HooksOff, reasons_to_try
 from clinometer.gradients.check.findings import (
     accounted_for,
     accumulated_by_hooks,
@@ -34,9 +33,10 @@ from clinometer.gradients.check.localise import EntryCheck, check_entry, largest
 from clinometer.gradients.check.numerics.finite_differences import DIRECTIONS, Judgement
 from clinometer.gradients.check.numerics.float64 import LIFT, InDouble, in_double
 from clinometer.gradients.check.numerics.perturbation import NotRepeatable, Probe
-from clinometer.gradients.check.operation_checks import OperationChecks
 from clinometer.gradients.check.own_precision import CANCELS, OwnGradients, check_at_own_precision
-from clinometer.gradients.check.reason_search import TriedReason, search
+from clinometer.gradients.check.reasons.circumstances import HooksOff, reasons_to_try
+from clinometer.gradients.check.reasons.operation_checks import OperationChecks
+from clinometer.gradients.check.reasons.reason_search import TriedReason, search
 from clinometer.gradients.check.result import GradientCheck, TensorCheck
 from clinometer.gradients.report.places import Where
 from clinometer.gradients.sandbox.closure import Closure, evaluate

@@ -13,7 +13,7 @@ from torch import Tensor
 from clinometer.gradients.check.determinism import first_difference
 from clinometer.gradients.check.layer_checks import LayerCheck
 from clinometer.gradients.check.numerics.stop_gradients import StopGradients
-from clinometer.gradients.check.reason_search import TriedReason
+from clinometer.gradients.check.reasons.reason_search import TriedReason
 from clinometer.gradients.check.result import TensorCheck
 from clinometer.gradients.report.finding import EXPLAINED, FAULT, Finding
 from clinometer.gradients.report.formatting import format_count, format_number, shorten

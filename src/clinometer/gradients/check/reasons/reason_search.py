@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clinometer.gradients.check.circumstances import Circumstance, HooksOff
 from clinometer.gradients.check.numerics.perturbation import Probe
+from clinometer.gradients.check.reasons.circumstances import Circumstance, HooksOff
 from clinometer.gradients.report.places import Where
 
 MOST_TRIED = 6
