@@ -58,15 +58,16 @@ TRIED = (
     " repeated"
 )
 POINTS = (
-    "outside edge near division division-small power-negative power-zero single empty eps eps-inside"
+    "outside inside edge near division division-small power-negative power-zero single empty eps eps-inside"
     " singular no-target no-weight other other-at"
 )
 """What may be special about the values where NaN or infinity begins, in the forward and in the backward."""
 FORWARD_POINTS = (
-    f"{POINTS} parameter input constant infinity infinity-term softmax softmax-across no-alignment unread"
+    f"{POINTS} log gradient parameter buffer input constant infinity infinity-term softmax softmax-across"
+    " no-alignment unread"
 )
 BACKWARD_POINTS = (
-    f"{POINTS} parameter where where-division sqrt power-exponent origin singular-values singular-zero"
+    f"{POINTS} parameter buffer where where-division sqrt power-exponent origin singular-values singular-zero"
     " eigenvalues rank operand function hook hook-parameter unseen unseen-input unseen-softmax unseen-large"
     " unseen-constant"
 )

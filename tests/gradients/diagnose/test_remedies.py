@@ -235,6 +235,12 @@ def softplus_by_hand(p, mended):
     return F.softplus(p).sum() if mended else (1 / (1 + torch.exp(p))).sum()
 
 
+@program("log", "torch.where(x.abs() < 1e-12", start=torch.zeros(2), cause="forward")
+def complex_logarithm_of_zero(p, mended):
+    z = torch.complex(p, p)
+    return torch.where(z.abs() < 1e-12, 1e-12, z).log().real.sum() if mended else z.log().real.sum()
+
+
 @program("unseen", "torch.where(ok, x, 1.0)", start=torch.tensor([1.0, 0.0]))
 def logarithm_far_before_the_mask(p, mended):
     count = torch.tensor([1.0, 0.0])
@@ -266,6 +272,49 @@ def test_the_reason_is_in_the_values_and_the_remedy_mends(case):
     assert all(word in finding.say("remedy", "en") for word in words), finding.say("remedy", "en")
     healthy = diagnose({"p": p}, lambda: loss(p, True))
     assert not [f for f in healthy.findings if f.status == "non-finite"], str(healthy)
+
+
+def test_of_a_call_of_several_operations_the_remedy_is_for_the_call():
+    p = nn.Parameter(torch.zeros(1, 2, 4))
+    (finding,) = diagnose({"p": p}, lambda: F.local_response_norm(p, 2, k=0.0).sum()).findings
+    assert finding.variant == "inside"
+    assert finding.say("why", "en").startswith("Inside local_response_norm, div gets zero")
+
+
+def test_a_logarithm_in_the_forward_of_a_custom_function_is_no_constant():
+    class Log(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, value):
+            return value.log()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient
+
+    p = nn.Parameter(torch.tensor([-0.25, 1.0]))
+    (finding,) = diagnose({"p": p}, lambda: Log.apply(p).sum()).findings
+    assert (finding.variant, finding.values["value"]) == ("outside", "−0.25")
+
+
+def test_what_is_not_finite_in_a_buffer_or_in_the_batch_is_told_as_that():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).eval()
+    model[1].running_var[0] = float("nan")
+    (finding,) = diagnose(model, lambda: model(torch.ones(3, 2)).sum()).findings
+    assert (finding.variant, finding.values["weight"]) == ("buffer", "1.running_var")
+    p, batch = nn.Parameter(torch.ones(2)), torch.tensor([INF, 1.0])
+    (finding,) = diagnose({"p": p}, lambda: (p * batch).sum()).findings
+    assert finding.variant == "input"
+
+
+def test_a_gradient_inside_the_loss_that_is_not_finite_is_told_as_that():
+    p = nn.Parameter(torch.zeros(2))
+
+    def closure():
+        (inner,) = torch.autograd.grad(p.square().sum().sqrt(), p, create_graph=True)
+        return inner.square().sum()
+
+    (finding,) = [f for f in diagnose({"p": p}, closure).findings if f.status == "non-finite"]
+    assert finding.variant == "gradient"
 
 
 def test_float32_is_not_told_to_use_float32():

@@ -48,6 +48,13 @@ class Domain:
                 ends.append(f"{name}={end:g} {sign} {short(far)}" if end else f"{name}={short(far)}")
         return f"clamp({', '.join(ends)})"
 
+    def kept_inside(self, dtype: torch.dtype, is_complex: bool) -> str:
+        """Code that keeps an argument off the ends: complex numbers cannot be clamped."""
+        if is_complex:
+            far = short(distance(0.0, dtype))
+            return f"torch.where({self.symbol}.abs() < {far}, {far}, {self.symbol})"
+        return f"{self.symbol}.{self.clamp(dtype)}"
+
     def end_at(self, values: Tensor) -> float | None:
         """The end that one of the values is; None if none is."""
         if self.every_whole_number:

@@ -34,6 +34,10 @@ _MASKS = words(
 )
 
 
+_MEANT = ("mask", "infinite")
+"""Kinds of origins of infinity that begin nothing until a NaN is made of it."""
+
+
 @dataclass
 class Origin:
     """The first call whose result was not finite."""
@@ -42,8 +46,8 @@ class Origin:
     where: Where | None
     nan: bool
     kind: str
-    """"made" by the call; a "constant" written there; in "given" data or a "parameter" already; "mask":
-    infinity that is meant."""
+    """"made" by the call; a "constant" written there; in "given" data, a "parameter" or a "buffer" already;
+    "mask": infinity that is written and may be meant; "infinite": the same in what was given."""
     dtype: torch.dtype
     parameter: str = ""
     across: bool = False
@@ -74,6 +78,8 @@ class Finiteness:
     def __init__(self, subject: Subject, stand_ins: Mapping[int, Tensor] | None = None) -> None:
         self._parameters = {id(tensor): name for name, tensor in subject.tensors.items()}
         self._parameters |= {k: self._parameters[id(t)] for k, t in (stand_ins or {}).items()}
+        buffers = () if subject.module is None else subject.module.named_buffers()
+        self._buffers = {id(buffer): name for name, buffer in buffers}
         self._known: dict[int, tuple[weakref.ref[Tensor], Origin]] = {}
         self._met: dict[tuple[str, int, str], Origin] = {}
         """A call's place → where a value began that went into it and was not finite."""
@@ -83,7 +89,7 @@ class Finiteness:
         """What operations made since the last call was noted."""
         self._constants: dict[int, _Spoilt] = {}
         """id of a tensor → the line that wrote NaN or infinity into it."""
-        self._active = False
+        self._active = self._looking = False
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -93,7 +99,7 @@ class Finiteness:
             yield
 
     def _operation(self, name: str, given: Mapping[str, Any], outs: list[Tensor]) -> None:
-        for out in (plain(out) for out in outs):
+        for out in () if self._looking else map(plain, outs):
             size = largest(out) if out.is_floating_point() or out.is_complex() else None
             if size is None or math.isfinite(size):
                 continue
@@ -121,12 +127,18 @@ class Finiteness:
 
     def after_call(self, name: str, ins: list[Tensor], outs: list[Tensor], where: Where | None) -> None:
         """Notes one call of the forward: `Trace.after_call`."""
-        with torch.no_grad():
-            for out in outs:
-                if out.is_floating_point() or out.is_complex():
-                    self._look(name, ins, out, where)
-                    self._meet(ins, where)
-        self._spoilt.clear()
+        if self._looking:  # calls of our own, where no mode is set aside: behind a custom Function
+            return
+        self._looking = True
+        try:
+            with torch.no_grad():
+                for out in outs:
+                    if out.is_floating_point() or out.is_complex():
+                        self._look(name, ins, out, where)
+                        self._meet(ins, where)
+        finally:
+            self._looking = False
+            self._spoilt.clear()
 
     def _look(self, name: str, ins: list[Tensor], out: Tensor, where: Where | None) -> None:
         size = largest(out)
@@ -141,9 +153,9 @@ class Finiteness:
             origin = self.of(out) or self._from_outside(out, name, where)
         for tensor in sources:
             came = self.of(tensor) or self._from_outside(tensor, name, where)
-            if came is not None and (came.kind != "mask" or origin is None):
-                origin = came if origin is None or origin.kind == "mask" else origin
-        if origin is None or (origin.kind in ("mask", "constant") and nan and not origin.nan):
+            if came is not None and (came.kind not in _MEANT or origin is None):
+                origin = came if origin is None or origin.kind in _MEANT else origin
+        if origin is None or (origin.kind in (*_MEANT, "constant") and nan and not origin.nan):
             mask = not nan and name in _MASKS
             across = nan and name in SOFTMAXES and bool(ins) and _is_fine_along_the_last(ins[0])
             written = self._active and not sources
@@ -152,6 +164,8 @@ class Finiteness:
             clue = Clue("forward", "constant") if written else began and began.clue
             if clue is not None and clue.variant == "constant" and not written:
                 clue = Clue("forward", "other")
+            if name == "grad":
+                clue = Clue("forward", "gradient")
             kind = "mask" if mask else "constant" if written else "made"
             origin = Origin(name, where, nan, kind, out.dtype, across=across, clue=clue)
             if where is not None:
@@ -171,11 +185,7 @@ class Finiteness:
         return next((one for one in self._spoilt if not one.constant), next(iter(self._spoilt), None))
 
     def _meet(self, ins: list[Tensor], where: Where | None) -> None:
-        origins = [
-            o
-            for o in map(self.of, ins)
-            if o is not None and o.kind in ("made", "given", "constant", "parameter")
-        ]
+        origins = [o for o in map(self.of, ins) if o is not None and o.kind not in _MEANT]
         if where is not None and origins and origins[0].where != where:
             self._met.setdefault(_key(where), origins[0])
 
@@ -187,7 +197,9 @@ class Finiteness:
         one = self._constants.get(id(tensor))
         if nan and one is not None and one.result() is tensor and one.where is not None:
             return Origin(one.where.op, one.where, nan, "constant", tensor.dtype, clue=one.clue)
-        return Origin(name, where, nan, "given" if nan else "mask", tensor.dtype)
+        if nan and id(tensor) in self._buffers:
+            return Origin(name, where, nan, "buffer", tensor.dtype, self._buffers[id(tensor)])
+        return Origin(name, where, nan, "given" if nan else "infinite", tensor.dtype)
 
 
 def _key(where: Where) -> tuple[str, int, str]:

@@ -58,6 +58,7 @@ _NO_POLES = (
     )
 )
 """Operations that are finite for all finite numbers: infinity out of them has left the range of its type."""
+_LOGARITHMS = words("log log2 log10 log1p xlogy specialxlog1py")
 _WIDE = {
     "forward": "forward-wide",
     "exponential": "exponential-wide",
@@ -88,7 +89,7 @@ def end_of_a_domain(view: OperationView) -> Clue | None:
     if domain is None or values is None or (end := domain.end_at(values)) is None:
         return None
     if not view.backward:
-        return _domain_clue(view, domain, "edge", end, end=end)
+        return _domain_clue(view, domain, "log" if view.name in _LOGARITHMS else "edge", end, end=end)
     if view.nothing_arrived:
         return _domain_clue(view, domain, "where", end, end=end)
     return _domain_clue(view, domain, "sqrt" if view.name == "sqrt" else "edge", end, end=end)
@@ -140,6 +141,7 @@ def _domain_clue(
         domain=domain.text,
         symbol=domain.symbol,
         clamp=domain.clamp(view.dtype),
+        keep=domain.kept_inside(view.dtype, view.result.is_complex()),
         safe=str(domain.safe),
         small=short(distance(0.0, view.dtype)),
     )
@@ -200,7 +202,7 @@ def power(view: OperationView) -> Clue | None:
     for hit, variant in ((zero, variants[1]), (negative, variants[0])):
         if bool(hit.any()):
             values |= {"base": _number(float(base[hit][0])), "exponent": _number(float(exponent[hit][0]))}
-            values |= {"domain": "x ≥ 0", "clamp": f"clamp(min={values['small']})"}
+            values |= {"domain": "x ≥ 0", "keep": f"x.clamp(min={values['small']})"}
             return _clue(view, variant, **values)
     return None
 

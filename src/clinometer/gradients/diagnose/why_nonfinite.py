@@ -16,7 +16,7 @@ import torch
 
 from clinometer.gradients.diagnose.finiteness import Finiteness, Origin
 from clinometer.gradients.diagnose.operation_view import Clue, canonical
-from clinometer.gradients.diagnose.singular_points import of_range
+from clinometer.gradients.diagnose.singular_points import of_range, plain_name
 from clinometer.gradients.report.finding import FAULT, Reason
 from clinometer.gradients.report.places import Where, definition_of
 from clinometer.gradients.sandbox.subject import Subject
@@ -28,8 +28,17 @@ from clinometer.torch_internals.custom_functions import function_of
 
 _MULTIPLIED = ("operand", "other", "other-at")
 """What a node may look like whose backward computed with a value that was not finite."""
-_DIVIDES = ("edge", "near", "sqrt", "where", "where-division", "division", "division-small")
-"""What happens inside a call whose eps is too small."""
+_DIVIDES = (
+    *("edge", "near", "log", "sqrt", "where", "power-zero"),
+    *("where-division", "division", "division-small"),
+)
+"""What may happen inside a call that is made of several operations."""
+_ALIASES = {
+    "truediv": "div", "itruediv": "div", "divide": "div", "truedivide": "div", "rtruediv": "reciprocal",
+    "rdiv": "reciprocal", "ipow": "pow", "rpow": "pow", "square": "pow", "floatpower": "pow",
+    "arccos": "acos", "arcsin": "asin", "arccosh": "acosh", "arctanh": "atanh", "mod": "remainder",
+}  # fmt: skip
+"""Calls that are one operation under another name."""
 
 
 def why_nonfinite(
@@ -68,8 +77,8 @@ def trace_back(reason: Reason, values: Finiteness) -> Reason:
         return reason
     clue = origin.clue
     variant = "unseen"
-    if origin.kind == "parameter":
-        variant = "parameter"
+    if origin.kind in ("parameter", "buffer"):
+        variant = origin.kind
     elif origin.kind == "given":
         variant = "unseen-input"
     elif clue is not None and clue.variant == "softmax":
@@ -93,14 +102,14 @@ def trace_back(reason: Reason, values: Finiteness) -> Reason:
 
 def weight_holds_it(origin: Origin) -> Reason | None:
     """A weight that holds NaN before the forward was spoilt by an earlier step."""
-    if origin.kind != "parameter":
+    if origin.kind not in ("parameter", "buffer"):
         return None
-    return _made("forward", "parameter", origin, weight=origin.parameter)
+    return _made("forward", origin.kind, origin, weight=origin.parameter)
 
 
 def batch_holds_it(origin: Origin) -> Reason | None:
     """NaN in a tensor that no call made came in with the data."""
-    return _made("forward", "input", origin) if origin.kind == "given" else None
+    return _made("forward", "input", origin) if origin.kind in ("given", "infinite") else None
 
 
 def softmax_across_rows(origin: Origin) -> Reason | None:
@@ -219,13 +228,20 @@ def _handed_on(flow: Flow, node: Node, position: int) -> bool:
 
 
 def _within(where: Where | None, clue: Clue) -> str:
-    """The variant to say: of an operation inside a call that has an eps, what is to be changed is eps."""
-    inside = where is not None and canonical(where.op) not in ("", dict(clue.values).get("call"))
-    return (
-        "eps-inside"
-        if inside and where is not None and clue.variant in _DIVIDES and _has_eps(where.op)
-        else clue.variant
-    )
+    """The variant to say: of an operation inside a call of torch's, by what the call was given."""
+    call = dict(clue.values).get("call")
+    if where is None or call is None or clue.variant not in _DIVIDES:
+        return clue.variant
+    name = plain_name(canonical(where.op))
+    if _ALIASES.get(name, name) == call or not _is_torchs(where.op):
+        return clue.variant
+    return "eps-inside" if _has_eps(where.op) else "inside"
+
+
+def _is_torchs(op: str) -> bool:
+    """Whether a call is a function or method of torch's own, and not a custom Function."""
+    rooms = (torch, torch.nn.functional, torch.Tensor)
+    return op.startswith("linalg_") or any(hasattr(room, op) for room in rooms)
 
 
 def _has_eps(op: str) -> bool:
