@@ -75,7 +75,7 @@ def test_every_clue_and_finding_about_the_loop_is_in_the_catalogue():
         if name == "Clue" and (cause := literal(call, 0, "cause")):
             clues += 1
             assert (cause, literal(call, 1, "variant") or "") in known, place
-        if name == "_loop":
+        if name == "loop_finding":
             loops += 1
             require("loop", literal(call, 0, "cause"), literal(call, 9, "variant") or "")
     assert clues > 20

@@ -32,7 +32,8 @@ ALLOWED = {
     "gradients/diagnose/why_nonfinite.py": {"_safe_softmax"},
     # Names in the user's own modules that are looked for there.
     "gradients/diagnose/optional_modules.py": {"_reset_parameters", "_init_weights"},
-    # The standard library's: NamedTuple, os._exit.
+    # The standard library's: NamedTuple, os._exit, _thread.
+    "gradients/sandbox/interrupts.py": {"_thread"},
     "gradients/step/measures.py": {"_replace"},
     "gradients/attribute/result.py": {"_asdict"},
     "gradients/report/places.py": {"_asdict"},
@@ -50,6 +51,7 @@ WALKS = {
     "gradients/trace/operations.py": {"f_code", "co_name"},
     "gradients/trace/forward_trace.py": {"f_code", "co_name"},
     "gradients/report/places.py": {"co_name", "f_code"},
+    "gradients/sandbox/interrupts.py": {"f_code"},
 }
 
 

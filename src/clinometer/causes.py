@@ -50,10 +50,31 @@ CUTS = (
     " checkpoint operation"
 )
 ESCAPES = "item tolist numpy float int complex"
+OUTSIDE = "plain computed new late outside network beside variable"
 LAYERS = "layer layer_written root root_written"
+SURROGATES = "surrogate_steps surrogate_sampled"
+TRIED = (
+    "checkpoint_random checkpoint_changed saved_tensors not_contiguous unseen_write operation no_derivative"
+    " repeated"
+)
+POINTS = (
+    "outside edge near division division-small power-negative power-zero single empty eps eps-inside"
+    " singular no-target no-weight other other-at"
+)
+"""What may be special about the values where NaN or infinity begins, in the forward and in the backward."""
+FORWARD_POINTS = (
+    f"{POINTS} parameter input constant infinity infinity-term softmax softmax-across no-alignment unread"
+)
+BACKWARD_POINTS = (
+    f"{POINTS} parameter where where-division sqrt power-exponent origin singular-values singular-zero"
+    " eigenvalues rank operand function hook hook-parameter unseen unseen-input unseen-softmax unseen-large"
+    " unseen-constant"
+)
+TOO_LARGE = "forward exponential backward sum"
+TOO_LARGE_WIDE = "forward-wide exponential-wide backward-wide sum-wide"
+"""In a type with the range of float32, to whom a wider one cannot be advised."""
 UNPUSHED = "zero_gradient_momentum zero_gradient_both zero_gradient_unknown"
 STEP_TERMS = "eps no_eps zero_gradient state option overflow"
-POLES = "sqrt norm log division pow acos std softmax other"
 
 # fmt: off
 CAUSES: tuple[Cause, ...] = (
@@ -63,16 +84,19 @@ CAUSES: tuple[Cause, ...] = (
     _diagnosis("none", "no-backward", (F,)),
     _diagnosis("none", "cleared", (E,), "likely"),
     _diagnosis("none", "loss-without-graph", (F,), f"frozen {CUTS} {ESCAPES}"),
-    _diagnosis("none", "cut", (F, E), f"escape apart {CUTS}"),
-    _diagnosis("none", "unused", (F, E), "meta choice branch chance"),
-    _diagnosis("none", "not-reaching-loss", (F, E), "extra_output differentiated seen_from_grad"),
+    _diagnosis("none", "cut", (F, E), f"escape apart other_step {CUTS}"),
+    _diagnosis("none", "unused", (F, E), "meta choice depth branch chance apart other_step replicated"),
+    _diagnosis("none", "not-reaching-loss", (F, E), "extra_output differentiated seen_from_grad other_step"),
     _diagnosis("none", "undefined-in-backward", (F,), "built_in"),
     # .grad is zero everywhere
-    _diagnosis("zero", "zero-loss-gradient", (F, E), "minimum flat ignored"),
+    _diagnosis("zero", "zero-loss-gradient", (F, E), "minimum lowest flat ignored"),
     _diagnosis("zero", "dead-activation", (F, E), "relu saturated single choice"),
     _diagnosis("zero", "masked", (F, E), "mask attention zero zero_constant dropout dropout_module choice"),
-    _diagnosis("zero", "clamped", (F,), "clamp round"),
-    _diagnosis("zero", "zero-weight-downstream", (F, E), "product named stuck forward stacked"),
+    _diagnosis("zero", "clamped", (F, E), "clamp round nearest flat"),
+    _diagnosis("zero", "sampled", (F,)),
+    _diagnosis("zero", "constant", (F,), "equal slope"),
+    _diagnosis("zero", "cancellation", (F,), "read elsewhere paths"),
+    _diagnosis("zero", "zero-weight-downstream", (F, E), "product named stuck fixed forward stacked"),
     _diagnosis("zero", "underflow", (F, E), "forward"),
     _diagnosis("zero", "absent-rows", (E,), "none empty inputs"),
     _diagnosis("zero", "structural", (E,), "cancels"),
@@ -80,16 +104,19 @@ CAUSES: tuple[Cause, ...] = (
     _diagnosis("zero", "unknown", (E,)),
     # some rows or columns of .grad are zero
     _diagnosis("partly-zero", "absent-rows", (E,), "rows picked slices inputs"),
-    _diagnosis("partly-zero", "dead-activation", (E,), "units"),
+    _diagnosis("partly-zero", "dead-activation", (E,), "units layers"),
     _diagnosis("partly-zero", "masked", (E,)),
     _diagnosis("partly-zero", "zero-weight-downstream", (E,), "product named stuck"),
     # .grad holds NaN or infinity
-    _diagnosis("non-finite", "forward", (F,), f"parameter input softmax-across mean loss {POLES}"),
-    _diagnosis("non-finite", "backward", (F,), f"where unseen unseen-input unseen-softmax function {POLES}"),
-    _diagnosis("non-finite", "overflow", (F,), "forward backward sum"),
+    _diagnosis("non-finite", "forward", (F,), FORWARD_POINTS),
+    _diagnosis("non-finite", "backward", (F,), BACKWARD_POINTS),
+    _diagnosis("non-finite", "overflow", (F,), f"{TOO_LARGE} {TOO_LARGE_WIDE}"),
     _diagnosis("non-finite", "unknown", (F,), "own elsewhere"),
     # the loop around it
-    _diagnosis("loop", "not-in-optimizer", (F, E), "other hidden"),
+    _diagnosis("loop", "gradients-off", (F, E), "no_grad inference_mode allowed"),
+    _diagnosis("loop", "not-compiled", (E,)),
+    _diagnosis("loop", "older-graph", (E,), "unnamed"),
+    _diagnosis("loop", "not-in-optimizer", (F, E), f"other hidden {OUTSIDE}"),
     _diagnosis("loop", "stale-in-optimizer", (F,)),
     _diagnosis("loop", "accumulating", (F,)),
     _diagnosis("loop", "moved-while-frozen", (F, E), f"{UNPUSHED} statistics"),
@@ -125,9 +152,12 @@ CAUSES: tuple[Cause, ...] = (
     _alert("zero-lr", (F, E)),
     _alert("unscaled-amp", (F,)),
     # check_gradients
-    _check("wrong", "wrong-backward", (F,), "check", f"function operator {LAYERS}"),
-    _check("wrong", "wrong-gradient", (F,), "check", "tensor written"),
-    _check("explained", "surrogate-gradient", (E,), "check", "surrogate_identity surrogate_steps"),
+    _check("wrong", "wrong-backward", (F,), "check", f"function operator second {LAYERS}"),
+    _check("wrong", "wrong-gradient", (F,), "check", f"tensor written {TRIED}"),
+    _check("explained", "surrogate-gradient", (E,), "check", f"surrogate_identity {SURROGATES}"),
+    _check("explained", "approximate", (E,), "check", "approximate"),
+    _check("explained", "saved-tensors", (E,), "check", "saved_tensors"),
+    _check("explained", "hook-backward", (E,), "check", "hook_backward"),
     _check("explained", "hooked", (E,), "check", "hooked"),
     _check("explained", "divided", (E,), "check", "divided"),
     _check("explained", "corner", (E,), "check", "corner"),

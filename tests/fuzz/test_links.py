@@ -11,7 +11,7 @@ import pytest
 from clinometer.messages import InputError
 from clinometer.record.write.recorder import Recorder
 from clinometer.text.token_shards import TokenData
-from clinometer.training.checkpoints import checkpoint
+from clinometer.training.checkpoints import checkpoint, retention
 from clinometer.training.replay.replay import replay_step
 from clinometer.training.run import prepare
 from clinometer.training.run.loop import train
@@ -128,7 +128,7 @@ def test_a_checkpoint_that_is_a_link_is_not_pruned_through(place):
     for step in (1, 2):
         (folder / f"step-{step:08d}").symlink_to(place / "home" / "step-00000003")
     before = state_of(place / "home")
-    checkpoint.prune(folder, 1, None)
+    retention.prune(folder, 1, None)
     assert state_of(place / "home") == before
 
 

@@ -68,8 +68,9 @@ def test_any_other_number_is_spoken_of_in_the_plural(given):
 
 
 COUNTED = (
-    "bytes|calls|classes|evaluations|files|findings|gradients|layers|lines|means|nodes|numbers|parameters|"
-    "parts|positions|rows|sentences|steps|tensors|tokens|units|values|weights"
+    "alerts|bytes|calls|classes|days|decades|documents|evaluations|files|findings|frames|gradients|"
+    "layers|lines|means|nodes|numbers|pairs|parameters|parts|positions|rows|sentences|steps|tensors|tokens|"
+    "units|values|weights"
 )
 
 
@@ -81,6 +82,7 @@ def test_a_counted_noun_knows_its_singular(key):
     found = re.findall(rf"\{{\w+(?::,)?\}} (?:[a-z]+ )?(?:{COUNTED})\b(?!/)", sentences("en")[key])
     found = [text for text in found if not re.search(r"\} (of|for|in|uses) ", text)]
     assert not found
+    assert not re.search(r"(?<!of )\ball \{", sentences("en")[key])  # "all 1 tensor"
 
 
 def test_an_error_is_rendered_in_the_language_of_whoever_reads_it():

@@ -148,11 +148,11 @@ def _rank(rank, folder):
         lambda: train(sharded(), **here, steps=4, clip=None, before_step=lambda s: s != 2 or rank == 0)
     )
     # Three seconds only where the other does not come: on a busy machine it comes late.
-    patience, rendezvous.PATIENCE = rendezvous.PATIENCE, 3.0
+    patience, rendezvous.EXCHANGE_PATIENCE = rendezvous.EXCHANGE_PATIENCE, 3.0
     facts["never steps again"] = heard(
         lambda: train(sharded(), **here, steps=4, clip=None, before_step=lambda s: s < 3 or rank == 0)
     )
-    rendezvous.PATIENCE = patience
+    rendezvous.EXCHANGE_PATIENCE = patience
     dist.barrier()
     facts["closed by one"] = heard(
         lambda: train(
@@ -164,9 +164,9 @@ def _rank(rank, folder):
     )
     model = sharded()
     optimizer = torch.optim.AdamW(model.parameters())
-    rendezvous.PATIENCE = 3.0
+    rendezvous.EXCHANGE_PATIENCE = 3.0
     facts["alone"] = refused(lambda: rank or watch(model, optimizer, Kept()))
-    rendezvous.PATIENCE = patience
+    rendezvous.EXCHANGE_PATIENCE = patience
     dist.barrier()
     facts["others"] = refused(lambda: watch(model, optimizer, Kept(), 1 + rank).close())
     facts["flattened"] = refused(

@@ -44,7 +44,9 @@ def kill_while_reading(folder, rounds, seed):
                 run = RunFile.open(folder)
                 last = run.info()["last_step"]
                 if last is not None:
-                    assert run.row(last)["scalars"]["loss"] == last
+                    row = run.row(last)
+                    # A commit that nobody was told of may come to light late, and is then cut off again.
+                    assert row["scalars"]["loss"] == last if row else last == done + 1
                     run.grid("grad_norm")
                     reads[0] += 1
                 run.close()

@@ -20,7 +20,7 @@ import torch
 
 from clinometer.record.read.reader import RunFile
 from clinometer.text.token_shards import TokenData
-from clinometer.training.checkpoints import checkpoint
+from clinometer.training.checkpoints import checkpoint, retention
 from clinometer.training.run import prepare
 from clinometer.training.run.loop import Outcome, train
 from clinometer.training.run.recording import open_record
@@ -94,15 +94,15 @@ def save_and_prune(here: Path) -> None:
     checkpoint.save_checkpoint(here, 3, *trained(), {})
     (here / "committed").touch()
     checkpoint.save_checkpoint(here, 3, *trained(), {})  # the same once more
-    checkpoint.prune(here, 2, None)
+    retention.prune(here, 2, None)
 
 
 def only_whole_ones_count(here: Path) -> None:
     found = whole_checkpoints(here)
     assert found[-1] >= (3 if (here / "committed").exists() else 2), found
-    checkpoint.sweep(here)
+    retention.sweep(here)
     checkpoint.save_checkpoint(here, 4, *trained(), {})
-    checkpoint.prune(here, 2, None)
+    retention.prune(here, 2, None)
     (here / "committed").unlink(missing_ok=True)
     left = sorted(path.name for path in here.iterdir())
     assert left == sorted({f"step-{found[-1]:08d}", "step-00000004"}), left

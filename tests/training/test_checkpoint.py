@@ -13,7 +13,7 @@ from clinometer.lm.model import TransformerLM
 from clinometer.lm.transformer_config import TransformerConfig
 from clinometer.messages import InputError
 from clinometer.optim.make_optimizers import make_optimizers
-from clinometer.training.checkpoints import checkpoint
+from clinometer.training.checkpoints import checkpoint, retention
 from clinometer.training.checkpoints.generator_state import random_state, restore_random_state
 
 CONFIG = TransformerConfig(vocab_size=11, context_length=8, d_model=8, num_layers=1, num_heads=2, d_ff=12)
@@ -206,10 +206,10 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path):
     for step in (1, 2, 3, 4, 5):
         checkpoint.save_checkpoint(tmp_path, step, model, optimizers, {})
     (tmp_path / ".step-00000009.123.tmp").mkdir()
-    checkpoint.prune(tmp_path, 2, best_step=2)
+    retention.prune(tmp_path, 2, best_step=2)
     kept = [f"step-0000000{s}" for s in (2, 4, 5)]
     assert sorted(p.name for p in tmp_path.iterdir()) == [".step-00000009.123.tmp", *kept]
-    checkpoint.sweep(tmp_path)
+    retention.sweep(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == kept
 
 

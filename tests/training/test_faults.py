@@ -1,5 +1,6 @@
 """What a tester broke, and what must happen instead."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import threading
 import pytest
 
 from clinometer.messages import InputError
+from clinometer.training.checkpoints import checkpoint
 from clinometer.training.run import prepare
 from clinometer.training.run.display import printable
 from clinometer.training.run.json_lines import JsonLines
@@ -37,20 +39,91 @@ def test_a_run_folder_deleted_while_training_stops_the_run_and_does_not_come_bac
     assert not (tmp_path / "run").exists()
 
 
-def test_a_metrics_file_that_lost_rows_is_refused_and_not_filled_with_zeros(config, tmp_path):
+@pytest.mark.parametrize("kept", [0, 0.5, 1])
+def test_rows_that_were_lost_are_said_and_not_filled_and_do_not_block_the_weights(config, tmp_path, kept):
     session = prepare.start(config, tmp_path / "run", Silent())
     assert train(session, Silent()) is Outcome.DONE
     session.close()
     metrics = tmp_path / "run" / "metrics.jsonl"
     whole = metrics.read_bytes()
-    metrics.unlink()
-    with pytest.raises(InputError) as error:
+    cut = whole[: int(len(whole) * kept) if kept < 1 else -3]  # 1: only the end of the last row is missing
+    metrics.write_bytes(cut)
+    display = Silent()
+    prepare.resume(tmp_path / "run", None, display).close()
+    left = cut[: cut.rfind(b"\n") + 1]
+    assert metrics.read_bytes() == left
+    assert ("run.lines_lost", {"path": tmp_path / "run", "lost": len(whole) - len(left)}) in display.notices
+
+
+def _with_two_checkpoints(config, path):
+    session = prepare.start(config, path, Silent())
+    assert train(session, Silent()) is Outcome.DONE
+    session.close()
+    older, newest = checkpoint.checkpoints(path / "checkpoints")[-2:]
+    return older, newest, (newest / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "one bit", "no state"])
+def test_where_nobody_looks_the_newest_whole_checkpoint_is_taken_and_the_run_ends_the_same(
+    config, tmp_path, damage
+):
+    older, newest, weights = _with_two_checkpoints(config, tmp_path / "run")
+    if damage == "truncated":
+        os.truncate(newest / "model.safetensors", 100)
+    elif damage == "one bit":
+        changed = bytearray(weights)
+        changed[-1] ^= 1
+        (newest / "model.safetensors").write_bytes(changed)
+    else:
+        (newest / "state.json").write_text("{}", encoding="utf-8")
+    damaged = (newest / "model.safetensors").read_bytes()
+    with pytest.raises(InputError):  # somebody who sits there is asked
         prepare.resume(tmp_path / "run", None, Silent())
-    assert error.value.key == "run.lines_lost"
-    assert not metrics.exists() or metrics.read_bytes() == b""
-    metrics.write_bytes(whole)
-    prepare.resume(tmp_path / "run", None, Silent()).close()
-    assert metrics.read_bytes() == whole
+    display = Silent()
+    session = prepare.resume(tmp_path / "run", None, display, unattended=True)
+    assert session.step == checkpoint.step_of(older)
+    (said,) = [values for key, values in display.notices if key == "resume.set_aside"]
+    assert (said["aside"] / "model.safetensors").read_bytes() == damaged
+    assert train(session, Silent()) is Outcome.DONE
+    session.close()
+    assert (newest / "model.safetensors").read_bytes() == weights
+
+
+def test_the_last_checkpoint_is_not_set_aside_even_if_none_is_whole(config, tmp_path):
+    path = tmp_path / "run"
+    _with_two_checkpoints(config, path)
+    saved = checkpoint.checkpoints(path / "checkpoints")
+    for each in saved:
+        os.truncate(each / "model.safetensors", 100)
+    with pytest.raises(InputError) as error:
+        prepare.resume(path, None, Silent(), unattended=True)
+    assert error.value.key == "checkpoint.torn"
+    assert checkpoint.checkpoints(path / "checkpoints") == saved[:1]
+
+
+def test_more_steps_for_a_run_that_has_ended_say_where_the_rate_goes(config, tmp_path):
+    _with_two_checkpoints(config, tmp_path / "run")
+    more = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=60))
+    display = Silent()
+    prepare.resume(tmp_path / "run", more, display).close()
+    (said,) = [values for key, values in display.notices if key == "resume.rate"]
+    assert float(said["new"]) > 2 * float(said["old"])
+    display = Silent()  # now these are its steps
+    prepare.resume(tmp_path / "run", more, display).close()
+    assert "resume.rate" not in [key for key, _ in display.notices]
+
+
+def test_json_lines_are_named_as_what_they_are(config, tmp_path):
+    chat = tmp_path / "chat.jsonl"
+    row = json.dumps({"messages": [{"role": "user", "content": "hello there"}]})
+    chat.write_text(f"{row}\n" * 400, encoding="utf-8")
+    display = Silent()
+    chats = dataclasses.replace(config, data=dataclasses.replace(config.data, corpus=str(chat)))
+    prepare.start(chats, tmp_path / "chat", display).close()
+    assert ("train.json_lines", {"corpus": str(chat), "fields": "messages"}) in display.notices
+    display = Silent()
+    prepare.start(config, tmp_path / "plain", display).close()
+    assert "train.json_lines" not in [key for key, _ in display.notices]
 
 
 def test_a_damaged_checkpoint_does_not_cost_the_rows_after_it(config, tmp_path):

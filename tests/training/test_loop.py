@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from clinometer.lm.functional import cross_entropy, transformer_lm
 from clinometer.messages import InputError
 from clinometer.training.checkpoints import checkpoint
-from clinometer.training.run import loop, prepare
+from clinometer.training.run import computation, loop, prepare
 from clinometer.training.run.loop import Outcome, train
 from clinometer.training.run.run_folder import RunFolder
 from clinometer.training.settings.config import OptimConfig, RunConfig, ScheduleConfig
@@ -369,7 +369,7 @@ def test_a_failed_start_leaves_nothing_behind(tmp_path, corpus):
 def test_learning_rates_start_above_zero_and_end_at_the_lowest():
     for name in ("cosine", "wsd"):
         config = RunConfig(schedule=ScheduleConfig(name=name, warmup_steps=10, min_lr=1e-5))
-        rates = [loop.learning_rate(config, step) for step in range(1, config.training.steps + 1)]
+        rates = [computation.learning_rate(config, step) for step in range(1, config.training.steps + 1)]
         assert rates[0] == pytest.approx(config.optim.lr / 10)
         assert rates[9] == config.optim.lr
         assert rates[-1] == pytest.approx(1e-5)

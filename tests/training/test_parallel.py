@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clinometer.text import sampler
-from clinometer.training.checkpoints import checkpoint
+from clinometer.training.checkpoints import checkpoint, retention
 from clinometer.training.checkpoints.checkpoint import checkpoints
 from clinometer.training.ranks.rows import rows_of
 from clinometer.training.run import prepare
@@ -239,7 +239,7 @@ def test_checkpoints_written_beside_the_training_are_those_written_at_once(job):
 
 def test_nothing_is_tidied_up_while_a_checkpoint_is_being_written(job, monkeypatch):
     folder, _ = job
-    write, prune, under_way = checkpoint.write_checkpoint, checkpoint.prune, []
+    write, prune, under_way = checkpoint.write_checkpoint, retention.prune, []
 
     def slow(folder, snapshot):
         under_way.append(snapshot)
@@ -254,7 +254,7 @@ def test_nothing_is_tidied_up_while_a_checkpoint_is_being_written(job, monkeypat
         prune(*arguments)
 
     monkeypatch.setattr(checkpoint, "write_checkpoint", slow)
-    monkeypatch.setattr(checkpoint, "prune", seen)
+    monkeypatch.setattr(retention, "prune", seen)
     path = Path(folder / "one" / "tidied")
     whole_run(replace(configured(folder, "adamw", async_checkpoints=True, keep=2, checkpoint_every=1)), path)
     assert len(checkpoints(path / "checkpoints")) >= 2

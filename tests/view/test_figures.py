@@ -323,6 +323,8 @@ def test_layers_have_their_kinds_in_one_order():
         (-2.5e-7, "−2.500e-07"),
         (float("nan"), "–"),
         (float("inf"), "∞"),
+        (3.4028234663852886e38, "≥ 3.403e+38"),  # float32's largest: a norm that float32 cannot hold
+        (3.4e38, "3.400e+38"),
         (None, "–"),
     ],
 )

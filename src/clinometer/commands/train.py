@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -68,7 +69,7 @@ def _train(
         if not world.first:
             session = attend(display, world)
         elif again and run is not None:
-            session = resume(run, config, display, world)
+            session = resume(run, config, display, world, unattended=not sys.stdin.isatty())
         else:
             config = config or RunConfig()
             if config.data.corpus == "python":  # the default: the user may have forgotten to name a text

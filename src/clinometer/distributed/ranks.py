@@ -53,6 +53,24 @@ class Ranks:
 
         return (0, 1) if self.alone else (dist.get_rank(), dist.get_world_size())
 
+    def awaited(self, called: Collection[nn.Module]) -> set[str]:
+        """The tensors of which DDP waits for a gradient at every backward, of the wrappers in `called`.
+
+        None of a wrapper that looks for unused parameters itself, or knows the graph.
+        """
+        waiting = [
+            replica
+            for replica in self._replicas
+            if replica in called and not (replica.find_unused_parameters or replica.static_graph)
+        ]
+        theirs = {
+            id(parameter)
+            for replica in waiting
+            for name, parameter in replica.module.named_parameters()
+            if parameter.requires_grad and name not in replica.parameters_to_ignore
+        }
+        return {name for name, tensor in self._tensors.items() if id(tensor) in theirs}
+
     def refuse_sharded(self, key: str, names: Collection[str] | None = None) -> None:
         """Raises InputError `key` if one of `names` (default: any) is in parts."""
         for name in self.sharded:

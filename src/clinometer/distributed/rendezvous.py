@@ -3,7 +3,7 @@
 Under FSDP2 or tensor parallelism a watch is made on every rank, as the optimizer is. Over the process group's
 store the ranks see that all of them came and watch the same, before anything waits for them. What they
 exchange at each step goes over a gloo group of the watch's own: the order of the training's collectives does
-not change, a GPU waits for nothing, and a rank that does not answer is given up after `PATIENCE`.
+not change, a GPU waits for nothing, and a rank that does not answer is given up after `EXCHANGE_PATIENCE`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from clinometer.distributed.sharded_tensors import is_distributed, is_sharded, r
 from clinometer.messages import InputError, say
 from clinometer.torch_internals.modules import default_store
 
-PATIENCE = 300.0
+EXCHANGE_PATIENCE = 300.0
 """Seconds that a rank waits for the others before it says so and goes on without the watch."""
 _SAY_SO = 15.0
 """Seconds after which a rank that waits prints for whom."""
@@ -56,7 +56,7 @@ class WatchRanks:
         self._agree(signature)
         self.group: Any = dist.new_group(
             list(self.ranks),
-            timeout=timedelta(seconds=PATIENCE),
+            timeout=timedelta(seconds=EXCHANGE_PATIENCE),
             backend="gloo",
             use_local_synchronization=True,
         )
@@ -83,13 +83,13 @@ class WatchRanks:
         return None
 
     def wait_for(self, work: Any, begun: float) -> None:
-        """Wait for an exchange. Raises InputError if a rank left, or `PATIENCE` seconds after `begun`."""
+        """Wait for an exchange. Raises InputError if a rank left, or the patience after `begun` is over."""
         pause = 2e-5
         while not work.is_completed():
             passed = time.monotonic() - begun
             if passed > _ASK_WHO_LEFT and (left := self.error_of_absent()) is not None:
                 raise left
-            if passed > PATIENCE:
+            if passed > EXCHANGE_PATIENCE:
                 raise InputError("watch.ranks.silent", seconds=int(passed))
             time.sleep(pause)
             pause = min(2 * pause, 0.02)
@@ -101,10 +101,10 @@ class WatchRanks:
         names = {other: f"{self._generation}/{other}" for other in self.ranks}
         self._board.post(f"{self._generation}/{rank()}", json.dumps(signature, sort_keys=True))
         everyone, begun = list(names.values()), time.monotonic()
-        complete = self._board.wait(everyone, min(_SAY_SO, PATIENCE))
-        if not complete and PATIENCE > _SAY_SO:
+        complete = self._board.wait(everyone, min(_SAY_SO, EXCHANGE_PATIENCE))
+        if not complete and EXCHANGE_PATIENCE > _SAY_SO:
             print(say("watch.ranks.waiting", ranks=self._absent(names)), file=sys.stderr)
-            complete = self._board.wait(everyone, PATIENCE - _SAY_SO)
+            complete = self._board.wait(everyone, EXCHANGE_PATIENCE - _SAY_SO)
         if not complete:
             absent = self._absent(names)
             self._board.remove(f"{self._generation}/{rank()}")  # a late rank must not count on this one

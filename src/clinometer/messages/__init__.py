@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import tomllib
 from collections.abc import Mapping
 from functools import cache
@@ -107,6 +108,10 @@ class _Sentence(Formatter):
     def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
         chosen = one_or_many(field_name, kwargs)
         return super().get_field(field_name, args, kwargs) if chosen is None else (chosen, field_name)
+
+    def convert_field(self, value: Any, conversion: Any) -> Any:
+        """`{path!q}` stands in a command to copy: quoted for the shell if it has to be."""
+        return shlex.quote(str(value)) if conversion == "q" else super().convert_field(value, conversion)
 
 
 _SENTENCE = _Sentence()

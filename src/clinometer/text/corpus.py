@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from clinometer.foreign_files import parse_json
 from clinometer.messages import InputError
 from clinometer.text.safe_cuts import last_safe_cut
 
@@ -55,6 +56,16 @@ class Corpus:
             if ends:
                 yield "".join(parts)
                 parts = []
+
+    def json_fields(self) -> list[str]:
+        """The field names if the text is JSON Lines, which reads as JSON and not as what it says; or []."""
+        first = next(iter(self.texts()), "").partition("\n")[0]
+        if not first.startswith("{"):
+            return []
+        try:
+            return list(parse_json(first))
+        except ValueError:
+            return []
 
     def texts(self) -> Iterator[str]:
         """The same text in pieces of bounded size, for callers that do not need the ends of documents."""

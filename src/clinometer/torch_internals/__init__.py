@@ -10,6 +10,10 @@ Seen to work with torch 2.10.0, 2.13.0, 2.14.1 and 2.15.0 unless a line says oth
     CheckpointFunction.forward                        looking into reentrant checkpoints   "checkpoints"
     _C.DisableTorchFunction                           the same                             "checkpoints"
     _C._are_functorch_transforms_active               leaving vmap and grad alone          "transforms"
+    _C._functorch.get_unwrapped, is_functorch_wrapped_tensor, is_gradtrackingtensor
+                                                      the graph and the values in them     "transforms"
+    _functorch.eager_transforms._wrap_tensor_for_grad                                      low precision there
+    _unpack_dual, a call's name                       derivatives of forward mode          taken as a cut
     _C._autograd._top_saved_tensors_default_hooks     reading what nodes saved             "saved"
     node._saved_<name>                                the same                             None
     node._input_metadata, _sequence_nr                shapes and order of nodes            None
@@ -39,6 +43,8 @@ Seen to work with torch 2.10.0, 2.13.0, 2.14.1 and 2.15.0 unless a line says oth
     ops.mkldnn._linear_pointwise, _reorder_linear_weight, _is_mkldnn_bf16_supported        plain products
     cpu._is_amx_tile_supported, _is_avx512_bf16_supported                                  float32
     "torch._dynamo" among the loaded modules          leaving the compiler out             taken as not loaded
+    _dynamo.eval_frame._callback_from_stance          whether compiled code ran            modules only
     frames: of decorators (decorate_context up to 2.14, another name from 2.15, one file), of grad_scaler.py
       and nn/utils/parametrizations.py                                                     a line less exact
+    frames: that only overrides.py and utils/_python_dispatch.py put modes away        Ctrl-C may leave a mode
 """

@@ -48,6 +48,12 @@ def has_forward_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
+def has_full_backward_hooks(module: nn.Module) -> bool:
+    """Whether a module's input or output passes through torch's Function for full backward hooks."""
+    hooks = getattr(module, "_backward_hooks", None) or getattr(module, "_backward_pre_hooks", None)
+    return bool(hooks)
+
+
 def any_global_hook() -> bool:
     """Whether every module runs hooks when it is called; True too where that cannot be seen."""
     return _any_global_hook is None or bool(_any_global_hook())

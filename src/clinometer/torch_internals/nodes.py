@@ -37,10 +37,25 @@ def shape_into(node: Any, position: int) -> torch.Size | None:
     return None if metadata is None else metadata[position].shape
 
 
+def run_node(node: Any, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...] | None:
+    """What a node would hand on for these gradients of its outputs; None if it cannot be run by itself."""
+    try:
+        handed = node(*gradients)
+    except (RuntimeError, TypeError, NotImplementedError):
+        return None
+    return handed if isinstance(handed, tuple) else (handed,)
+
+
 def order_of(node: Any) -> int | None:
     """A number that grows with each node a forward makes."""
     number = getattr(node, "_sequence_nr", None)
     return None if number is None else number()
+
+
+def next_order() -> int | None:
+    """The number that a node made now would have: those made before have smaller ones."""
+    with torch.inference_mode(False), torch.enable_grad():
+        return order_of(torch.zeros((), requires_grad=True).neg().grad_fn)
 
 
 def run_backward(loss: Tensor, tensors: Sequence[Tensor], *, accumulate: bool) -> Sequence[Tensor | None]:

@@ -184,3 +184,31 @@ def test_tensors_are_float64_inside_and_their_own_memory_outside():
         interrupted()
     assert w.dtype == torch.float32
     assert w.data_ptr() == address
+
+
+@pytest.mark.parametrize("constant", [0.0, 1e6, 1e12, 1e14])
+def test_a_doubled_gradient_does_not_pass_because_the_loss_is_large(constant):
+    model, x = nn.Linear(4, 3), torch.randn(5, 4)
+
+    def loss(double):
+        h = model(x)
+        if double:
+            h.register_hook(lambda g: 2 * g)
+        return h.square().mean() + constant
+
+    doubled, right = check_gradients(model, lambda: loss(True)), check_gradients(model, lambda: loss(False))
+    assert right.healthy
+    assert not doubled.passed
+    assert right.passed == (constant <= 1e6)
+    if constant > 1e6:
+        for check in (doubled, right):
+            (finding,) = check.findings
+            assert (finding.cause, finding.variant) == ("unclear", "rounding")
+            assert "constant" in finding.say("remedy")
+
+
+@pytest.mark.parametrize("size", [1e-11, 1e-30])
+def test_tiny_weights_are_not_accused(size):
+    w = (size * torch.linspace(1, 2, 3, dtype=torch.float64)).requires_grad_()
+    for f in (lambda: (1 / w).sum(), lambda: w.square().sum(), lambda: (w / size).tanh().sum()):
+        assert check_gradients({"w": w}, f).healthy

@@ -142,3 +142,24 @@ def test_rounding_of_the_numbers_a_small_loss_is_made_of_is_measured():
     assert judged.verdict == "passed"
     assert abs(judged.error) <= judged.tolerance <= COARSEST * size
     assert judge(f, size * 1.001, size, size, f(0.0)).verdict == "wrong"
+
+
+@pytest.mark.parametrize(
+    ("f", "slope"),
+    [
+        (lambda t: 1 / (1e-11 + t), -1e22),
+        (lambda t: math.tanh(1e30 * t), 1e30),
+        (lambda t: math.sin(1e12 * (1 + t)), 1e12 * math.cos(1e12)),
+        (lambda t: math.sin(1e9 * (1 + t)), 1e9 * math.cos(1e9)),
+        (lambda t: t / (1e-13 + abs(t)), 1e13),
+    ],
+)
+def test_a_right_slope_that_no_step_can_resolve_is_not_called_wrong(f, slope):
+    assert judge(f, slope, abs(slope), abs(f(0.0)), f(0.0)).verdict == "unclear"
+
+
+def test_a_wrong_slope_of_a_steep_function_is_still_found():
+    f = lambda t: math.sin(1e3 * (1 + t))  # noqa: E731
+    slope = 1e3 * math.cos(1e3)
+    assert judge(f, slope, abs(slope), abs(f(0.0)), f(0.0)).verdict == "passed"
+    assert judge(f, 1.02 * slope, abs(slope), abs(f(0.0)), f(0.0)).verdict == "wrong"

@@ -181,3 +181,136 @@ def test_the_line_that_needs_it_is_found_without_another_forward(fault, monkeypa
     (note,) = caught.value.__notes__
     assert f"the backward of test_overwritten.py:{line_of(fault, '# needs')} (" in note
     assert len(forwards) == 1
+
+
+# ---- the remedy can be followed at the line that is named ----
+
+
+def the_gan_s_step_between_forward_and_backward(model, mended):
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    first = model(model(x())).sum()  # needs
+    model(x()).sum().backward()
+    if mended:
+        first.backward()
+    optimizer.step()  # writes
+    if not mended:
+        first.backward()
+    return first
+
+
+def an_average_copied_into_the_weights(model, mended):
+    first = model(model(x())).sum()  # needs
+    if mended:
+        first.backward()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(p * 0.9)  # writes
+    if not mended:
+        first.backward()
+    return model(x()).sum() + first.detach()
+
+
+def a_state_loaded_between(model, mended):
+    state = {name: value * 2 for name, value in model.state_dict().items()}
+    h = model(x())
+    first = (h @ model.weight).sum()  # needs
+    if mended:
+        first.backward()
+    model.load_state_dict(state)  # writes
+    if not mended:
+        first.backward()
+    return first
+
+
+def weights_clipped_between(model, mended):
+    first = model(model(x())).sum()  # needs
+    if mended:
+        first.backward()
+    with torch.no_grad():
+        model.weight.clamp_(-0.01, 0.01)  # writes
+    if not mended:
+        first.backward()
+    return first
+
+
+def a_weight_normalised_in_the_forward(model, mended):
+    total = 0
+    for _ in range(2):
+        weight = model.weight
+        if mended:
+            weight = weight / weight.norm()
+        else:
+            with torch.no_grad():
+                weight.div_(weight.norm())  # writes
+        h = F.linear(x(), weight, model.bias)
+        total = total + F.linear(h, weight).sum()  # needs
+    return total
+
+
+def an_activation_set_to_zero(model, mended):
+    h = model(x()).exp()  # needs
+    if mended:
+        h = h.clone()
+    h.zero_()  # writes
+    return h.sum()
+
+
+def an_entry_assigned(model, mended):
+    h = model(x()).sigmoid()  # needs
+    if mended:
+        h = h.clone()
+    h[:, 0] = 0.0  # writes
+    return h.sum()
+
+
+def a_sum_into_a_view(model, mended):
+    h = model(x()).exp()  # needs
+    if mended:
+        h = h.clone()
+    part = h[1:]
+    part += 1  # writes
+    return h.sum()
+
+
+def an_in_place_layer(model, mended):
+    h = model(x()).tanh()  # needs
+    h = nn.ReLU(inplace=not mended)(h)  # writes
+    return h.sum()
+
+
+def in_place_dropout(model, mended):
+    h = model(x()).tanh()  # needs
+    h = F.dropout(h, 0.5, inplace=not mended)  # writes
+    return h.sum()
+
+
+WEIGHTS = "Run this backward before the write"
+REMEDIES = [
+    (the_gan_s_step_between_forward_and_backward, "Run this backward before the step, or run the forward at"),
+    (an_average_copied_into_the_weights, WEIGHTS),
+    (a_state_loaded_between, WEIGHTS),
+    (weights_clipped_between, WEIGHTS),
+    (a_weight_normalised_in_the_forward, "compute a new tensor (w = …)"),
+    (an_activation_set_to_zero, "x = x.clone() before it"),
+    (an_entry_assigned, "x = x.clone() before"),
+    (a_sum_into_a_view, "x = x.clone() before it"),
+    (an_in_place_layer, "give it inplace=False"),
+    (in_place_dropout, ""),
+]
+
+
+@pytest.mark.parametrize(("fault", "remedy"), REMEDIES, ids=lambda value: getattr(value, "__name__", ""))
+def test_who_wrote_chooses_the_remedy_and_following_it_helps(fault, remedy):
+    model = nn.Linear(4, 4)
+    with pytest.raises(RuntimeError, match="inplace") as caught:
+        diagnose(model, lambda: fault(model, False))
+    (note,) = caught.value.__notes__
+    needs, writes = (f"test_overwritten.py:{line_of(fault, c)} (" for c in ("# needs", "# writes"))
+    assert needs in note
+    assert writes in note
+    assert remedy in note
+    if remedy in (WEIGHTS, REMEDIES[0][1]):
+        assert "clone" not in note
+        assert "torch.where" not in note
+        assert "addcdiv" not in note
+    diagnose(model, lambda: fault(model, True))

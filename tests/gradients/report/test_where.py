@@ -12,7 +12,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import clinometer
-from clinometer.gradients.report.places import Where, is_instrument, is_machinery, user_frame
+from clinometer.gradients.report.places import Where, user_frame
+from clinometer.gradients.sandbox.code_origin import is_instrument, is_machinery
 
 
 class Watching(TorchFunctionMode):

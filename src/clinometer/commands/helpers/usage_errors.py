@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import os
+import shlex
 from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
 import cyclopts
 
+from clinometer.commands.helpers.other_names import option_for
 from clinometer.messages import say
 
 _KINDS: dict[Any, str] = {int: "whole", float: "number", bool: "truth"}
@@ -26,7 +29,9 @@ def explain_usage(error: cyclopts.CycloptsError) -> str:
         commands = [] if error.app is None else [name for name in error.app if not name.startswith("-")]
         return _unknown("command", error.unused_tokens[0], commands, seen)
     if isinstance(error, cyclopts.UnusedCliTokensError) and error.unused_tokens:
-        return say("cli.unused", given=" ".join(map(str, error.unused_tokens)), help=seen)
+        return _unused([str(token) for token in error.unused_tokens], error, seen)
+    if isinstance(error, cyclopts.RepeatArgumentError) and error.token.source == "cli":
+        return say("cli.repeated", option=error.token.keyword or error.token.value, help=seen)
     if isinstance(error, cyclopts.CoercionError) and error.token is not None and error.argument is not None:
         kind = _KINDS.get(error.target_type)
         if kind is not None and error.token.source == "cli":
@@ -41,8 +46,21 @@ def explain_usage(error: cyclopts.CycloptsError) -> str:
     return say("cli.wrong", text=str(error), help=seen)
 
 
+def _unused(given: list[str], error: cyclopts.CycloptsError, seen: str) -> str:
+    """What stands where nothing may: several files are most likely a pattern that the shell has opened."""
+    if tuple(error.command_chain or ()) == ("train",) and all(map(os.path.exists, given)):
+        files = [text for text in error.root_input_tokens or given if os.path.isfile(text)] or given
+        folder, ends = os.path.dirname(files[-1]), {os.path.splitext(text)[1] for text in files}
+        pattern = os.path.join(folder, f"*{ends.pop() if len(ends) == 1 else ''}")
+        corpus = shlex.quote(pattern if len(files) > 1 else files[0])
+        return say("cli.unused_files", given=" ".join(given), corpus=corpus, help=seen)
+    return say("cli.unused", given=" ".join(given), help=seen)
+
+
 def _unknown(what: str, given: str, known: Iterable[str], seen: str) -> str:
-    near = difflib.get_close_matches(given, list(known), n=1)
+    names = set(known)
+    near = option_for(given, names) if what == "option" else None
+    near = near or next(iter(difflib.get_close_matches(given, sorted(names), n=1)), None)
     if near:
-        return say(f"cli.unknown_{what}_near", given=given, near=near[0], help=seen)
+        return say(f"cli.unknown_{what}_near", given=given, near=near, help=seen)
     return say(f"cli.unknown_{what}", given=given, help=seen)

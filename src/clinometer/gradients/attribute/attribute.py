@@ -15,11 +15,13 @@ from clinometer.gradients.attribute.result import Attribution, Attributions, Con
 from clinometer.gradients.attribute.tokens import Text
 from clinometer.gradients.attribute.use_recorder import UseRecorder
 from clinometer.gradients.sandbox.closure import Closure, eagerly, evaluate
+from clinometer.gradients.sandbox.interrupts import theirs, uninterrupted
 from clinometer.gradients.sandbox.sandbox import modules_named_by, untouched
 from clinometer.gradients.sandbox.subject import Subject
 from clinometer.messages import InputError
 
 
+@uninterrupted
 def attribute(
     params: Any,
     closure: Closure,
@@ -74,7 +76,7 @@ def attribute(
                     raise InputError("attribution.no_graph")
                 watched.end_in(loss)
                 watched.armed = True
-                loss.backward()
+                theirs(loss.backward)
         finally:
             watched.remove_hooks()
         grads = {key: _gradient(key, tensor) for key, tensor in tensors.items()}

@@ -13,7 +13,7 @@ from torch import Tensor
 from clinometer.gradients.attribute.call_kinds import name_of
 from clinometer.gradients.attribute.contraction import Placement
 from clinometer.gradients.attribute.parameter_functions import ELEMENTWISE, ParameterFunction, function_of
-from clinometer.gradients.report.places import is_instrument
+from clinometer.gradients.sandbox.code_origin import is_instrument
 from clinometer.gradients.sandbox.tensors import tensors_in
 from clinometer.torch_internals.frames import is_parametrization
 

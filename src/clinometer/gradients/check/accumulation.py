@@ -17,6 +17,7 @@ from clinometer.gradients.report.finding import EXPLAINED, FAULT, Finding
 from clinometer.gradients.report.formatting import format_count, format_number
 from clinometer.gradients.report.result import Result
 from clinometer.gradients.sandbox.closure import Closure, eagerly
+from clinometer.gradients.sandbox.interrupts import uninterrupted
 from clinometer.gradients.sandbox.sandbox import modules_named_by, untouched
 from clinometer.gradients.sandbox.subject import Subject
 from clinometer.messages import InputError
@@ -135,6 +136,7 @@ class AccumulationCheck(Result):
         return Finding(self.cause, "wrong", FAULT, f"accumulation.{key}", tuple(names), None, values)
 
 
+@uninterrupted
 def check_accumulation(
     params: Any, full: Closure, parts: Iterable[Closure] | Callable[[], Iterable[Closure]]
 ) -> AccumulationCheck:

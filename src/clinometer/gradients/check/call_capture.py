@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 from clinometer.gradients.report.places import Where, user_frame
@@ -27,6 +28,7 @@ from clinometer.torch_internals.custom_functions import (
     has_setup_context,
     operator_name,
     registered_backward,
+    transforms_active,
 )
 
 MOST_CALLS = 8
@@ -52,6 +54,8 @@ class CapturedCall:
     """Of a custom operator: the line that calls it."""
     backward: Any = None
     """Of a custom operator: the function registered as its backward."""
+    operation: str = ""
+    """Of a single call of torch: its name."""
 
 
 class _Copying(TorchFunctionMode):
@@ -73,6 +77,38 @@ class _Copying(TorchFunctionMode):
             if tensor.requires_grad:
                 self.inputs.append(memo[id(tensor)])
         return memo[id(tensor)]
+
+
+def copied_arguments(arguments: Any) -> tuple[Any, list[Tensor]] | None:
+    """A copy, and the tensors in it that require a gradient; None if it cannot be copied."""
+    try:
+        memo: dict[int, Any] = {}
+        with _Copying() as copying:
+            for tensor in tensors_in(arguments):  # a Parameter copies itself without asking the mode
+                copying.take(tensor, memo)
+            return copy.deepcopy(arguments, memo), copying.inputs
+    except Exception:
+        return None
+
+
+@contextmanager
+def running_modules(paths: Mapping[nn.Module, str], running: list[str]) -> Iterator[None]:
+    """Inside, `running` ends with the path of the module that runs now."""
+
+    def enter(module: nn.Module, args: Any) -> None:
+        running.append(paths.get(module, running[-1] if running else ""))
+
+    def leave(module: nn.Module, args: Any, out: Any) -> None:
+        if running:
+            running.pop()
+
+    before = register_module_forward_pre_hook(enter)
+    after = register_module_forward_hook(leave, always_call=True)
+    try:
+        yield
+    finally:
+        before.remove()
+        after.remove()
 
 
 class Capture:
@@ -146,18 +182,12 @@ class Capture:
                 call.backward = backward
 
     def _note(self, path: str, target: Any, arguments: Any, most: int) -> CapturedCall | None:
-        if self._counts.get(target, 0) >= most:
+        if self._counts.get(target, 0) >= most or transforms_active():  # what vmap wraps lives in it only
             return None
         self._counts[target] = self._counts.get(target, 0) + 1
-        try:
-            memo: dict[int, Any] = {}
-            with _Copying() as copying:
-                for tensor in tensors_in(arguments):  # a Parameter copies itself without asking the mode
-                    copying.take(tensor, memo)
-                kept = copy.deepcopy(arguments, memo)
-        except Exception:  # something that cannot be copied cannot be called again either
+        if (copied := copied_arguments(arguments)) is None:
             return None
-        call = CapturedCall(path, target, kept, copying.inputs)
+        call = CapturedCall(path, target, *copied)
         for tensor in tensors_in(arguments):
             if tensor.grad_fn is not None:
                 call.upstream |= live_below(tensor.grad_fn, self._bits, self._below)

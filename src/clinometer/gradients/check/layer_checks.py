@@ -18,15 +18,25 @@ from torch import Tensor, nn
 
 from clinometer.gradients.check.call_capture import CapturedCall
 from clinometer.gradients.check.likely_mistakes import Hint, hint_of, names_of_inputs
+from clinometer.gradients.check.localise import largest_share
 from clinometer.gradients.check.numerics.finite_differences import DIRECTIONS, Judgement, reals
 from clinometer.gradients.check.numerics.float64 import Float64Tensors, InDouble
 from clinometer.gradients.check.numerics.perturbation import NotRepeatable, Probe
 from clinometer.gradients.report.places import Where
 from clinometer.gradients.sandbox.tensors import tensors_in
-from clinometer.torch_internals.custom_functions import argument_names, has_setup_context, operator_name
+from clinometer.torch_internals.custom_functions import (
+    argument_names,
+    attributes_kept,
+    has_setup_context,
+    operator_name,
+    without_modes,
+)
 from clinometer.torch_internals.tensors import has_hooks, is_wrapper
 
-Surrogate = Literal["", "identity", "steps"]
+Surrogate = Literal["", "identity", "steps", "sampled"]
+Flaw = Literal["", "no_derivative", "repeated", "second"]
+APPROXIMATE = 1e-3
+"""Up to this relative error a backward is approximate, and not wrong: a solver's, a rounded constant's."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +64,18 @@ class LayerCheck:
     """Of a custom operator: the line that calls it."""
     hint: Hint | None = None
     """What a wrong backward of a Function was measured to be."""
+    share: float = 0.0
+    """Of one that is right up to this relative error in every part: the error; else 0."""
+    operation: bool = False
+    """Whether it is one call of torch."""
+    flaw: Flaw = ""
+    """What kind of wrong: no derivative at all, an index that occurs twice, the second derivative only."""
+    kept: tuple[str, ...] = ()
+    """Tensors that a Function keeps as attributes of ctx: constants for its second derivative."""
 
     @property
     def passed(self) -> bool:
-        return self.judgement.verdict != "wrong"
+        return self.judgement.verdict != "wrong" or self.share > 0
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -74,6 +92,9 @@ class LayerCheck:
             "precision": self.precision,
             "called": None if self.called is None else self.called.to_dict(),
             "hint": self.hint,
+            "share": self.share,
+            "operation": self.operation,
+            "flaw": self.flaw,
         }
 
 
@@ -84,8 +105,13 @@ def check_call(
     rewind: Callable[[], None],
     seed: int,
     verdict: Callable[[Probe, Iterable[str], torch.Generator], Judgement] | None = None,
+    *,
+    second: bool = False,
 ) -> LayerCheck | None:
-    """The verdict on one call; None when it cannot be repeated alone, or nothing in it has a gradient."""
+    """The verdict on one call; None when it cannot be repeated alone, or nothing in it has a gradient.
+
+    `second` asks for its second derivative: is the derivative of its backward that of what it computes?
+    """
     judge = verdict or _judge
     rewind()  # a forward may have put another parameter in the place of one: each run begins without it
     module = call.target if isinstance(call.target, nn.Module) else None
@@ -102,7 +128,7 @@ def check_call(
     }
     if not tensors or any(t.numel() == 0 for t in tensors.values()):
         return None
-    weighed = _Weighed(call, rewind, seed)
+    weighed = (_SecondOrder if second else _Weighed)(call, rewind, seed)
     probe = Probe(weighed, tensors, doubling, doubled)
     for x in call.inputs:
         x.requires_grad_()
@@ -125,9 +151,25 @@ def check_call(
         return LayerCheck(call.path, _kind(call), module is None, judged)
     wrong = [n for n in tensors if judge(probe, [n], generator).verdict == "wrong"]
     parts = tuple(dict.fromkeys("input" if n.startswith("input ") else n for n in wrong))
+    if second:
+        return LayerCheck(
+            call.path,
+            _kind(call),
+            True,
+            judged,
+            parts,
+            where=_where(call),
+            called=call.where,
+            flaw="second",
+            kept=weighed.kept,
+        )
+    share = _approximate(probe, wrong, judged, generator) if verdict is None else 0.0
+    if share:
+        where = _where(call)
+        return LayerCheck(call.path, _kind(call), module is None, judged, parts, where=where, share=share)
     surrogate = _surrogate(probe, weighed, tensors, judged) if module is None else ""
     hint = None
-    if module is None and not surrogate and verdict is None:
+    if module is None and not surrogate and verdict is None and not call.operation:
         hint = hint_of(
             probe, wrong, _arguments(call), weighed.compute, weighed.weights, judged.step, generator
         )
@@ -142,6 +184,15 @@ def check_call(
         called=call.where,
         hint=hint,
     )
+
+
+def _approximate(probe: Probe, wrong: Iterable[str], judged: Judgement, generator: torch.Generator) -> float:
+    """The relative error of a backward that is right but for a small one in every part; 0 if it is not."""
+    largest = judged.share
+    for name in wrong:
+        if largest <= APPROXIMATE:
+            largest = max(largest, largest_share(probe, name, judged.step, generator))
+    return largest if largest <= APPROXIMATE else 0.0
 
 
 def _judge(probe: Probe, names: Iterable[str], generator: torch.Generator) -> Judgement:
@@ -159,6 +210,7 @@ class _Weighed:
         self.size: float | None = None
         """‖u⊙f(x)‖₂ at the first run: what the sum's rounding is measured by. None: no output."""
         self.outputs: list[Tensor] = []
+        self.kept: tuple[str, ...] = ()
 
     def compute(self) -> list[Tensor]:
         """The outputs that carry a gradient, for the inputs as they are now."""
@@ -170,7 +222,7 @@ class _Weighed:
         with torch.enable_grad():
             target = call.target
             came = target.apply(*args, **kwargs) if isinstance(target, type) else target(*args, **kwargs)
-            return [out for out in tensors_in(came) if out.requires_grad and out.is_floating_point()]
+            return [_real(out) for out in tensors_in(came) if out.requires_grad]
 
     def __call__(self) -> Tensor:
         outputs = self.compute()
@@ -191,6 +243,35 @@ class _Weighed:
             return total
 
 
+def _real(out: Tensor) -> Tensor:
+    """An output as real numbers, a complex one as pairs."""
+    return torch.view_as_real(out.resolve_conj()) if out.is_complex() else out
+
+
+class _SecondOrder(_Weighed):
+    """⟨u, Jᵀw⟩ with fixed random u and w: the backward of a call as a function of what it was given."""
+
+    def __init__(self, call: CapturedCall, rewind: Callable[[], None], seed: int) -> None:
+        super().__init__(call, rewind, seed)
+        self._arriving: list[Tensor] = []
+
+    def compute(self) -> list[Tensor]:
+        outputs = super().compute()
+        if not outputs:
+            return []
+        if not self._arriving:
+            generator = torch.Generator().manual_seed(self._seed + 2)
+            self._arriving = [
+                torch.empty(out.shape, dtype=torch.float64).normal_(generator=generator).to(out)
+                for out in outputs
+            ]
+            self.kept = attributes_kept(outputs[0].grad_fn)
+        inputs = [x for x in self._call.inputs if x.is_floating_point()]
+        with torch.enable_grad(), without_modes():  # what comes without a graph is not to be held constant
+            found = torch.autograd.grad(outputs, inputs, self._arriving, create_graph=True, allow_unused=True)
+        return [grad for grad in found if grad is not None]
+
+
 def _surrogate(
     probe: Probe, weighed: _Weighed, tensors: Mapping[str, Tensor], judged: Judgement
 ) -> Surrogate:
@@ -202,11 +283,28 @@ def _surrogate(
     ]
     if same and all(same):
         return "identity"
-    return "steps" if judged.numeric == 0 and judged.analytic != 0 else ""
+    if judged.numeric == 0 and judged.analytic != 0:
+        return "steps"
+    return "steps" if any(_goes_in_steps(probe, name) for name in tensors) else ""
+
+
+def _goes_in_steps(probe: Probe, name: str) -> bool:
+    """Whether the value stays the same as one tensor is moved a little, changes as it is moved far, and its
+    gradient is not zero: quantisation, whatever else (a scale) has a gradient beside it."""
+    grad = probe.gradients[name]
+    if grad is None or grad.is_complex() or not bool(grad.any()):
+        return False
+    v = probe.direction(name, torch.Generator().manual_seed(7))
+    along = probe.along({name: v})
+    return all(along(t) == probe.here for t in (1e-6, -1e-6, 1e-9, -1e-9)) and any(
+        along(t) != probe.here for t in (0.3, 1.0, 3.0, 10.0)
+    )
 
 
 def _arguments(call: CapturedCall) -> list[str]:
     """What the forward calls its inputs."""
+    if call.operation:
+        return [f"input {i}" for i in range(len(call.inputs))]
     if not isinstance(call.target, type):
         return names_of_inputs(argument_names(call.target), call.arguments[0], call.inputs)
     takes_context = not has_setup_context(call.target)
@@ -219,6 +317,8 @@ def _arguments(call: CapturedCall) -> list[str]:
 
 
 def _kind(call: CapturedCall) -> str:
+    if call.operation:
+        return call.operation
     if isinstance(call.target, nn.Module):
         return type(call.target).__name__
     return call.target.__name__ if isinstance(call.target, type) else operator_name(call.target)
@@ -226,6 +326,8 @@ def _kind(call: CapturedCall) -> str:
 
 def _where(call: CapturedCall) -> Where | None:
     """The definition of the backward, or of the forward of a module that is not torch's."""
+    if call.operation:
+        return call.where
     if call.backward is not None:
         return definition(call.backward, call.path) or call.where
     module = isinstance(call.target, nn.Module)

@@ -23,6 +23,7 @@ from clinometer.gradients.report.finding import FAULT, Finding
 from clinometer.gradients.report.formatting import format_count, format_number
 from clinometer.gradients.report.result import Result
 from clinometer.gradients.sandbox.closure import eagerly
+from clinometer.gradients.sandbox.interrupts import uninterrupted
 from clinometer.gradients.sandbox.sandbox import modules_named_by, untouched
 from clinometer.gradients.sandbox.subject import Subject
 from clinometer.messages import InputError
@@ -108,6 +109,7 @@ class CausalityCheck(Result):
         return Finding("future-leak", "wrong", FAULT, "causality.leak", values=values, variant=variant)
 
 
+@uninterrupted
 def check_causality(params: Any, function: Callable[[Tensor], Any], inputs: Tensor) -> CausalityCheck:
     """Whether the outputs of `function(inputs)` depend on no later input, in float64.
 

@@ -121,6 +121,37 @@ def localise(probe: Probe, name: str, step: float, least: float, seed: int) -> W
     return WrongRegion(shape, rows, columns, entries, factor, transposed)
 
 
+def largest_share(probe: Probe, name: str, step: float, generator: torch.Generator) -> float:
+    """The largest error of any part, relative to that part's gradient or to a typical one of its size.
+
+    Halves are followed down to an entry, always the one that is farther off: a single wrong entry among a
+    million is small in the whole, and 1 at the end.
+    """
+    whole = probe.direction(name, generator)
+    flat = whole.view(-1)
+    grad = probe.gradients[name]
+    typical = probe.slope_by_gradient({name: whole})[1] / math.sqrt(max(1, flat.numel()))
+    if grad is None or not typical:
+        return 1.0
+
+    def share(low: int, high: int) -> float:
+        v = torch.zeros_like(whole)
+        v.view(-1)[low:high] = flat[low:high]
+        analytic, scale = probe.slope_by_gradient({name: v})
+        error = abs(richardson(probe.along({name: v}), step) - analytic)
+        noise = tolerance(scale, probe.magnitude, step)
+        return max(0.0, error - noise) / max(scale, typical * math.sqrt(high - low))
+
+    low, high = 0, flat.numel()
+    largest = share(low, high)
+    while high - low > 1 and math.isfinite(largest):
+        middle = (low + high) // 2
+        left, right = share(low, middle), share(middle, high)
+        low, high = (low, middle) if left >= right else (middle, high)
+        largest = max(largest, left, right)
+    return largest
+
+
 def check_entry(probe: Probe, name: str, index: tuple[int, ...]) -> EntryCheck:
     """The single-entry difference: `∂L/∂θ[index]` by moving that one number."""
     tensor = probe.tensors[name]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from clinometer.gradients.check.call_capture import CapturedCall, custom_functions, custom_operators
 from clinometer.gradients.check.layer_checks import LayerCheck, check_call
@@ -15,11 +16,13 @@ from clinometer.gradients.check.numerics.finite_differences import Judgement
 from clinometer.gradients.check.numerics.float64 import LIFT, Float64Tensors, in_double
 from clinometer.gradients.check.numerics.frequency_scaling import UndividedLookups
 from clinometer.gradients.check.numerics.perturbation import Probe, backward
+from clinometer.gradients.report.formatting import words
 from clinometer.gradients.report.places import Where
 from clinometer.gradients.sandbox.closure import Closure, evaluate
 from clinometer.gradients.sandbox.random_state import RandomState
 from clinometer.gradients.sandbox.sandbox import Before
 from clinometer.gradients.trace.checkpointing import opened_checkpoints
+from clinometer.gradients.trace.function_calls import function_calls
 
 ROUGH = 0.05
 """Share of ‖g⊙v‖ that differences at low precision may be off before anyone is accused."""
@@ -44,6 +47,8 @@ class OwnGradients:
     loss: float
     size: float = 0.0
     """Norm of all of them together."""
+    computed: str = ""
+    """The 16-bit type in which calls computed, as autocast asks them to."""
 
     @classmethod
     def of(cls, closure: Closure, tensors: Mapping[str, Tensor], before: Before) -> OwnGradients:
@@ -58,17 +63,28 @@ class OwnGradients:
             inside.extend(custom_functions(out))
             operators.update(custom_operators(out))
 
-        divided = UndividedLookups()
-        with opened_checkpoints(seen), divided:
+        def called(kind: type, call: Any, args: Any, kwargs: Any) -> Any:
+            if not kind.__module__.startswith("torch."):  # one that only a derivative uses is in no graph
+                inside.append(kind)
+            return call(*args, **kwargs)
+
+        divided, watch = UndividedLookups(), _CallWatch()
+        with opened_checkpoints(seen), divided, watch, function_calls(called):
             loss = evaluate(closure)
         seen(loss)
         functions = list(dict.fromkeys(inside))
-        if not low or not state.same_as(RandomState()):
+        if not low or watch.draws or not state.same_as(RandomState()):
             return cls(dtypes, {}, functions, operators, divided.where, float(loss.detach()))
-        found = backward(loss, low, lambda: evaluate(closure))
+
+        def again() -> Tensor:
+            before.rewind()
+            return evaluate(closure)
+
+        found = backward(loss, low, again)
         kept = {name: grad for name, grad in found.items() if grad is not None}
         size = sum(float(torch.linalg.vector_norm(grad)) ** 2 for grad in kept.values()) ** 0.5
-        return cls(dtypes, kept, functions, operators, divided.where, float(loss.detach()), size)
+        value, computed = float(loss.detach()), watch.lowest
+        return cls(dtypes, kept, functions, operators, divided.where, value, size, computed)
 
     def distance(self, name: str, exact: Tensor | None) -> float | None:
         """‖g − g₆₄‖ / ‖g₆₄‖; forgets the gradient it compared."""
@@ -79,6 +95,35 @@ class OwnGradients:
         if size <= CANCELS * self.size:
             return None
         return float(torch.linalg.vector_norm(own.to(exact.dtype) - exact)) / size
+
+
+class _CallWatch(TorchFunctionMode):
+    """Whether random numbers are drawn, from whatever generator, and the lowest precision of a result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.draws = False
+        self.lowest = ""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if kwargs.get("generator") is not None or getattr(func, "__name__", "") in _RANDOM:
+            self.draws = True
+        if isinstance(out, Tensor) and out.dtype in (torch.bfloat16, torch.float16):
+            self.lowest = str(out.dtype).removeprefix("torch.")
+        return out
+
+
+_RANDOM = words(
+    """
+    rand randn rand_like randn_like normal normal_ uniform_ bernoulli bernoulli_ exponential_ cauchy_
+    log_normal_ geometric_ multinomial poisson binomial dropout dropout_ dropout1d dropout2d dropout3d
+    alpha_dropout feature_dropout feature_alpha_dropout rrelu rrelu_ gumbel_softmax fractional_max_pool2d
+    fractional_max_pool3d _standard_gamma _sample_dirichlet
+    """
+)
+"""Calls whose numbers are others in float64; those of fork_rng leave the global generator as it was."""
 
 
 def check_at_own_precision(

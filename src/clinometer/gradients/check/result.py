@@ -24,8 +24,11 @@ from clinometer.gradients.report.finding import FAULT, Finding
 from clinometer.gradients.report.formatting import format_count, format_number, shorten
 from clinometer.gradients.report.places import Where
 from clinometer.gradients.report.result import Result
+from clinometer.gradients.trace.circumstances import in_order
 
-Status = Literal["passed", "wrong", "surrogate", "kink", "unclear", "no-gradient", "unchecked"]
+Status = Literal["passed", "approximate", "wrong", "surrogate", "kink", "unclear", "no-gradient", "unchecked"]
+AS_GOOD_AS_EXACT = 1e-6
+"""A relative error of a few roundings of float32: no training can notice it."""
 _SHOWN = 3
 
 
@@ -50,10 +53,19 @@ class TensorCheck:
     own_precision: float | None = None
     """‖g − g₆₄‖/‖g₆₄‖ of the gradient at the model's own precision; None if there is nothing to compare."""
     where: Where | None = None
+    scale: float = 0.0
+    """‖g⊙v‖₂ along the direction that was judged."""
+    reason: str = ""
+    """Why there is no verdict: "rounding", "vmap"."""
 
     @property
     def passed(self) -> bool:
-        return self.status == "passed"
+        return self.status == "passed" or (self.status == "approximate" and self.share <= AS_GOOD_AS_EXACT)
+
+    @property
+    def share(self) -> float:
+        """The error, relative to the gradient or to the differences, whichever is larger."""
+        return self.error / max(self.scale, abs(self.numeric), 1e-300)
 
     @property
     def error(self) -> float:
@@ -123,7 +135,7 @@ class GradientCheck(Result):
         self._aliases = dict(aliases)
         self.layers = tuple(layers)
         """One verdict for each call of a module or custom Function that could be repeated alone."""
-        self.findings = tuple(sorted(findings, key=lambda finding: finding.severity != FAULT))
+        self.findings = tuple(in_order(findings))
         self.size = size
         self.everything = everything
         """One direction through all tensors at once."""

@@ -16,11 +16,14 @@ from clinometer.gradients.diagnose import loop_checks
 from clinometer.gradients.diagnose.evidence import read_clue
 from clinometer.gradients.diagnose.existing_gradients import without_closure
 from clinometer.gradients.diagnose.finiteness import Origin
+from clinometer.gradients.diagnose.optimizer_membership import Membership
+from clinometer.gradients.diagnose.outside_tensors import find_outside
 from clinometer.gradients.diagnose.second_runs import look_at_values, only_looked_at, used_by_chance
 from clinometer.gradients.diagnose.why_blocks_zero import explain_lines
+from clinometer.gradients.diagnose.why_constant import judge_zeros
 from clinometer.gradients.diagnose.why_none import before_any_run, why_none
 from clinometer.gradients.diagnose.why_nonfinite import from_forward, trace_back, why_nonfinite
-from clinometer.gradients.diagnose.why_partly_zero import why_partly
+from clinometer.gradients.diagnose.why_partly_zero import merge_units, why_partly
 from clinometer.gradients.diagnose.why_zero import why_zero
 from clinometer.gradients.report.document import BLANK, Document, Line, dim, ok, sentence
 from clinometer.gradients.report.finding import EXPLAINED, FAULT, Finding, Reason, Severity
@@ -28,14 +31,18 @@ from clinometer.gradients.report.formatting import format_count
 from clinometer.gradients.report.module_names import owners
 from clinometer.gradients.report.places import Where
 from clinometer.gradients.report.result import Result
-from clinometer.gradients.sandbox.closure import Closure, eagerly
+from clinometer.gradients.sandbox.closure import Closure
+from clinometer.gradients.sandbox.interrupts import uninterrupted
 from clinometer.gradients.sandbox.sandbox import Before, modules_named_by, untouched
 from clinometer.gradients.sandbox.subject import Subject
+from clinometer.gradients.trace.circumstances import in_order, run_eagerly
 from clinometer.gradients.trace.observed_run import ObservedRun, gradients_kept, observe
 from clinometer.messages import InputError, say
 
 _TRIED = 4
 """Lines at which numbers leave torch that are tried one by one: a forward each."""
+_OFTEN_MEANT = ("detach", "data", "no_grad", "inference_mode")
+"""Cuts that are usual where a loss should not train something."""
 _SHOWN = 6
 """Findings written out in full: one screen."""
 
@@ -100,8 +107,7 @@ class Diagnosis(Result):
     ) -> None:
         self._entries = entries
         self._others = dict(subject.canonical)
-        self.findings = sorted(findings, key=lambda f: (f.severity != FAULT, -len(f.names)))
-        self.compiled = subject.compiled
+        self.findings = in_order(sorted(findings, key=lambda f: -len(f.names)))
         self.numbers = subject.size
         self.nodes = nodes
         self.seconds = seconds
@@ -125,8 +131,6 @@ class Diagnosis(Result):
             lines += [*finding.document(language), BLANK]
         if (rest := len(self.findings) - _SHOWN) > 0:
             lines += [Line(sentence("diagnosis.more", language, count=rest)), BLANK]
-        if self.compiled:
-            lines.append(Line(tuple(map(dim_span, sentence("diagnosis.compiled", language)))))
         if self.rank[1] > 1:
             values = {"rank": self.rank[0], "count": self.rank[1]}
             lines.append(Line(tuple(map(dim_span, sentence("diagnosis.ranks", language, **values)))))
@@ -164,13 +168,15 @@ def dim_span(span: Any) -> Any:
     return dim(span.text)
 
 
+@uninterrupted
 def diagnose(
     params: Any, closure: Closure | None = None, *, optimizer: Optimizer | Iterable[Optimizer] | None = None
 ) -> Diagnosis:
     """Returns why each gradient is None, zero, partly zero or not finite, with the line at fault.
 
-    `closure` computes the loss; it is run once, with a backward (its forward again when the loss is not
-    finite or a layer was not used), and nothing is changed by it. Without one, what can be known from
+    `closure` computes the loss; it is run once, with a backward, and again where one run does not tell: its
+    forward when the loss is not finite or a layer was not used, both at other values of the parameters when
+    a gradient is zero. Nothing is changed by it. Without one, what can be known from
     the gradients that are there is said, and no more. With `optimizer` (one or several), what a step would
     do is too. Of sharded tensors, and under DDP, every rank must call: they agree on what is missing or
     zero. Raises InputError for arguments that cannot be used, and whatever the closure raises.
@@ -178,33 +184,46 @@ def diagnose(
     begun = time.perf_counter()
     subject = Subject.of(params)
     optimizers = _optimizers(optimizer)
+    membership = Membership(subject, optimizers)
     if closure is None:
         refuse_flattened(() if subject.module is None else subject.module.modules())
         ranks = Ranks(subject.tensors)
         reasons = without_closure(subject, ranks)
-        findings = loop_checks.check_optimizers(subject, optimizers)
+        findings = loop_checks.check_optimizers(membership)
         entries, found = collect(subject, reasons)
         return Diagnosis(
             subject, entries, [*found, *findings], None, time.perf_counter() - begun, rank=ranks.place
         )
     modules = [m for m in (subject.module, *modules_named_by(closure)) if m is not None]
     ranks = Ranks(subject.tensors, modules)
-    with ranks.apart(), eagerly(), untouched(subject, closure=closure, optimizer=optimizers) as before:
+    with (
+        ranks.apart(),
+        run_eagerly(subject.compiled) as circumstances,
+        untouched(subject, closure=closure, optimizer=optimizers) as before,
+    ):
         result = observe(subject, closure, before, ranks, read_clue)
         with gradients_kept(subject):
             reasons, origin = explain(subject, closure, result, before, ranks)
+            reasons = judge_zeros(subject, closure, before, ranks, result, reasons)
         unknown = {name: result.lines[name] for name, reason in reasons.items() if reason == "partly-zero"}
-        reasons |= explain_lines(subject, closure, before, unknown, ranks)
+        reasons = merge_units(reasons | explain_lines(subject, closure, before, unknown, ranks))
         reasons = _without_chance(subject, closure, reasons, ranks)
-        reasons, apart = _kept_apart(reasons, loop_checks.tensors_outside(subject, optimizers))
-        findings = loop_checks.check_run(
-            subject, result, optimizers, before, ranks, closure=closure, apart=apart
+        reasons = _awaited(reasons, ranks, result)
+        reasons, apart = _kept_apart(reasons, membership.outside(result.getting))
+        reasons = _of_other_steps(reasons, membership, result.reached)
+        findings = find_outside(subject, result, before, membership)
+        findings += loop_checks.check_run(
+            subject, result, membership, before, ranks, closure=closure, apart=apart
         )
         nodes = len(result.flow.graph.nodes) if result.flow else 0
+        older = result.older
+        if older is not None and older.live and older.saved and not older.whole:
+            findings.append(older.finding())
+        findings += circumstances.findings(closure, before)
     entries, found = collect(subject, reasons)
     if origin is not None and not any(f.status == "non-finite" for f in found):
         found.append(_finding(from_forward(origin), ()))
-    nothing = result.loss.grad_fn is None and not result.own
+    nothing = result.loss.grad_fn is None and not result.getting
     if nothing and not any(f.cause == "loss-without-graph" for f in found):
         found.append(_finding(Reason("none", "loss-without-graph", FAULT, "frozen"), ()))
     return Diagnosis(
@@ -229,6 +248,8 @@ def explain(
     reasons: dict[str, Reason | str] = {}
     flow = result.flow
     _forget_logs(subject, closure, result, before, ranks)
+    lost = _lost(subject, result, ranks)
+    sizes = result.sizes | dict.fromkeys(lost, 0.0)
     nonfinite = [n for n, size in result.sizes.items() if size is not None and not math.isfinite(size)]
     for name, tensor in subject.tensors.items():
         size = result.sizes[name]
@@ -244,10 +265,10 @@ def explain(
             reasons[name] = "ok" if size else "zero"
         elif size == 0 and not math.isfinite(loss):
             reasons[name] = "zero"  # after a NaN in the forward nothing further follows from it
-        elif size == 0:
-            reasons[name] = why_zero(name, subject, flow, loss, result.sizes)
         elif flow.graph.leaves.get(id(tensor)) in flow.cancelled:
             reasons[name] = Reason("zero", "structural", group=0, severity=EXPLAINED, values={"size": size})
+        elif name in lost:
+            reasons[name] = why_zero(name, subject, flow, loss, sizes)
         elif name in result.lines:
             reasons[name] = why_partly(name, subject, flow, *result.lines[name]) or "partly-zero"
         else:
@@ -267,6 +288,27 @@ def explain(
                 reason = trace_back(reason, values)
         reasons[name] = reason
     return {name: reasons[name] for name in subject.tensors}, origin
+
+
+def _lost(subject: Subject, result: ObservedRun, ranks: Ranks) -> set[str]:
+    """The tensors whose gradient is zero or, where one process has it whole, nothing but rounding."""
+    found = set()
+    for name, tensor in subject.tensors.items():
+        leaf = None if result.flow is None else result.flow.graph.leaves.get(id(tensor))
+        size = result.sizes[name]
+        if size is None or not math.isfinite(size):
+            continue
+        if (
+            leaf is not None
+            and result.flow is not None
+            and tensor.grad is not None
+            and (ranks.alone or not size)
+        ):
+            rounding = result.flow.is_rounding(leaf, tensor.grad)
+            found |= {name} if rounding else set()
+        elif not size:
+            found.add(name)
+    return found
 
 
 def _forget_logs(
@@ -319,17 +361,52 @@ def _without_chance(
 def _kept_apart(
     reasons: dict[str, Reason | str], outside: set[str]
 ) -> tuple[dict[str, Reason | str], set[str]]:
-    """Cut by detach() or no_grad(), and not in the optimizer either: two signs of one intention.
+    """Cut by detach() or no_grad(), or not used, and not in the optimizer either: two signs of one intention.
 
-    Examples: a target network, a teacher, the generator while the discriminator learns.
+    Examples: a target network, a teacher, an average of the weights, the generator while the discriminator
+    learns.
     """
     apart = {
         name: replace(reason, severity=EXPLAINED, variant="apart")
         for name, reason in reasons.items()
-        if name in outside and isinstance(reason, Reason) and reason.cause == "cut"
-        if reason.variant in ("detach", "no_grad", "inference_mode")
+        if name in outside and isinstance(reason, Reason)
+        if (reason.cause == "cut" and reason.variant in _OFTEN_MEANT)
+        or (reason.cause == "unused" and reason.severity == FAULT and reason.variant != "replicated")
     }
     return {**reasons, **apart}, set(apart)
+
+
+def _awaited(reasons: dict[str, Reason | str], ranks: Ranks, result: ObservedRun) -> dict[str, Reason | str]:
+    """What DistributedDataParallel waits for and this forward does not use: every rank stops for it."""
+    awaited = ranks.awaited(result.trace.outermost)
+    replicated = Reason("none", "unused", FAULT, "replicated", group=0)
+    return {
+        name: replicated
+        if name in awaited and isinstance(reason, Reason) and reason.cause == "unused"
+        else reason
+        for name, reason in reasons.items()
+    }
+
+
+def _of_other_steps(
+    reasons: dict[str, Reason | str], membership: Membership, reached: set[int]
+) -> dict[str, Reason | str]:
+    """What this loss does not concern: tensors of optimizers to which it brings no gradient at all."""
+    faults = {n: r for n, r in reasons.items() if isinstance(r, Reason) and r.severity == FAULT}
+    cut = {n for n, r in faults.items() if r.cause == "cut" and r.variant in _OFTEN_MEANT}
+    unused = {
+        n
+        for n, r in faults.items()
+        if r.cause in ("unused", "not-reaching-loss") and r.variant != "replicated"
+    }
+    others = membership.of_other_steps(cut, reached)
+    if unused:
+        others |= membership.of_other_steps(unused, reached, live=True)
+    apart = {
+        name: replace(faults[name], severity=EXPLAINED, variant="other_step", group=faults[name].group or 0)
+        for name in others
+    }
+    return {**reasons, **apart}
 
 
 def collect(subject: Subject, reasons: Mapping[str, Reason | str]) -> tuple[dict[str, Entry], list[Finding]]:
@@ -371,5 +448,6 @@ def _finding(reason: Reason, names: tuple[str, ...], owned: tuple[str, ...] = ()
         reason.where,
         reason.values,
         reason.variant,
+        others=reason.others,
         owners=owned,
     )

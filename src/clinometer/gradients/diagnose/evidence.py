@@ -1,8 +1,9 @@
 """Evidence: what a node that zeroed or spoilt a gradient looks like, read while the backward runs through it.
 
 `read_clue` asks the rules of `ZERO_EVIDENCE` or of `NONFINITE_EVIDENCE` in their order; the first that
-returns a clue decides. No verdict is drawn here: `why_zero` and `why_nonfinite` do that once the whole
-backward is known. To add a rule, write a function of a `NodeView` and put its name in the tuple.
+returns a clue decides (of NaN and infinity: `singular_points`). No verdict is drawn here: `why_zero`
+and `why_nonfinite` do that once the whole backward is known. To add a rule, write a function of a `NodeView`
+and put its name in the tuple.
 """
 
 from __future__ import annotations
@@ -10,39 +11,31 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from clinometer.gradients.report.finding import EXPLAINED, FAULT, Severity
+from clinometer.gradients.diagnose.operation_view import Clue, OperationView, canonical
+from clinometer.gradients.diagnose.singular_points import singular_point
+from clinometer.gradients.report.finding import EXPLAINED, FAULT
 from clinometer.gradients.sandbox.tensors import largest
-from clinometer.gradients.trace.backward_trace import Read
+from clinometer.gradients.trace.backward_trace import SavedValues
+from clinometer.gradients.trace.cancellation import ROUNDINGS, Remainder, remainder
 from clinometer.gradients.trace.graph import Node, operation
-from clinometer.gradients.trace.node_kinds import CLAMP, LOSS, MASK, PICK, PRODUCT, RELU, SMOOTH, STEP, SUM
-from clinometer.torch_internals.custom_functions import function_of
+from clinometer.gradients.trace.node_kinds import (
+    CLAMP,
+    DRAW,
+    LOSS,
+    MASK,
+    PICK,
+    PRODUCT,
+    RELU,
+    SMOOTH,
+    STEP,
+)
+from clinometer.torch_internals.custom_functions import carries_module_hooks, function_of
 from clinometer.torch_internals.nodes import shape_into
-
-POLES = {
-    "Sqrt": "sqrt", "Rsqrt": "sqrt", "Pow": "pow", "LinalgVectorNorm": "norm", "Norm": "norm",
-    "Cdist": "norm", "PairwiseDistance": "norm", "Log": "log", "Log2": "log", "Log10": "log",
-    "Log1P": "log", "Xlogy": "log", "Div": "division", "Reciprocal": "division", "Acos": "acos",
-    "Asin": "acos", "Atanh": "acos", "Acosh": "acos", "Std": "std", "Var": "std", "StdMean": "std",
-    "Logsumexp": "softmax", "Softmax": "softmax", "LogSoftmax": "softmax", "Logit": "log",
-    "BinaryCrossEntropy": "log", "Atan2": "division", "Prod": "division", "Cumprod": "division",
-    "LinalgMatrixNorm": "norm", "Hypot": "norm",
-}  # fmt: skip
-"""Operations whose derivative is infinite or undefined somewhere → the variant that explains it."""
-
-
-@dataclass(frozen=True)
-class Clue:
-    """What a node that zeroed or spoilt a gradient looks like."""
-
-    cause: str
-    variant: str = ""
-    severity: Severity = FAULT
-    values: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,14 +47,28 @@ class NodeView:
     """Which input."""
     handed_on: Tensor
     """The gradient that the node hands to that input: zeros, NaN or infinity."""
-    arrived: Tensor | None
-    """The gradient of the node's first output that has one."""
-    saved: Read
+    out: Sequence[Tensor | None]
+    """The gradients of the node's outputs."""
+    saved: SavedValues
+    roundings: float = ROUNDINGS
+    """Up to how many roundings of its terms a sum counts as nothing."""
 
     @property
     def name(self) -> str:
         """The operation, as in `node_kinds`: "Relu"."""
         return operation(self.node)
+
+    @property
+    def arrived(self) -> Tensor | None:
+        """The gradient of the node's first output that has one."""
+        return next((g for g in self.out if g is not None), None)
+
+    @cached_property
+    def remainder(self) -> Remainder | None:
+        """What is left of terms that cancel, if they do."""
+        if not self.saved.readable:
+            return None
+        return remainder(self.node, self.position, self.handed_on, self.out, self.roundings)
 
     @property
     def arrived_size(self) -> float:
@@ -82,21 +89,22 @@ def read_clue(
     position: int,
     into: Sequence[Tensor | None],
     out: Sequence[Tensor | None],
-    saved: Read,
+    saved: SavedValues,
+    *,
+    roundings: float = ROUNDINGS,
 ) -> Clue | None:
-    """Returns what the node looks like that handed on zeros, NaN or infinity for its input `position`.
+    """Returns what a node looks like that handed on zeros, rounding, NaN or infinity for one of its inputs.
 
-    None if it handed on no gradient at all, which is for `why_none` to explain.
+    None if it handed on no gradient at all, which is for `why_none` to explain, or a true one.
     """
     handed_on = into[position]
     if handed_on is None:
         return None
-    arrived = next((g for g in out if g is not None), None)
-    finite = math.isfinite(largest(handed_on) or 0.0)
-    if arrived is None and not finite:
+    view = NodeView(node, position, handed_on, out, saved, roundings)
+    size = largest(handed_on) or 0.0
+    if view.arrived is None and not math.isfinite(size):
         return None
-    view = NodeView(node, position, handed_on, arrived, saved)
-    rules = ZERO_EVIDENCE if finite else NONFINITE_EVIDENCE
+    rules = ZERO_EVIDENCE if size == 0 else REMAINDER_EVIDENCE if math.isfinite(size) else NONFINITE_EVIDENCE
     return next((clue for rule in rules if (clue := rule(view)) is not None), None)
 
 
@@ -133,6 +141,19 @@ def loss_function(view: NodeView) -> Clue | None:
     return Clue("zero-loss-gradient", "ignored" if _all_ignored(view.saved) else "minimum")
 
 
+def terms_that_cancel(view: NodeView) -> Clue | None:
+    """Neither what arrives is zero nor the slope: the terms of this node's backward add up to zero."""
+    left = view.remainder
+    return (
+        None if left is None else Clue("cancellation", "", FAULT, (("size", left.size), ("term", left.term)))
+    )
+
+
+def random_draw(view: NodeView) -> Clue | None:
+    """A sample does not depend on its distribution's parameters in a way that has a slope."""
+    return Clue("sampled") if view.name in DRAW else None
+
+
 def attention_to_nothing(view: NodeView) -> Clue | None:
     """An attention whose mask hides every position from every query returns zeros for whatever goes in."""
     return Clue("masked", "attention") if _attends_to_nothing(view.name, view.saved) else None
@@ -165,8 +186,15 @@ def clamped_outside(view: NodeView) -> Clue | None:
 
 
 def step_function(view: NodeView) -> Clue | None:
-    """Rounding and signs are flat everywhere."""
-    return Clue("clamped", "round") if view.name in STEP else None
+    """Rounding and signs are flat everywhere; so is a quotient rounded to a whole number."""
+    steps = view.name in STEP or view.saved("rounding_mode") is not None
+    return Clue("clamped", "round") if steps or (view.name, view.position) == ("Copysign", 1) else None
+
+
+def nearest_entry(view: NodeView) -> Clue | None:
+    """Where an image is sampled at the nearest entry, a small move of the place picks the same one."""
+    nearest = view.saved("interpolation_mode") == 1 and view.position == 1
+    return Clue("clamped", "nearest") if view.name.startswith("GridSampler") and nearest else None
 
 
 def mask_operation(view: NodeView) -> Clue | None:
@@ -208,7 +236,11 @@ def times_a_computed_zero(view: NodeView) -> Clue | None:
 
 def to_the_power_of_zero(view: NodeView) -> Clue | None:
     """x⁰ is 1 whatever x is."""
-    return Clue("masked", "zero", FAULT) if view.name == "Pow" and view.saved("exponent") == 0 else None
+    exponent = view.saved("exponent") if view.name == "Pow" and view.position == 0 else None
+    if exponent is None:
+        return None
+    zero = largest(exponent) == 0 if isinstance(exponent, Tensor) else exponent == 0
+    return Clue("masked", "zero", FAULT) if zero else None
 
 
 def exponential_of_very_little(view: NodeView) -> Clue | None:
@@ -223,13 +255,13 @@ def function_of_zero(view: NodeView) -> Clue | None:
     return None
 
 
-def sum_that_cancels(view: NodeView) -> Clue | None:
-    """A sum passes gradients on: zeros out of it are terms that cancel, as before a normalisation."""
-    return Clue("structural", "cancels", EXPLAINED) if view.name in SUM else None
+def flat_here(view: NodeView) -> Clue | None:
+    """No rule knows this operation: it is flat at these values, as it hands on zeros for whatever arrives."""
+    return Clue("clamped", "flat", EXPLAINED) if view.arrived is not None else None
 
 
 def unknown_operation(view: NodeView) -> Clue | None:
-    """No rule knows this operation."""
+    """Nothing can be read from this operation."""
     return Clue("unknown", "", EXPLAINED)
 
 
@@ -238,13 +270,16 @@ ZERO_EVIDENCE: tuple[EvidenceRule, ...] = (
     written_from_no_entries,
     custom_backward_zeros,
     smaller_than_the_type_holds,
+    random_draw,
     loss_function,
+    terms_that_cancel,
     attention_to_nothing,
     relu_below_zero,
     softmax_over_one,
     saturated_activation,
     clamped_outside,
     step_function,
+    nearest_entry,
     mask_operation,
     picked_elsewhere,
     part_of_a_whole,
@@ -253,9 +288,11 @@ ZERO_EVIDENCE: tuple[EvidenceRule, ...] = (
     to_the_power_of_zero,
     exponential_of_very_little,
     function_of_zero,
-    sum_that_cancels,
+    flat_here,
     unknown_operation,
 )
+
+REMAINDER_EVIDENCE: tuple[EvidenceRule, ...] = (terms_that_cancel,)
 
 
 # ---- NaN and infinity ----
@@ -264,43 +301,28 @@ ZERO_EVIDENCE: tuple[EvidenceRule, ...] = (
 def custom_backward_nonfinite(view: NodeView) -> Clue | None:
     """A custom Function's backward is the user's code: what it returned is its own."""
     function = function_of(view.node)
-    return (
-        None if function is None else Clue("backward", "function", FAULT, (("function", function.__name__),))
-    )
-
-
-def larger_than_the_type_holds(view: NodeView) -> Clue | None:
-    """Infinity out of an operation that has no pole is a product or sum that left the range of its type."""
-    if view.name in POLES or not bool(torch.isinf(view.handed_on).any()):
+    if function is None:
         return None
-    return Clue("overflow", "backward", FAULT, (("dtype", view.dtype),))
+    if carries_module_hooks(function):
+        return Clue("backward", "hook")
+    return Clue("backward", "function", FAULT, (("function", function.__name__),))
 
 
-def zero_times_infinity(view: NodeView) -> Clue | None:
-    """A `where` behind a pole hands back zeros for the entries it left out, and 0 · ∞ is NaN."""
-    if view.arrived is None or view.handed_on.shape != view.arrived.shape:
+def values_at_the_spoilt_entries(view: NodeView) -> Clue | None:
+    """What is special about the values that arrive there: zero, negative, infinite, equal, too large."""
+    if view.arrived is None:
         return None
-    spoilt = ~torch.isfinite(view.handed_on)
-    return Clue("backward", "where") if bool((view.arrived[spoilt] == 0).all()) else None
+    name = canonical(view.name)
+    return singular_point(OperationView(name, view.saved, view.handed_on, view.arrived, view.position))
 
 
-def pole_of_the_derivative(view: NodeView) -> Clue | None:
-    """√x at 0, a norm of zeros, 1/x, arccos at 1: the function is finite there, its derivative is not."""
-    return Clue("backward", POLES.get(view.name, "other"))
-
-
-NONFINITE_EVIDENCE: tuple[EvidenceRule, ...] = (
-    custom_backward_nonfinite,
-    larger_than_the_type_holds,
-    zero_times_infinity,
-    pole_of_the_derivative,
-)
+NONFINITE_EVIDENCE: tuple[EvidenceRule, ...] = (custom_backward_nonfinite, values_at_the_spoilt_entries)
 
 
 # ---- what the rules ask ----
 
 
-def _attends_to_nothing(name: str, saved: Read) -> bool:
+def _attends_to_nothing(name: str, saved: SavedValues) -> bool:
     """Whether an attention's mask hides every position from every query."""
     if name == "SafeSoftmax":  # of −∞ throughout it makes zeros, where softmax makes NaN
         result = saved("result")
@@ -344,7 +366,7 @@ def _underflows(view: NodeView) -> bool:
     return dtype in (torch.float16, torch.bfloat16) and view.arrived_size < 4096 * tiny
 
 
-def _all_ignored(saved: Read) -> bool:
+def _all_ignored(saved: SavedValues) -> bool:
     target = saved("target")
     ignore = saved("ignore_index")
     if not isinstance(target, Tensor) or ignore is None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Iterator
 from types import CodeType
 from typing import Any
 
 from torch import nn
 
-from clinometer.gradients.report.places import is_machinery
+from clinometer.gradients.diagnose.container_use import chooses_members
+from clinometer.gradients.sandbox.code_origin import is_machinery
 from clinometer.gradients.sandbox.subject import Subject
 from clinometer.gradients.trace.cuts import each_bit
 from clinometer.gradients.trace.forward_trace import Trace
@@ -27,11 +29,16 @@ _NO_FORWARD = {
     "_init_weights",
     "init_weights",
 }
+_LISTS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict, nn.Sequential)
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 def may_be_skipped(name: str, subject: Subject, trace: Trace) -> str:
-    """Why leaving `name` out may be meant: "choice" (one of several), "branch", or "" for no reason."""
+    """Why leaving `name` out may be meant.
+
+    "choice" (one of several alternatives), "depth" (a value of the run says how much of a list is used),
+    "branch" (code that was not taken mentions it), or "" for no reason.
+    """
     module = subject.eager_module
     if module is None:
         return ""
@@ -47,8 +54,10 @@ def may_be_skipped(name: str, subject: Subject, trace: Trace) -> str:
         prefix = ".".join(path[: depth + 1])
         if _any_used(prefix, subject, trace):
             continue
-        if isinstance(holder, _CONTAINERS):
-            return "choice" if _parallel(".".join(path[:depth]), subject, trace) else ""
+        if isinstance(holder, _CONTAINERS) and _parallel(".".join(path[:depth]), subject, trace):
+            return "choice"
+        if isinstance(holder, _LISTS):
+            return "depth" if _chosen(holder, holders[:depth], trace) else ""
         # The outermost part of the path of which nothing was used: does any method speak of it?
         return "branch" if _mentioned(holder, part) else ""
     # Others of its own module were used, but not this one.
@@ -85,19 +94,52 @@ def _parallel(container: str, subject: Subject, trace: Trace) -> bool:
     )
 
 
+def _chosen(container: nn.Module, above: list[tuple[nn.Module, str]], trace: Trace) -> bool:
+    """Whether code of the modules around a container, or of the closure, chooses members in each run."""
+    if type(container) not in _LISTS:  # a list with a forward of its own
+        return True
+    named = [(holder, part) for holder, part in above if not isinstance(holder, _LISTS)]
+    if not named:
+        return False
+    attribute = named[-1][1]
+    functions = [function for holder, _ in above for function in _functions(holder)]
+    functions += _functions_of(trace.closure)
+    return any(chooses_members(f, attribute) for f in functions if attribute in _names(f.__code__))
+
+
 def _mentioned(holder: nn.Module, attribute: str) -> bool:
+    """Whether a method of the module speaks of an attribute, by name or by a name that it puts together."""
+    for function in _functions(holder):
+        names = _names(function.__code__)
+        if attribute in names:
+            return True
+        parts = (name for name in names if len(name) > 1 and attribute.startswith(name))
+        if "getattr" in names and any(parts):
+            return True
+    return False
+
+
+def _functions(holder: nn.Module) -> Iterator[Any]:
+    """The methods of a module that its forward may call, those of torch's own classes left out."""
     for cls in type(holder).__mro__:
         if is_machinery(getattr(sys.modules.get(cls.__module__), "__file__", None) or ""):
             continue  # torch's own layers leave nothing out
         for key, value in vars(cls).items():
-            function = getattr(value, "__func__", value)
-            if key in _NO_FORWARD or not inspect.isfunction(inspect.unwrap(function)):
-                continue
-            if attribute in _names(inspect.unwrap(function).__code__):
-                return True
-    return False
+            function = inspect.unwrap(getattr(value, "__func__", value))
+            if key not in _NO_FORWARD and inspect.isfunction(function):
+                yield function
 
 
-def _names(code: CodeType) -> set[Any]:
+def _functions_of(closure: Any) -> list[Any]:
+    """A closure and the functions that it names."""
+    function = getattr(closure, "__func__", getattr(closure, "func", closure))
+    if not inspect.isfunction(function):
+        return []
+    named = inspect.getclosurevars(function)
+    return [function, *filter(inspect.isfunction, (*named.nonlocals.values(), *named.globals.values()))]
+
+
+def _names(code: CodeType) -> set[str]:
     inner = (const for const in code.co_consts if isinstance(const, CodeType))
-    return {*code.co_names, *(c for c in code.co_consts if isinstance(c, str))}.union(*map(_names, inner))
+    own = (c for c in code.co_consts if isinstance(c, str))
+    return {*code.co_names, *own}.union(*map(_names, inner))

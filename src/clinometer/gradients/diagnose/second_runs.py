@@ -22,7 +22,7 @@ def look_at_values(
     trace = Trace(subject, stand_ins)
     finiteness = Finiteness(subject, stand_ins)
     trace.after_call = finiteness.after_call
-    with trace.watching():
+    with trace.watching(), finiteness.watching():
         loss = evaluate(closure)
     return finiteness, loss
 

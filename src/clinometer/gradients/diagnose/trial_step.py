@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from clinometer.distributed.ranks import Ranks
+from clinometer.gradients.diagnose.loop_finding import loop_finding
 from clinometer.gradients.optimizers.identity import has_own_step, option, shrinks_by, tensors_of
 from clinometer.gradients.optimizers.made_nonfinite import made_nonfinite, without_coincidence
 from clinometer.gradients.optimizers.state_fit import Moments, exchanged
@@ -77,12 +78,12 @@ class TrialStep:
         except Exception as error:
             text = f"{type(error).__name__}: {error}".partition("\n")[0]
             kind = type(self._optimizer).__name__
-            yield _loop("trial-step", EXPLAINED, (), optimizer=kind, error=text[:200])
+            yield loop_finding("trial-step", EXPLAINED, (), optimizer=kind, error=text[:200])
             return
         moved = self._moved()
         frozen = tuple(n for n, t in self._ours.items() if not t.requires_grad and n in moved)
         if frozen:
-            yield _loop("moved-while-frozen", FAULT, frozen)
+            yield loop_finding("moved-while-frozen", FAULT, frozen)
         broken = yield from self._not_finite(moved)
         yield from self._unpushed([n for n in moved if self._learns(n) and n not in broken])
         yield from self._still(moved)
@@ -126,7 +127,7 @@ class TrialStep:
         ]
         if found := exchanged(kept):
             listed = shorten([f"{name} ← {other}" for name, other in found], 3)
-            yield _loop("state-of-another", FAULT, tuple(name for name, _ in found), pairs=listed)
+            yield loop_finding("state-of-another", FAULT, tuple(name for name, _ in found), pairs=listed)
 
     def _erasing(self) -> Iterator[Finding]:
         """Groups whose weight decay takes more in a step than any gradient can give back."""
@@ -136,11 +137,11 @@ class TrialStep:
                 continue
             ids = {id(p) for p in group["params"]}
             names = tuple(name for name, t in self._ours.items() if id(t) in ids and t.requires_grad)
-            numbers = {
+            numbers: dict[str, Any] = {
                 "lr": format_number(option(group, "lr")),
                 "decay": format_number(option(group, "weight_decay")),
             }
-            yield _loop("decay", FAULT, names, share=format_number(share, place=""), **numbers)
+            yield loop_finding("decay", FAULT, names, share=format_number(share, place=""), **numbers)
 
     def _erasing_on_its_own(self) -> Iterator[Finding]:
         """The same of an optimizer with a step of its own: its step is tried with gradients of zero and no
@@ -171,9 +172,12 @@ class TrialStep:
         if names:
             group = self._groups[id(able[names[0]])]
             decay = max(option(group, key) for key in rates)
-            numbers = {"lr": format_number(option(group, "lr")), "decay": format_number(decay)}
+            numbers: dict[str, Any] = {
+                "lr": format_number(option(group, "lr")),
+                "decay": format_number(decay),
+            }
             share = format_number(max(shares[name] for name in names), place="")
-            yield _loop("decay", FAULT, names, share=share, **numbers)
+            yield loop_finding("decay", FAULT, names, share=share, **numbers)
 
     def _not_finite(self, moved: list[str]) -> Iterator[Finding]:
         """What the step itself made NaN or infinite; returns the names."""
@@ -198,7 +202,9 @@ class TrialStep:
         for variant, names in groups.items():
             values = {"numbers": sum(made[n].count for n in names), **made[names[0]].values}
             kind = type(self._optimizer).__name__
-            yield _loop("step-not-finite", FAULT, tuple(names), variant=variant, optimizer=kind, **values)
+            yield loop_finding(
+                "step-not-finite", FAULT, tuple(names), variant=variant, optimizer=kind, **values
+            )
         return set(made)
 
     def _unpushed(self, moved: list[str]) -> Iterator[Finding]:
@@ -225,18 +231,18 @@ class TrialStep:
                 if bool(empty.any()) and (found := self._decaying(name, old[empty], change[empty])):
                     rows[name] = found[0], len(empty), found[1]
         if names := tuple(whole.pop("decay", ())):
-            yield _loop(
+            yield loop_finding(
                 "decay", EXPLAINED, names, variant="tensors", share=format_number(max(shares), place="")
             )
         for cause, members in whole.items():
-            yield _loop("moved-while-frozen", EXPLAINED, tuple(members), variant=_UNPUSHED[cause])
+            yield loop_finding("moved-while-frozen", EXPLAINED, tuple(members), variant=_UNPUSHED[cause])
         if rows:
-            values = {
+            values: dict[str, Any] = {
                 "rows": sum(r for r, _, _ in rows.values()),
                 "total": sum(n for _, n, _ in rows.values()),
             }
             share = format_number(max(s for _, _, s in rows.values()), place="")
-            yield _loop("decay", EXPLAINED, tuple(rows), variant="rows", share=share, **values)
+            yield loop_finding("decay", EXPLAINED, tuple(rows), variant="rows", share=share, **values)
 
     def _decaying(self, name: str, old: Tensor, change: Tensor) -> tuple[int, float] | None:
         """How many of these rows, whose gradient is zero, move by weight decay alone, and by which share."""
@@ -281,7 +287,7 @@ class TrialStep:
                 return
         severity = EXPLAINED if variant else severity
         kind = type(self._optimizer).__name__
-        yield _loop("never-moves", severity, still, variant=variant, dtype=dtype, optimizer=kind)
+        yield loop_finding("never-moves", severity, still, variant=variant, dtype=dtype, optimizer=kind)
 
     def _why_still(self, still: tuple[str, ...]) -> str:
         """ "": the step is lost in rounding; "later": it waits; "waits"; "minimum": no step would help."""
@@ -351,9 +357,3 @@ def _is_proportional(old: Tensor, change: Tensor, share: float) -> bool:
     """Whether change = −share · old within rounding."""
     unit = torch.finfo(change.dtype).eps * old.abs() + torch.finfo(change.dtype).tiny
     return bool(((change + share * old).abs() <= 4 * unit).all())
-
-
-def _loop(
-    cause: str, severity: Severity, names: tuple[str, ...], *, variant: str = "", **values: Any
-) -> Finding:
-    return Finding(cause, "loop", severity, f"diagnosis.loop.{cause}", names, None, values, variant)

@@ -21,6 +21,7 @@ from clinometer.distributed.ranks import Ranks
 from clinometer.gradients.report.finding import EXPLAINED, Reason
 from clinometer.gradients.report.places import Where
 from clinometer.gradients.sandbox.closure import Closure, evaluate
+from clinometer.gradients.sandbox.interrupts import theirs
 from clinometer.gradients.sandbox.sandbox import Before
 from clinometer.gradients.sandbox.subject import Subject
 from clinometer.gradients.trace.forward_trace import Trace
@@ -79,7 +80,7 @@ class _Look:
         hooks = [node.register_hook(self._watcher(node)) for node in self.graph.nodes if _may_make(node)]
         try:
             keep = loss.grad_fn not in self.trace.places
-            torch.autograd.backward(loss, torch.ones_like(loss) if loss.dim() else None, keep)
+            theirs(torch.autograd.backward, loss, torch.ones_like(loss) if loss.dim() else None, keep)
         finally:
             for hook in hooks:
                 hook.remove()

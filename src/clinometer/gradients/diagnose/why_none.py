@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from clinometer.gradients.diagnose.optional_modules import may_be_skipped
 from clinometer.gradients.report.finding import EXPLAINED, FAULT, Reason
-from clinometer.gradients.report.places import definition_of, is_installed
+from clinometer.gradients.report.places import definition_of
+from clinometer.gradients.sandbox.code_origin import is_installed
 from clinometer.gradients.sandbox.subject import Subject
 from clinometer.gradients.trace.backward_trace import Flow
 from clinometer.gradients.trace.cuts import Cut, Escape
@@ -16,6 +18,10 @@ from clinometer.gradients.trace.forward_trace import Trace
 from clinometer.gradients.trace.graph import Node
 from clinometer.gradients.trace.graph_search import receives
 from clinometer.torch_internals.custom_functions import function_of
+from clinometer.torch_internals.tensors import has_hooks
+
+_MEANT = {"detach": 1, "no_grad": 1, "inference_mode": 1}
+"""Cuts that are often meant come after those that are not."""
 
 
 def before_any_run(tensor: Tensor) -> Reason | None:
@@ -42,13 +48,13 @@ def why_none(name: str, subject: Subject, trace: Trace, flow: Flow | None, loss:
     cuts = [cut for i, cut in enumerate(trace.cuts) if cut.live & bit]
     reaching = trace.cuts_in(loss)
     to_loss = [cut for i, cut in enumerate(trace.cuts) if cut.live & bit and reaching >> i & 1]
-    if loss.grad_fn is None:
+    if loss.grad_fn is None and not (loss.requires_grad and has_hooks(loss)):
         # A loss made from a Python number has no cut in it: the place is where the number left torch.
         found = _first(to_loss) or (trace.escapes[-1] if trace.escapes else _first(trace.cuts))
         where = found.where if found else None
         return Reason("none", "loss-without-graph", FAULT, found.kind if found else "", where, group=0)
     if to_loss:
-        return _cut(_first(to_loss))
+        return _cut_on_each_path(to_loss)
     if escapes := [escape for escape in trace.escapes if escape.concerns(bit, trace.cuts)]:
         return _escaped(escapes[-1])
     if stray := [cut for cut in cuts if cut.kind in ("parameter", "overwritten", "deepcopy", "function")]:
@@ -78,6 +84,21 @@ def _undefined(node: Node, flow: Flow) -> Reason | None:
         where, variant, name = definition_of(function.backward) or where, "", function.__name__
     values = {"function": name}
     return Reason("none", "undefined-in-backward", FAULT, variant, where, values, group=event.node)
+
+
+def _cut_on_each_path(cuts: list[Cut]) -> Reason:
+    """Each of these cuts is on a path of its own, for behind one nothing leads to the tensor any more.
+
+    First the one that is least often meant: beside the detach() of an advantage or a target, a .data.
+    """
+    places: dict[Any, Cut] = {}
+    real = [cut for cut in cuts if cut.kind != "integer"] or cuts
+    for cut in sorted(real, key=lambda cut: _MEANT.get(cut.kind, 0)):
+        places.setdefault(cut.group or (cut.where and (cut.where.file, cut.where.line)), cut)
+    first, *others = places.values()
+    reason = _cut(first)
+    further = tuple(cut.where for cut in others if cut.where is not None)
+    return replace(reason, others=further, group=(reason.group, tuple((w.file, w.line) for w in further)))
 
 
 def _cut(cut: Cut) -> Reason:

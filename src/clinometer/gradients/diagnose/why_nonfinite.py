@@ -6,40 +6,30 @@ of a finite loss by `BACKWARD_RULES`. In both, the first rule that returns a rea
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from clinometer.gradients.diagnose.evidence import Clue
-from clinometer.gradients.diagnose.finiteness import SOFTMAXES, Finiteness, Origin
+import torch
+
+from clinometer.gradients.diagnose.finiteness import Finiteness, Origin
+from clinometer.gradients.diagnose.operation_view import Clue, canonical
+from clinometer.gradients.diagnose.singular_points import of_range
 from clinometer.gradients.report.finding import FAULT, Reason
-from clinometer.gradients.report.formatting import words
-from clinometer.gradients.report.places import definition_of
+from clinometer.gradients.report.places import Where, definition_of
 from clinometer.gradients.sandbox.subject import Subject
+from clinometer.gradients.sandbox.tensors import plain
 from clinometer.gradients.trace.backward_trace import Event, Flow
-from clinometer.gradients.trace.graph import operation
+from clinometer.gradients.trace.graph import Node, operation
 from clinometer.gradients.trace.graph_search import place_of
 from clinometer.torch_internals.custom_functions import function_of
 
-_MAKE_INFINITY = words(
-    """
-    log log_ log2 log10 log1p div true_divide __truediv__ __rtruediv__ __rdiv__ reciprocal rsqrt atanh
-    logit div_ xlogy __itruediv__ divide binary_cross_entropy nll_loss log_softmax cross_entropy
-    """
-)
-"""Calls that have a pole: infinity out of them is no overflow."""
-_VARIANTS = {
-    "__truediv__": "division", "div": "division", "__rtruediv__": "division", "__rdiv__": "division",
-    "div_": "division", "true_divide": "division", "reciprocal": "division", "rsqrt": "sqrt",
-    "log1p": "log", "log2": "log", "log10": "log", "logit": "log", "xlogy": "log", "log_": "log",
-    "__itruediv__": "division", "divide": "division", "log": "log", "sqrt": "sqrt", "sqrt_": "sqrt",
-    "pow": "pow", "__pow__": "pow", "__rpow__": "pow", "softmax": "softmax", "_safe_softmax": "softmax",
-    "acos": "acos", "arccos": "acos", "asin": "acos", "arcsin": "acos", "std": "std", "var": "std",
-    "mean": "mean", "cross_entropy": "loss", "nll_loss": "loss", "mse_loss": "loss", "l1_loss": "loss",
-    "binary_cross_entropy": "log",
-}  # fmt: skip
-"""Calls → the variant that explains what they make NaN or infinity of."""
+_MULTIPLIED = ("operand", "other", "other-at")
+"""What a node may look like whose backward computed with a value that was not finite."""
+_DIVIDES = ("edge", "near", "sqrt", "where", "where-division", "division", "division-small")
+"""What happens inside a call whose eps is too small."""
 
 
 def why_nonfinite(
@@ -52,7 +42,10 @@ def why_nonfinite(
     if source is not None:
         return from_forward(source)
     event, clue = _first_node(name, subject, flow)
-    case = _NonfiniteCase(str(subject.tensors[name].dtype), flow, event, clue, alone)
+    tensor = subject.tensors[name]
+    nan = tensor.grad is None or bool(torch.isnan(plain(tensor.grad)).any())
+    changed = None if event is not None else _changed_on_the_way(flow.graph.leaves.get(id(tensor)), flow)
+    case = _NonfiniteCase(tensor.dtype, flow, event, clue, alone, nan, changed)
     return next(reason for rule in BACKWARD_RULES if (reason := rule(case)) is not None)
 
 
@@ -67,16 +60,32 @@ def trace_back(reason: Reason, values: Finiteness) -> Reason:
     The loss may be finite all the same: a softmax makes NaN of a row of padding, the loss leaves that row
     out, and the gradient that comes back for it, zero, is multiplied by the NaN. Otherwise the same reason.
     """
-    origin = values.before(reason.where) if reason.cause == "backward" else None
+    if reason.cause != "backward" or reason.variant not in _MULTIPLIED:
+        return reason
+    given = None if reason.variant == "other-at" else values.before(reason.where)  # what went in was finite
+    origin = given or values.made_at(reason.where)
     if origin is None or origin.where is None:
         return reason
+    clue = origin.clue
     variant = "unseen"
-    if origin.kind == "given":
+    if origin.kind == "parameter":
+        variant = "parameter"
+    elif origin.kind == "given":
         variant = "unseen-input"
-    elif origin.name in SOFTMAXES:
+    elif clue is not None and clue.variant == "softmax":
         variant = "unseen-softmax"
+    elif clue is not None and clue.cause == "overflow":
+        variant = "unseen-large"
+    elif clue is not None and clue.variant == "constant":
+        variant = "unseen-constant"
     place = origin.where.file, origin.where.line
-    return Reason("non-finite", "backward", FAULT, variant, origin.where, {"op": _op(origin)}, place)
+    told = {
+        "op": _op(origin),
+        "weight": origin.parameter,
+        "safe": "1.0",
+        **({} if clue is None else dict(clue.values)),
+    }
+    return Reason("non-finite", "backward", FAULT, variant, origin.where, told, place)
 
 
 # ---- the loss is not finite ----
@@ -94,27 +103,22 @@ def batch_holds_it(origin: Origin) -> Reason | None:
     return _made("forward", "input", origin) if origin.kind == "given" else None
 
 
-def too_large_for_the_type(origin: Origin) -> Reason | None:
-    """Infinity from a call without a pole: the number left the range of its type."""
-    if origin.kind == "made" and not origin.nan and origin.name not in _MAKE_INFINITY:
-        return _made("overflow", "forward", origin)
-    return None
-
-
 def softmax_across_rows(origin: Origin) -> Reason | None:
     """A softmax whose last dimension would have had something to choose from runs over another one."""
     return _made("forward", "softmax-across", origin) if origin.across else None
 
 
 def made_by_the_call(origin: Origin) -> Reason | None:
-    """The first call that makes NaN or infinity of finite numbers."""
-    return _made("forward", _VARIANTS.get(origin.name, "other"), origin)
+    """The first call that makes NaN or infinity, and what was special about what it got."""
+    if origin.kind == "mask":
+        return _made("forward", "constant", origin)
+    clue = origin.clue or Clue("forward", "unread")
+    return _made(clue.cause, _within(origin.where, clue), origin, **dict(clue.values))
 
 
 FORWARD_RULES: tuple[Callable[[Origin], Reason | None], ...] = (
     weight_holds_it,
     batch_holds_it,
-    too_large_for_the_type,
     softmax_across_rows,
     made_by_the_call,
 )
@@ -127,17 +131,20 @@ FORWARD_RULES: tuple[Callable[[Origin], Reason | None], ...] = (
 class _NonfiniteCase:
     """A gradient that is not finite, and the node where it stopped being finite, if one was seen."""
 
-    dtype: str
+    dtype: torch.dtype
     flow: Flow
     event: Event | None
     clue: Clue | None
     alone: bool
+    nan: bool
+    changed: Node | None
+    """The node that got a gradient that is not finite, although every node above handed on a finite one."""
 
 
 def spoilt_in_custom_backward(case: _NonfiniteCase) -> Reason | None:
     """A custom Function's backward is the user's code: the place is its definition."""
     function = None if case.event is None else function_of(case.event.node)
-    if case.event is None or case.clue is None or function is None:
+    if case.event is None or case.clue is None or function is None or case.clue.variant == "hook":
         return None
     return _at_node(case.event, case.clue, case.flow, definition_of(function.backward))
 
@@ -154,15 +161,27 @@ def on_another_rank(case: _NonfiniteCase) -> Reason | None:
     return None if case.alone else Reason("non-finite", "unknown", FAULT, "elsewhere", group=1)
 
 
+def changed_by_a_hook(case: _NonfiniteCase) -> Reason | None:
+    """Finite when one node hands it on and not when the next gets it: a hook made it. No sum makes NaN."""
+    if case.changed is None or not (case.nan or len(list(case.flow.above(case.changed))) == 1):
+        return None
+    if not case.changed.next_functions:  # the parameter itself
+        return Reason("non-finite", "backward", FAULT, "hook-parameter", group=case.changed)
+    where = place_of(case.changed, case.flow)
+    return Reason("non-finite", "backward", FAULT, "hook", where, group=case.changed)
+
+
 def sum_too_large(case: _NonfiniteCase) -> Reason | None:
     """Every part was finite: their sum left the range of the type."""
-    return Reason("non-finite", "overflow", FAULT, "sum", values={"dtype": case.dtype})
+    values = {"dtype": str(case.dtype).removeprefix("torch.")}
+    return Reason("non-finite", "overflow", FAULT, of_range("sum", case.dtype), values=values)
 
 
 BACKWARD_RULES: tuple[Callable[[_NonfiniteCase], Reason | None], ...] = (
     spoilt_in_custom_backward,
     spoilt_at_a_node,
     on_another_rank,
+    changed_by_a_hook,
     sum_too_large,
 )
 
@@ -177,10 +196,53 @@ def _first_node(name: str, subject: Subject, flow: Flow) -> tuple[Event | None, 
     return next(((event, clue) for event, clue in clues if clue is not None), (None, None))
 
 
+def _changed_on_the_way(leaf: Node | None, flow: Flow) -> Node | None:
+    stack, seen = [] if leaf is None else [leaf], set()
+    while stack:
+        node = stack.pop()
+        above = list(flow.above(node))
+        spoilt = [consumer for consumer, position in above if _handed_on(flow, consumer, position)]
+        if above and not spoilt:
+            return node
+        stack += [consumer for consumer in spoilt if consumer not in seen]
+        seen.update(spoilt)
+    return None
+
+
+def _handed_on(flow: Flow, node: Node, position: int) -> bool:
+    """Whether a node handed on a gradient that is not finite."""
+    event = flow.events.get(node)
+    if event is None or position >= len(event.into):
+        return False
+    size = event.into[position]
+    return size is not None and not math.isfinite(size)
+
+
+def _within(where: Where | None, clue: Clue) -> str:
+    """The variant to say: of an operation inside a call that has an eps, what is to be changed is eps."""
+    inside = where is not None and canonical(where.op) not in ("", dict(clue.values).get("call"))
+    return (
+        "eps-inside"
+        if inside and where is not None and clue.variant in _DIVIDES and _has_eps(where.op)
+        else clue.variant
+    )
+
+
+def _has_eps(op: str) -> bool:
+    function = getattr(torch.nn.functional, op, None)
+    if op in ("cosine_similarity", "pairwise_distance"):  # written in C++, so they have no signature
+        return True
+    try:
+        return function is not None and "eps" in inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return False
+
+
 def _at_node(event: Event, clue: Clue, flow: Flow, definition: Any = None) -> Reason:
     where = definition or place_of(event.node, flow)
-    values = {"op": where.op if where else operation(event.node).lower(), **dict(clue.values)}
-    return Reason("non-finite", clue.cause, FAULT, clue.variant, where, values, group=event.node)
+    values = {"op": where.op.strip("_") if where else operation(event.node).lower(), **dict(clue.values)}
+    variant = _within(where, clue)
+    return Reason("non-finite", clue.cause, FAULT, variant, where, values, group=event.node)
 
 
 def _made(cause: str, variant: str, origin: Origin, **more: Any) -> Reason:

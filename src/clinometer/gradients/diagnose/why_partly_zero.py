@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from clinometer.gradients.report.finding import EXPLAINED, Reason
@@ -35,6 +37,28 @@ def why_partly(
             if columns is not None and (found := _silent(consumer, columns, flow, up=False)):
                 return _dead(*found, flow)
     return None
+
+
+def merge_units(reasons: Mapping[str, Reason | str]) -> dict[str, Reason | str]:
+    """Returns the reasons, those of inactive units in several activations as one, with their sums."""
+    units = {n: r for n, r in reasons.items() if isinstance(r, Reason) and r.variant == "units"}
+    layers = {reason.group: reason for reason in units.values()}
+    # The second look (`why_blocks_zero`) groups by place: an activation is not counted twice.
+    seen = {_place(reason) for group, reason in layers.items() if not isinstance(group, tuple)}
+    layers = {g: r for g, r in layers.items() if not isinstance(g, tuple) or _place(r) not in seen}
+    if len(layers) < 2:
+        return dict(reasons)
+    totals = {key: sum(reason.values[key] for reason in layers.values()) for key in ("zero", "all")}
+    lines = {_place(reason)[:2] for reason in layers.values()}
+    where = next(iter(layers.values())).where if len(lines) == 1 else None
+    values = {**totals, "layers": len(layers)}
+    merged = Reason("partly-zero", "dead-activation", EXPLAINED, "layers", where, values, group=0)
+    return {**reasons, **dict.fromkeys(units, merged)}
+
+
+def _place(reason: Reason) -> tuple[str, int, str]:
+    where = reason.where
+    return ("", 0, "") if where is None else (where.file, where.line, where.module)
 
 
 def _dead(node: Node, dead: Tensor, flow: Flow) -> Reason:

@@ -20,12 +20,15 @@ from clinometer.gradients.sandbox.tensors import largest
 from clinometer.gradients.trace.backward_trace import Event, Flow
 from clinometer.gradients.trace.graph import Node, leaf_through, operation
 from clinometer.gradients.trace.graph_search import (
+    factors,
     inputs,
+    is_alone,
     nodes_below,
     other_factor,
     place_of,
     receives,
     silent_relu_below,
+    where_paths_part,
 )
 from clinometer.gradients.trace.node_kinds import HINGES, PRODUCT
 from clinometer.torch_internals.custom_functions import function_of
@@ -88,7 +91,7 @@ class _ZeroCase:
 
     @property
     def is_product(self) -> bool:
-        return (self.clue.cause, self.clue.variant) == ("zero-weight-downstream", "product")
+        return is_product(self.clue)
 
     @cached_property
     def factor(self) -> Node | None:
@@ -118,40 +121,49 @@ def why_zero(
 ) -> Reason:
     """Returns why the whole gradient of a tensor is zero; `sizes` are the largest values of all gradients."""
     gradient = _ZeroGradient(name, subject, flow, loss, sizes)
-    origins = [] if gradient.leaf is None else flow.origins(gradient.leaf, lambda size: size == 0)
-    seen = ((event, position, event.clues.get(position)) for event, position in origins)
-    case = next((_ZeroCase(gradient, event, i, clue) for event, i, clue in seen if clue is not None), None)
-    if case is None:
-        return next(reason for rule in NO_NODE_RULES if (reason := rule(gradient)) is not None)
-    return next(reason for rule in ZERO_RULES if (reason := rule(case)) is not None)
+    lost = [] if gradient.leaf is None else flow.where_lost(gradient.leaf)
+    for node, position in lost:
+        clue = None if position is None else flow.events[node].clues.get(position)
+        if position is not None and clue is not None:
+            case = _ZeroCase(gradient, flow.events[node], position, clue)
+            return next(reason for rule in ZERO_RULES if (reason := rule(case)) is not None)
+    return next(reason for rule in NO_NODE_RULES if (reason := rule(gradient)) is not None)
 
 
 # ---- no node was seen that made it zero ----
 
 
-def nothing_arrived(gradient: _ZeroGradient) -> Reason | None:
-    """No gradient above zero came to the tensor's own node, and no node was seen to make it zero."""
-    if gradient.leaf is not None and receives(gradient.leaf, gradient.flow, bool):
-        return None
-    return Reason("zero", "unknown", EXPLAINED, group=0)
-
-
 def zeroed_by_a_hook(gradient: _ZeroGradient) -> Reason | None:
     """A gradient that arrived and is zero in `.grad` was changed on the way by the tensor's own hook."""
-    if not has_hooks(gradient.subject.tensors[gradient.name]):
+    arrived = gradient.leaf is not None and receives(gradient.leaf, gradient.flow, bool)
+    if not (arrived and has_hooks(gradient.subject.tensors[gradient.name])):
         return None
     return Reason("zero", "zeroed", EXPLAINED, "hook", group=0)
 
 
-def parts_cancel(gradient: _ZeroGradient) -> Reason | None:
-    """Without a hook the parts that arrived add up to zero."""
-    return Reason("zero", "structural", EXPLAINED, "cancels", group=0)
+def paths_cancel(gradient: _ZeroGradient) -> Reason | None:
+    """What comes on several paths adds up to zero, at the tensor itself or at a node above it."""
+    flow, leaf = gradient.flow, gradient.leaf
+    node = next((node for node, _ in flow.where_lost(leaf) if node in flow.meetings), None) if leaf else None
+    if node is None:
+        return None
+    parting, left = where_paths_part(node, flow.graph), flow.meetings[node]
+    where = place_of(parting, flow)
+    if is_alone(parting) and not gradient.nothing_learns:
+        return _structural(gradient, where)
+    values = {"op": where.op if where else operation(parting).lower(), "size": left.size, "term": left.term}
+    return Reason("zero", "cancellation", FAULT, "paths", where, values, parting)
+
+
+def nothing_arrived(gradient: _ZeroGradient) -> Reason | None:
+    """No node was seen to make it zero."""
+    return Reason("zero", "unknown", EXPLAINED, group=0)
 
 
 NO_NODE_RULES: tuple[Callable[[_ZeroGradient], Reason | None], ...] = (
-    nothing_arrived,
     zeroed_by_a_hook,
-    parts_cancel,
+    paths_cancel,
+    nothing_arrived,
 )
 
 
@@ -199,6 +211,36 @@ def masked_out(case: _ZeroCase) -> Reason | None:
     return _masked(case.event, case.clue, case.gradient)
 
 
+def cancels_by_construction(case: _ZeroCase) -> Reason | None:
+    """A tensor alone where terms cancel: a bias before a normalisation, a weight that is normalised.
+
+    So are the scores of an attention whose values are all the same.
+    """
+    if case.clue.cause != "cancellation" or case.gradient.nothing_learns:
+        return None
+    harmless = is_alone(case.node.next_functions[case.position][0]) or _weighs_computed_values(case)
+    return _structural(case.gradient, case.where) if harmless else None
+
+
+def terms_cancel(case: _ZeroCase) -> Reason | None:
+    """In one node's backward: what reads the node's result asks for just what the node keeps constant."""
+    if case.clue.cause != "cancellation":
+        return None
+    reader = next((c for c, _ in case.flow.above(case.node)), None)
+    where = None if reader is None else place_of(reader, case.flow)
+    if where is None or case.where is None:
+        return case.reason("cancellation", "", FAULT)
+    other = (where.file, where.line) != (case.where.file, case.where.line)
+    values = {**case.values, "reader": where.op, "place": where.label}
+    variant = "elsewhere" if other else "read"
+    return Reason("zero", "cancellation", FAULT, variant, case.where, values, case.node)
+
+
+def softmax_over_one(case: _ZeroCase) -> Reason | None:
+    """Also where it belongs to a loss of 0, as cross_entropy over one class does: no minimum, a constant."""
+    return case.reason("dead-activation", "single", FAULT) if case.clue.variant == "single" else None
+
+
 def loss_at_its_minimum(case: _ZeroCase) -> Reason | None:
     """No tensor has a gradient, and the node belongs to the loss: all margins are satisfied, or it is 0."""
     ends_in_loss = case.op in HINGES or (
@@ -234,6 +276,18 @@ def loss_function_at_its_minimum(case: _ZeroCase) -> Reason | None:
     """A loss function of torch has a zero gradient at its minimum only; elsewhere the loss is flat."""
     is_loss = (case.clue.cause, case.clue.variant) == ("zero-loss-gradient", "minimum")
     return _minimum(case) if is_loss else None
+
+
+def factor_of_zero_inputs(case: _ZeroCase) -> Reason | None:
+    """A factor that is zero as it was computed from data that is zero: it is another with other data."""
+    leaves = [node for node in nodes_below(case.factor) if not node.next_functions] if case.is_product else []
+    lost = [edge for leaf in leaves for edge in case.flow.where_lost(leaf)]
+    by_data = any(
+        position is not None and is_product(clue) and other_factor(node, position) is None
+        for node, position in lost
+        if (clue := None if position is None else case.flow.events[node].clues.get(position)) is not None
+    )
+    return case.reason("absent-rows", "inputs", EXPLAINED) if by_data else None
 
 
 def input_is_zero(case: _ZeroCase) -> Reason | None:
@@ -279,11 +333,15 @@ ZERO_RULES: tuple[Callable[[_ZeroCase], Reason | None], ...] = (
     zeros_of_a_dead_relu,
     factor_is_masked,
     masked_out,
+    cancels_by_construction,
+    terms_cancel,
+    softmax_over_one,
     loss_at_its_minimum,
     loss_times_zero,
     square_at_its_minimum,
     loss_function_at_its_minimum,
     input_is_zero,
+    factor_of_zero_inputs,
     weight_is_zero,
     expert_with_weight_zero,
     dead_in_an_idle_expert,
@@ -292,6 +350,24 @@ ZERO_RULES: tuple[Callable[[_ZeroCase], Reason | None], ...] = (
 
 
 # ---- what the rules share ----
+
+
+def is_product(clue: Clue) -> bool:
+    """Whether a node multiplied the gradient with a zero that may change."""
+    return (clue.cause, clue.variant) == ("zero-weight-downstream", "product")
+
+
+def _weighs_computed_values(case: _ZeroCase) -> bool:
+    """Whether it is a softmax, with or within a product of its result and values that are computed."""
+    if operation(case.node).startswith("ScaledDotProduct"):
+        return case.position < 2
+    products = [(c, i) for c, i in case.flow.above(case.node) if operation(c) in PRODUCT]
+    return "Softmax" in operation(case.node) and any(other_factor(c, i) is not None for c, i in products)
+
+
+def _structural(gradient: _ZeroGradient, where: Where | None) -> Reason:
+    exact = not largest(gradient.subject.tensors[gradient.name].grad)
+    return Reason("zero", "structural", EXPLAINED, "cancels" if exact else "", where, group=0)
 
 
 def _minimum(case: _ZeroCase) -> Reason:
@@ -345,7 +421,7 @@ def _zero_weight(factor: Node | None, subject: Subject) -> tuple[str, bool]:
     candidates = [leaf_through(factor)]
     product = next((below for below in nodes_below(factor) if operation(below) in PRODUCT), None)
     if product is not None:
-        candidates += [leaf_through(node) for node, _ in product.next_functions]
+        candidates += [leaf_through(node) for node in factors(product)]
     for weight in candidates:
         if weight is not None and id(weight) in names and largest(weight.detach()) == 0:
             return names[id(weight)], weight.requires_grad and not largest(weight.grad)
@@ -353,8 +429,8 @@ def _zero_weight(factor: Node | None, subject: Subject) -> tuple[str, bool]:
 
 
 def _is_times_an_input(case: _ZeroCase) -> bool:
-    """Whether the other factor of a product is data: nothing that is learned made it."""
-    return case.is_product and case.factor is None
+    """Whether the other factor of a product is data: nothing learned made it, and no derivative."""
+    return case.is_product and case.factor is None and case.op != "grad"
 
 
 def _is_flat_at_zero(node: Node) -> bool:

@@ -48,6 +48,8 @@ class Finding:
 
     owners: tuple[str, ...] = ()
     """The largest modules of which only these tensors would learn, as Python: "encoder.layers[1]"."""
+    others: tuple[Where, ...] = ()
+    """Further lines that are part of the same: each path from the tensors to the loss is cut at one."""
 
     def say(self, part: str, language: str | None = None) -> str:
         """The sentence "what", "why" or "remedy" of this finding; "" if it has none."""
@@ -59,7 +61,10 @@ class Finding:
         mark = fault("✗ ") if self.severity == FAULT else note("· ")
         lines: Document = [Line((mark, *self._spans("what", language)), hang=2)]
         if self.where is not None:
-            lines.append(self._place(self.where, language))
+            lines += [self._place(where, language) for where in (self.where, *self.others)]
+        if self.others and self.severity == FAULT:
+            spans = sentence("gradients.finding.each_path", language, count=1 + len(self.others))
+            lines.append(Line(spans, indent=4))
         if why := self._spans("why", language):
             lines.append(Line(why, indent=4))
         if len(self.names) > 1:
@@ -79,6 +84,7 @@ class Finding:
             "names": list(self.names),
             "linked": list(self.linked),
             "where": None if self.where is None else self.where.to_dict(),
+            "others": [where.to_dict() for where in self.others],
             "values": dict(self.values),
             "message": self.say("what"),
             "why": self.say("why"),
@@ -138,6 +144,8 @@ class Reason:
     values: dict[str, Any] = field(default_factory=dict)
     group: Any = None
     """What makes two reasons the same finding, besides cause and variant; default: the place."""
+    others: tuple[Where, ...] = ()
+    """Further lines, as in `Finding`."""
 
     def __post_init__(self) -> None:
         require(self.status, self.cause, self.variant, self.severity)

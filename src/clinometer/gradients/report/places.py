@@ -4,33 +4,12 @@ from __future__ import annotations
 
 import inspect
 import linecache
-import os
 import sys
-import sysconfig
 from dataclasses import dataclass
-from functools import cache
 from types import FrameType
 from typing import Any, NamedTuple
 
-import torch
-
-_PACKAGE = os.path.dirname(os.path.abspath(str(sys.modules["clinometer"].__file__)))
-_INSTRUMENT = tuple(
-    os.path.join(_PACKAGE, room)
-    for room in (
-        "gradients",
-        "monitoring",
-        "distributed",
-        "integrations",
-        "record",
-        "torch_internals",
-        "clip_observers.py",
-    )
-)
-"""Rooms whose frames are never the user's. A model of ours (`lm`) is a model like any other."""
-_TORCH = os.path.dirname(os.path.abspath(torch.__file__))
-_STANDARD = {os.path.realpath(sysconfig.get_path(key)) for key in ("stdlib", "platstdlib")}
-_INSTALLED = ("site-packages", "dist-packages")
+from clinometer.gradients.sandbox.code_origin import is_machinery
 
 
 class Frame(NamedTuple):
@@ -108,6 +87,24 @@ def user_frame(frame: FrameType | None = None, *, op: str = "", module: str = ""
     return Where(file, line, function, op, module, tuple(reversed(stack)))
 
 
+def user_line_of(error: BaseException) -> Where | None:
+    """The innermost line of the user's code that an exception passed; None if there is none."""
+    trace, where = error.__traceback__, None
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if not is_machinery(code.co_filename):
+            name = code.co_qualname.rpartition("<locals>.")[2]
+            frame = Frame(code.co_filename, trace.tb_lineno, name)
+            where = Where(frame.file, frame.line, name, "", "", (frame,))
+        trace = trace.tb_next
+    return where
+
+
+def runs_machinery(frame: FrameType) -> bool:
+    """Whether a frame is torch's, the standard library's or the instrument's."""
+    return is_machinery(frame.f_code.co_filename)
+
+
 def definition_of(function: Any) -> Where | None:
     """The line with `def` of a Python function; None for one written in C."""
     function = inspect.unwrap(getattr(function, "__func__", function))
@@ -125,34 +122,3 @@ def definition_of(function: Any) -> Where | None:
             break
     name = code.co_qualname.rpartition("<locals>.")[2]
     return Where(code.co_filename, line, name, code.co_name, "", (Frame(code.co_filename, line, name),))
-
-
-@cache
-def is_machinery(file: str) -> bool:
-    """Whether a file belongs to torch, the standard library or the instrument."""
-    if file.startswith("<"):  # "<string>", "<stdin>", "<ipython-input-3>" are the user's code
-        return file.startswith(("<frozen ", "<@beartype"))
-    path = os.path.abspath(file)
-    if _within(path, _TORCH) or is_instrument(file):
-        return True
-    real = os.path.realpath(path)
-    return any(
-        _within(real, root) and not any(part in _INSTALLED for part in real[len(root) :].split(os.sep))
-        for root in _STANDARD
-    )
-
-
-@cache
-def is_instrument(file: str) -> bool:
-    """Whether a file belongs to the instrument itself."""
-    path = os.path.abspath(file)
-    return any(_within(path, room) for room in _INSTRUMENT)
-
-
-def is_installed(file: str) -> bool:
-    """Whether a file belongs to an installed package, not to the user's own project."""
-    return any(part in _INSTALLED for part in file.replace("\\", "/").split("/"))
-
-
-def _within(path: str, folder: str) -> bool:
-    return path.startswith(folder + os.sep)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from clinometer.gradients.sandbox.interrupts import theirs
 from clinometer.gradients.sandbox.random_state import RandomState
 from clinometer.messages import InputError
 from clinometer.torch_internals.frames import compiler_is_loaded
@@ -17,8 +18,10 @@ from clinometer.torch_internals.frames import compiler_is_loaded
 Closure = Callable[[], Any]
 
 
-def evaluate(closure: Closure) -> Tensor:
+def evaluate(closure: Closure, *, as_called: bool = False) -> Tensor:
     """The loss `closure` returns, computed with autograd on: one real floating-point number.
+
+    `as_called`: with autograd on or off as it is where the caller stands.
 
     A mapping or an object with a `loss`, as transformers' models return, stands for that loss.
     Raises InputError, saying what came, for anything else. A loss without a graph is returned.
@@ -28,8 +31,11 @@ def evaluate(closure: Closure) -> Tensor:
     if not callable(closure):
         raise InputError("gradients.closure.not_callable", type=type(closure).__name__)
     torch.clear_autocast_cache()  # under the caller's autocast, values changed since would not be seen
-    with torch.inference_mode(False), torch.enable_grad():
-        came = closure()
+    with ExitStack() as modes:
+        if not as_called:
+            modes.enter_context(torch.inference_mode(False))
+            modes.enter_context(torch.enable_grad())
+        came = theirs(closure)
     loss = came
     if not isinstance(came, Tensor):
         loss = came.get("loss") if isinstance(came, Mapping) else getattr(came, "loss", None)

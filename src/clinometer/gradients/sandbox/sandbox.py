@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
 
 from clinometer.distributed.ranks import shard_again
-from clinometer.gradients.sandbox.random_state import RandomState
+from clinometer.gradients.sandbox.random_state import KeptGenerator, RandomState, is_generator
 from clinometer.gradients.sandbox.saved_state import CONTAINERS, KeptBits, KeptContainer, KeptTensor, has_grad
 from clinometer.gradients.sandbox.subject import Subject
 from clinometer.torch_support import offers
@@ -39,7 +40,8 @@ def untouched(subject: Subject, *, closure: Any = None, optimizer: Any = None) -
     version counters and `.grad` (the same object with the same bits) of the subject's tensors; those, the
     mode, the hooks and the attributes of its module, of modules `closure` names, and of every module that
     the first runs call, wherever it is kept (it is looked at before its forward runs); the optimizers' state;
-    random generators; grad mode, autocast, default dtype.
+    random generators, the global ones and those that the closure or a module names; grad mode, autocast,
+    default dtype and device, and the other switches of `_Modes`.
 
     Not seen: tensors that neither the subject, the closure nor such a module names, objects other than
     tensors, modules and plain containers, hooks on tensors; what other threads draw meanwhile from the
@@ -77,6 +79,7 @@ class Before:
         self._empty: list[Any] = []
         self._scripted: list[tuple[nn.Module, bool]] = []
         self._modules: list[nn.Module] = []
+        self._generators: list[KeptGenerator] = []
         self._bits: dict[tuple[Any, ...], KeptBits] = {}
         self._values: set[int] = {id(tensor) for tensor in subject.tensors.values()}
         self._value_bits: set[tuple[Any, ...]] = set()
@@ -84,7 +87,7 @@ class Before:
         optimizers = optimizer if isinstance(optimizer, tuple) else (optimizer,)
         with torch.inference_mode(False), torch.no_grad():
             self._keep(
-                [*subject.tensors.values(), subject.module, *modules_named_by(closure)],
+                [*subject.tensors.values(), subject.module, *_named(closure)],
                 [each.__dict__ for each in optimizers if each is not None],
             )
             for bits in self._bits.values():
@@ -122,6 +125,11 @@ class Before:
             if has_grad(kept.tensor) and kept.tensor.grad is not None:
                 kept.tensor.grad = None
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Those whose state is kept: of the subject, of the closure, and every one that was called."""
+        return list(self._modules)
+
     def grad_of(self, tensor: Tensor) -> Tensor | None:
         """The `.grad` that was set aside."""
         kept = self._by_id.get(id(tensor))
@@ -131,6 +139,10 @@ class Before:
         """Whether the values of a kept tensor are other than they were."""
         kept = self._by_id.get(id(tensor))
         return kept is not None and any(self._bits[bits.key].differs() for bits in kept.bits)
+
+    def puts_back(self, tensor: Tensor) -> bool:
+        """Whether `rewind` gives a tensor its memory and values of before: a buffer, or a plain attribute."""
+        return id(tensor) in self._by_id and id(tensor) not in self._values
 
     def values_of(self, tensor: Tensor) -> Tensor | None:
         """The values of a kept strided tensor as they were; None if it is none. Do not write to them."""
@@ -157,6 +169,14 @@ class Before:
                     bits.restore()
             self._random.restore()
 
+    def rewind_frozen(self) -> None:
+        """Values of frozen tensors as at the beginning, which a forward may move on (a teacher's average)."""
+        with torch.inference_mode(False), torch.no_grad():
+            for kept in self._tensors:
+                if id(kept.tensor) in self._values and not kept.tensor.requires_grad:
+                    for bits in kept.bits:
+                        self._bits[bits.key].restore()
+
     def restore(self) -> None:
         """Everything, in an order that may be begun again after an interruption.
 
@@ -172,6 +192,7 @@ class Before:
                 + [kept.restore_grad for kept in self._tensors]
                 + [kept.restore_version for kept in self._tensors]
             )
+        errors += _each([*(kept.restore for kept in self._generators)])
         errors += _each([self._modes.restore, self._random.restore])
         if errors:
             raise errors[0]
@@ -180,6 +201,7 @@ class Before:
         """Let the copies go; nothing can be put back any more."""
         for held in (self._tensors, self._containers, self._empty, self._scripted, self._modules):
             held.clear()
+        self._generators.clear()
         for held in (self._held, self._keys, self._tables, self._entries):
             held.clear()
         for held in (self._by_id, self._bits, self._seen):
@@ -223,6 +245,9 @@ class Before:
                     queue.extend([*value.parameters(False), *value.buffers(False), *value.children()])
                 else:
                     queue.append(value.__dict__)
+            elif is_generator(value):
+                self._seen[id(value)] = value
+                self._generators.append(KeptGenerator(value))
             elif type(value) in CONTAINERS:
                 self._seen[id(value)] = value
                 if not value:
@@ -252,7 +277,12 @@ def modules_named_by(closure: Any) -> list[nn.Module]:
 
     Functions of the same file that it names are looked into as well.
     """
-    found: dict[int, nn.Module] = {}
+    return [value for value in _named(closure) if isinstance(value, nn.Module)]
+
+
+def _named(closure: Any) -> list[Any]:
+    """Modules and generators of random numbers that a callable reaches by its names."""
+    found: dict[int, Any] = {}
     seen: set[int] = set()
     queue = [closure]
     while queue:
@@ -260,7 +290,7 @@ def modules_named_by(closure: Any) -> list[nn.Module]:
         if id(value) in seen:
             continue
         seen.add(id(value))
-        if isinstance(value, nn.Module):
+        if isinstance(value, nn.Module) or is_generator(value):
             found[id(value)] = value
         elif isinstance(value, functools.partial):
             queue += [value.func, *value.args, *value.keywords.values()]
@@ -270,7 +300,8 @@ def modules_named_by(closure: Any) -> list[nn.Module]:
             if value is closure or value.__globals__ is getattr(closure, "__globals__", value.__globals__):
                 queue += _named_by(value)
         elif value is closure or value is getattr(closure, "__self__", None):
-            queue += [v for v in getattr(value, "__dict__", {}).values() if isinstance(v, nn.Module)]
+            held = getattr(value, "__dict__", {}).values()
+            queue += [v for v in held if isinstance(v, nn.Module) or is_generator(v)]
     return list(found.values())
 
 
@@ -292,6 +323,42 @@ def _names(code: CodeType) -> set[str]:
     return set(code.co_names).union(*map(_names, inner))
 
 
+def _flushes_denormals() -> bool:
+    """Whether the smallest numbers become zero; torch tells it nobody."""
+    return sys.float_info.min * 0.5 == 0.0
+
+
+def _set_deterministic(enabled: tuple[bool, bool]) -> None:
+    torch.use_deterministic_algorithms(enabled[0], warn_only=enabled[1])
+
+
+def _set_default_device(device: torch.device) -> None:
+    torch.set_default_device(None if device == torch.device("cpu") else device)
+
+
+def _of(owner: Any, name: str) -> tuple[Callable[[], Any], Callable[[Any], None]]:
+    return lambda: getattr(owner, name), lambda value: setattr(owner, name, value)
+
+
+_SWITCHES: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
+    (
+        lambda: (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+        ),
+        _set_deterministic,
+    ),
+    (torch.get_num_threads, torch.set_num_threads),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    (_flushes_denormals, torch.set_flush_denormal),
+    (torch.get_default_device, _set_default_device),
+    _of(torch.backends.cudnn, "enabled"),
+    _of(torch.backends.cudnn, "benchmark"),
+    _of(torch.backends.cudnn, "deterministic"),
+]
+"""How each switch of the process is read and turned."""
+
+
 class _Modes:
     """Switches of the process that a closure may leave turned."""
 
@@ -303,6 +370,7 @@ class _Modes:
             d: (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")
         }
         self.autocast_cache = torch.is_autocast_cache_enabled()
+        self._switches = [(read, write, read()) for read, write in _SWITCHES]
 
     def restore(self) -> None:
         torch.set_grad_enabled(self.grad)
@@ -312,6 +380,9 @@ class _Modes:
             torch.set_autocast_enabled(device, enabled)
             torch.set_autocast_dtype(device, dtype)
         torch.set_autocast_cache_enabled(self.autocast_cache)
+        for read, write, value in self._switches:
+            if read() != value:
+                write(value)
         torch.clear_autocast_cache()  # a cast of values that were changed inside is not the user's
 
 

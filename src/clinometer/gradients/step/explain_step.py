@@ -31,6 +31,7 @@ from clinometer.gradients.optimizers.made_nonfinite import (
 )
 from clinometer.gradients.optimizers.shared_memory import pairs_that_overlap
 from clinometer.gradients.sandbox.closure import Closure, eagerly, evaluate
+from clinometer.gradients.sandbox.interrupts import uninterrupted_block
 from clinometer.gradients.sandbox.random_state import RandomState
 from clinometer.gradients.sandbox.sandbox import modules_named_by, untouched
 from clinometer.gradients.sandbox.saved_state import has_grad
@@ -43,6 +44,7 @@ from clinometer.gradients.step.optimizer_state import OptimizerState, count_in, 
 from clinometer.messages import InputError
 
 
+@uninterrupted_block
 @contextmanager
 def explain_step(
     optimizer: Any, params: Any, *, loss: Closure | None = None, clipped_from: float | None = None

@@ -7,22 +7,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from clinometer.gradients.sandbox.interrupts import theirs
 from clinometer.gradients.sandbox.tensors import largest, plain
+from clinometer.gradients.trace.cancellation import (
+    ROUNDINGS,
+    Remainder,
+    is_remainder,
+    is_suspect,
+    rounding_of,
+)
 from clinometer.gradients.trace.forward_trace import Trace
 from clinometer.gradients.trace.graph import Graph, Node, operation, same_values
 from clinometer.torch_internals.nodes import saved
 
-Read = Callable[[str], Any]
-"""What a node saved under a name; None when it saved nothing, or it may not be read."""
-ReadClue = Callable[[Node, int, Sequence[Tensor | None], Sequence[Tensor | None], Read], Any]
+
+@dataclass(frozen=True)
+class SavedValues:
+    """What a node saved, by name; None when it saved nothing, or it may not be read."""
+
+    node: Node
+    readable: bool
+    """Whether it may be looked at, and the node's backward be run a second time."""
+
+    def __call__(self, name: str) -> Any:
+        return plain(saved(self.node, name)) if self.readable else None
+
+
+ReadClue = Callable[[Node, int, Sequence[Tensor | None], Sequence[Tensor | None], SavedValues], Any]
 """(node, which input, gradients of its inputs, of its outputs, what it saved) → what it looks like."""
 
 
@@ -36,7 +55,8 @@ class Event:
     into: list[float | None]
     """The same for each input."""
     clues: dict[int, Any]
-    """Input → what the clue function returned, for the inputs whose gradient this node made zero or NaN."""
+    """Input → what the clue function returned, for the inputs whose gradient this node made zero or NaN, or
+    nothing but rounding."""
     scalar: bool = False
     """Whether all that came in is one number: the loss, or a term of it."""
 
@@ -54,7 +74,8 @@ class Event:
 class Flow:
     """The backward of one loss."""
 
-    def __init__(self, graph: Graph, trace: Trace, clue: ReadClue) -> None:
+    def __init__(self, graph: Graph, trace: Trace, clue: ReadClue, roundings: float = ROUNDINGS) -> None:
+        """`roundings`: up to how many roundings of its terms a sum counts as nothing."""
         self.graph = graph
         self.trace = trace
         self.events: dict[Node, Event] = {}
@@ -62,7 +83,12 @@ class Flow:
         """For a ReLU, which channels (last dimension, second dimension) gave 0 everywhere."""
         self.cancelled: dict[Node, float] = {}
         """Accumulation nodes of vectors whose gradient is nothing but rounding → its largest value."""
+        self.meetings: dict[Node, Remainder] = {}
+        """Nodes at which the gradients of several paths add up to zero or to nothing but rounding."""
+        self._handed: dict[Node, list[float | None]] = {}
+        """The largest values that each node handed on, in the order in which they ran."""
         self._clue = clue
+        self._roundings = roundings
         self._hooks: list[Any] = []
         self._hooked: set[Node] = set()
 
@@ -74,7 +100,14 @@ class Flow:
                     self.hook(node)
                     if operation(node) == "CheckpointFunction":
                         self._watch_inside(node, inside)
-                torch.autograd.backward(loss, torch.ones_like(loss) if loss.dim() else None, keep_graph)
+                ones = torch.ones_like(loss) if loss.dim() else None
+                theirs(torch.autograd.backward, loss, ones, keep_graph)
+            except BaseException:
+                # The engine has put the modes back that stood before it: leaving ours a second time raises
+                # an error of its own, which would hide the one that counts.
+                with suppress(RuntimeError, IndexError, AssertionError):
+                    inside.close()
+                raise
             finally:
                 self.trace.on_node = None
                 for hook in self._hooks:
@@ -140,31 +173,113 @@ class Flow:
             if i < len(into):
                 sizes[i] = largest(into[i])
         into, out = [plain(g) for g in into], [plain(g) for g in out]
-        if relu and (result := self._saved(node, "result")) is not None:
+        kept = SavedValues(node, self.trace.may_read(node))
+        if relu and (result := kept("result")) is not None:
             self.dead[node] = list(_silent_channels(result))
+        self._handed[node] = sizes
         watched = [sizes[i] for i in edges if i < len(into)]
         ordinary = all(v is not None and 0.0 < v < math.inf for v in watched)
-        if ordinary and not vectors:
+        parts = self._parts(node)
+        eps, most = max(map(rounding_of, into), default=0.0), max(parts, default=1.0)
+        small = eps > 0 and any(is_suspect(size, most, eps, self._roundings) for size in watched)
+        if ordinary and not vectors and not small:
             return
         came = [largest(g) for g in out]
         for i in vectors:
             self._cancels(node.next_functions[i][0], sizes[i], into[i], came, out)
-        if ordinary:
-            return
         event = Event(node, came, sizes, {}, all(g is None or g.numel() == 1 for g in out))
+        self._meet(node, event.arrived, parts, eps)
+        if ordinary and not small:
+            return
         for i in edges:
-            if i >= len(into):
-                continue
-            size = sizes[i]
-            happened = (
-                event.arrived > 0 if size is None or size == 0 else event.sound and not math.isfinite(size)
-            )
-            if happened:
-                event.clues[i] = self._clue(node, i, into, out, partial(self._saved, node))
-        self.events[node] = event
+            if i < len(into) and self._happened(event, sizes[i], eps):
+                event.clues[i] = self._clue(node, i, into, out, kept)
+        if not ordinary or any(event.clues.values()):
+            self.events[node] = event
 
-    def _saved(self, node: Node, name: str) -> Any:
-        return plain(saved(node, name)) if self.trace.may_read(node) else None
+    def _happened(self, event: Event, size: float | None, eps: float) -> bool:
+        """Whether a node turned a gradient to nothing, zeros, NaN or infinity, or (it may be) to rounding."""
+        if size is None or size == 0:
+            return event.arrived > 0
+        suspect = is_suspect(size, event.arrived, eps, self._roundings)
+        return event.sound and (suspect or not math.isfinite(size))
+
+    def _parts(self, node: Node) -> list[float]:
+        """The largest values of the gradients that add up to the one that arrives at a node."""
+        found = []
+        for consumer, position in self.above(node):
+            handed = self._handed.get(consumer, ())
+            size = handed[position] if position < len(handed) else None
+            if size is not None and math.isfinite(size):
+                found.append(size)
+        return found
+
+    def _meet(self, node: Node, arrived: float, parts: list[float], eps: float) -> None:
+        """Notes a node where several gradients add up to nothing, unless a hook may have changed the sum."""
+        several = sum(part > 0 for part in parts) > 1
+        if (
+            several
+            and eps > 0
+            and is_remainder(arrived, max(parts), eps, self._roundings)
+            and not self._is_hooked(node)
+        ):
+            self.meetings[node] = Remainder(arrived, max(parts))
+
+    def _is_hooked(self, node: Node) -> bool:
+        above = [consumer for consumer, _ in self.graph.consumers.get(node, ()) if same_values(consumer)]
+        return node in self.trace.hooked or any(map(self._is_hooked, above))
+
+    def is_rounding(self, leaf: Node, gradient: Tensor) -> bool:
+        """Whether a leaf's gradient is zero, or nothing but what is left of terms that cancel."""
+        size = largest(gradient) or 0.0
+        self._meet(leaf, size, self._parts(leaf), rounding_of(plain(gradient)))
+        return leaf in self.meetings or size == 0 or self._is_left(leaf, self._rounding)
+
+    def _is_left(self, node: Node, rounding: set[Node]) -> bool:
+        """Whether all that adds up to the gradient at a node is a remainder, or zero."""
+        edges = [(c, i) for c, i in self.above(node) if c in self._handed and self._handed[c][i]]
+        return bool(edges) and all(self._is_lost(consumer, i, rounding) for consumer, i in edges)
+
+    def _is_lost(self, consumer: Node, position: int, rounding: set[Node]) -> bool:
+        handed = self._handed.get(consumer, ())
+        size = handed[position] if position < len(handed) else None
+        if not size or not math.isfinite(size):
+            return size == 0
+        event = self.events.get(consumer)
+        return consumer in rounding or (event is not None and event.clues.get(position) is not None)
+
+    @cached_property
+    def _rounding(self) -> set[Node]:
+        """The nodes at which nothing but remainders arrive."""
+        found: set[Node] = set()
+        if self.meetings or any(event.clues for event in self.events.values()):
+            for node in self._handed:  # in the order in which they ran: each comes after those above it
+                if node in self.meetings or self._is_left(node, found):
+                    found.add(node)
+        return found
+
+    def where_lost(self, leaf: Node) -> list[tuple[Node, int | None]]:
+        """Where what arrives at a leaf became zero or nothing but rounding: nodes, and which of their inputs.
+
+        None instead of an input for a node at which paths meet that cancel.
+        """
+        found: list[tuple[Node, int | None]] = []
+        seen, stack = {leaf}, [leaf]
+        while stack:
+            node = stack.pop()
+            if node in self.meetings and not self._is_left(node, self._rounding):
+                found.append((node, None))
+                continue
+            for consumer, position in self.above(node):
+                if not self._is_lost(consumer, position, self._rounding):
+                    continue
+                event = self.events.get(consumer)
+                if event is not None and position in event.clues:
+                    found.append((consumer, position))
+                elif consumer not in seen:
+                    seen.add(consumer)
+                    stack.append(consumer)
+        return found
 
     def _cancels(
         self,

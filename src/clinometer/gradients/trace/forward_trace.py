@@ -11,11 +11,12 @@ import operator
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 from clinometer.gradients.report.places import Where, user_frame
@@ -27,7 +28,10 @@ from clinometer.gradients.trace.function_calls import seen_calls
 from clinometer.gradients.trace.grad_mode import GradOff
 from clinometer.gradients.trace.graph import Node, live_below
 from clinometer.gradients.trace.index_errors import note_range
-from clinometer.torch_internals.nodes import packs_saved_tensors
+from clinometer.gradients.trace.torch_errors import note_call
+from clinometer.torch_internals.custom_functions import UNPACK_DUAL, inside_transform
+from clinometer.torch_internals.modules import has_full_backward_hooks
+from clinometer.torch_internals.nodes import order_of, packs_saved_tensors
 from clinometer.torch_internals.tensors import base_of
 from clinometer.torch_support import offers
 
@@ -53,8 +57,22 @@ class Trace(TorchFunctionMode):
         """The node that a parameter's first use made."""
         self.own_losses: list[Tensor] = []
         """Losses of backwards that the closure ran itself; of several that reach the same, the first."""
+        self.ran: set[int] = set()
+        """Numbers of the nodes that the closure's own backwards began at: nodes would hold their graphs."""
         self.vanished = 0
         """Parameters that `autograd.grad` differentiated away: no gradient of its result reaches them."""
+        self.made: dict[int, Where | None] = {}
+        """id of each nn.Parameter that the forward made → the line."""
+        self.derived: set[int] = set()
+        """Those of them that were made from values of other parameters: copies, and the like."""
+        self.given: set[int] = set()
+        """Tensors that were handed to an outermost module: inputs."""
+        self.outermost: set[nn.Module] = set()
+        """The modules that the closure called itself."""
+        self.differentiated: list[Tensor] = []
+        """Tensors that the closure took a gradient with respect to."""
+        self.closure: Any = None
+        """What is run, where that is known."""
         self.amp: dict[str, Where | None] = {}
         """Where the closure "scaled" a loss, "unscaled" gradients, and "clipped" still scaled ones."""
         self.masks: dict[Any, str] = {}
@@ -62,6 +80,8 @@ class Trace(TorchFunctionMode):
         self.on_node: Callable[[Node], None] | None = None
         """Called with every node made; backward sets it, for graphs that are built while it runs."""
         self.after_call: Callable[[str, list[Tensor], list[Tensor], Where | None], None] | None = None
+        self.hooked: set[Node] = set()
+        """Nodes whose result got a hook of the person's, which may change the gradient that arrives."""
         self._tensors = list(subject.tensors.values())  # their ids stay theirs
         self._below: dict[Node, int] = {}
         self._ends: list[Node] | None = None
@@ -75,21 +95,40 @@ class Trace(TorchFunctionMode):
     def watching(self) -> Iterator[None]:
         """Active inside, with what the mode alone cannot see: Function.apply, Parameter(), modules."""
         offers("functions", "saved")
-        with seen_calls(self._function, self._parameter, self._modules, self._grad_off.inference):
-            with self:
-                yield
+        hook = register_module_forward_pre_hook(self._before_module)
+        try:
+            with seen_calls(self._function, self._parameter, self._modules, self._grad_off.inference):
+                with self:
+                    yield
+        finally:
+            hook.remove()
 
     def live(self, tensor: Tensor) -> int:
         """The parameters that a backward from `tensor` would reach."""
         if id(tensor) in self.bits and tensor.is_leaf:
             return self.bits[id(tensor)] if tensor.requires_grad else 0
-        if not tensor.requires_grad or tensor.grad_fn is None:
-            return 0
-        return self.live_node(tensor.grad_fn) | (self.bits.get(id(tensor), 0))
+        found = 0
+        if tensor.requires_grad and tensor.grad_fn is not None:
+            found = self.live_node(tensor.grad_fn) | (self.bits.get(id(tensor), 0))
+        inner = inside_transform(tensor)
+        return found if inner is None else found | self.live(inner)
 
     def live_node(self, node: Node) -> int:
         """The parameters below a node."""
         return live_below(node, self.bits, self._below)
+
+    @property
+    def module_paths(self) -> dict[nn.Module, str]:
+        """The subject's modules and their dotted paths."""
+        return dict(self._paths)
+
+    def _note_error(self, error: RuntimeError, name: str, ins: list[Tensor]) -> None:
+        with suppress(Exception):  # torch's error is the one that counts
+            note_call(error, ins, self.places, lambda: self._where(name), self._hooked)
+
+    def _hooked(self) -> list[str]:
+        """The modules that have full backward hooks, by their dotted paths."""
+        return [path for module, path in self._paths.items() if has_full_backward_hooks(module)]
 
     def module_at(self, path: str) -> nn.Module | None:
         """The module of a dotted path, as in `Where.module`."""
@@ -134,12 +173,20 @@ class Trace(TorchFunctionMode):
         kwargs = kwargs or {}
         name, kind = operations.kind_of(func)
         if kind == "quiet":
+            if name == "register_hook" and args[0].grad_fn is not None:
+                self.hooked.add(args[0].grad_fn)
             return func(*args, **kwargs)
         if kind == "grad_mode":
             return self._grad_off.switched(func, args)
         if kind == "backward":
             self._own_backward(args[0], args[1] if len(args) > 1 else kwargs.get("gradient"))
-            return func(*args, **{**kwargs, "retain_graph": True})
+            try:
+                out = func(*args, **{**kwargs, "retain_graph": True})
+                self.ran |= {n for t in tensors_in(args[:1]) if (n := order_of(t.grad_fn)) is not None}
+                return out
+            except RuntimeError as error:
+                self._note_error(error, name, list(tensors_in(args[:1])))
+                raise
         if name in operations.AMP:
             self._note_amp(name)
         ins = list(tensors_in(args, kwargs))
@@ -152,15 +199,37 @@ class Trace(TorchFunctionMode):
         except IndexError as error:
             note_range(error, name, args, kwargs, self._where(name))
             raise
+        except RuntimeError as error:
+            self._note_error(error, name, ins)
+            raise
         if self._inside:
             self._inside[-1].note(self, ins)
             return out
         if kind == "escape":
             return self._escape(name, ins, out)
-        if name == "grad" and any(tensor.grad_fn is not None for tensor in out):
-            self.vanished |= self._live_in(args[0]) & ~self._live_in(out)
+        if name == "grad":
+            self._differentiate(*args, out=out, **kwargs)
+        if name == UNPACK_DUAL:
+            self.vanished |= self._live_in(ins) & ~self._live_in(out[1:])
+            return out
         self._note(name, kind, ins, out, kwargs=kwargs, came=came)
         return out
+
+    def _differentiate(
+        self,
+        outputs: Any = None,
+        inputs: Any = None,
+        grad_outputs: Any = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        *_: Any,
+        out: Any,
+        **__: Any,
+    ) -> None:
+        """A call of `torch.autograd.grad`, by whomever."""
+        self.differentiated += tensors_in(inputs)
+        if create_graph:
+            self.vanished |= self._live_in(outputs) & ~self._live_in(out)
 
     def _note(
         self, name: str, kind: str, ins: list[Tensor], out: Any, *, kwargs: Mapping[str, Any], came: int
@@ -182,6 +251,8 @@ class Trace(TorchFunctionMode):
                 suspect = suspect or not tensor.requires_grad or tensor.is_leaf
             else:
                 self._made(tensor.grad_fn, where)
+            if (inner := inside_transform(tensor)) is not None and inner.grad_fn is not None:
+                self._made(inner.grad_fn, where)
         for tensor in () if written is None else (written, base_of(written)):
             if tensor is not None and tensor.grad_fn is not None:
                 self._made(tensor.grad_fn, where)
@@ -217,6 +288,8 @@ class Trace(TorchFunctionMode):
         for tensor in ins:
             came |= self.live(tensor)
         carried = self._carry(ins, outs, written)
+        if name == "grad":
+            came &= ~self.vanished
         if not came:
             return
         for tensor in outs if written is None else [written]:
@@ -250,7 +323,8 @@ class Trace(TorchFunctionMode):
             cell = self._cells[id(tensor)] = Cell(weakref.ref(tensor))
         cell.cuts |= cuts
         cell.shares += [weakref.ref(source) for source in sources]
-        for owner in (*[ref() for ref in cell.shares if not sources], base_of(tensor)):
+        owners = (*[ref() for ref in cell.shares if not sources], base_of(tensor), inside_transform(tensor))
+        for owner in owners:
             if (
                 owner is not None
                 and owner is not tensor
@@ -319,8 +393,17 @@ class Trace(TorchFunctionMode):
         return out
 
     def _parameter(self, data: Any, made: Tensor) -> None:
-        if isinstance(data, Tensor) and not self._inside and not _copying(sys._getframe(1)):
-            self._judge("Parameter", "alias", [data], [made], None, where=self._where("Parameter"))
+        copying = _copying(sys._getframe(1))
+        where = self.made[id(made)] = self._where("Parameter")
+        if copying or (isinstance(data, Tensor) and (self.live(data) or self.cuts_in(data))):
+            self.derived.add(id(made))
+        if isinstance(data, Tensor) and not self._inside and not copying:
+            self._judge("Parameter", "alias", [data], [made], None, where=where)
+
+    def _before_module(self, module: nn.Module, args: Any) -> None:
+        if not self._modules:
+            self.outermost.add(module)
+            self.given |= {id(tensor) for tensor in tensors_in(args)}
 
 
 class _Inside:

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from clinometer.gradients.report.places import Where, is_machinery, user_frame
+from clinometer.gradients.report.places import Where, user_frame
+from clinometer.gradients.sandbox.code_origin import is_machinery
 from clinometer.torch_internals.frames import switches_grad_mode
 
 

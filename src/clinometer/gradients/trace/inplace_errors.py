@@ -9,19 +9,22 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from clinometer.gradients.report.places import Where, user_frame
+from clinometer.gradients.report.places import Where, runs_machinery, user_frame
 from clinometer.gradients.sandbox.closure import Closure, evaluate
+from clinometer.gradients.sandbox.code_origin import is_installed
 from clinometer.gradients.sandbox.sandbox import Before
 from clinometer.gradients.sandbox.tensors import tensors_in
 from clinometer.gradients.trace.forward_trace import Trace
 from clinometer.gradients.trace.function_calls import seen_calls
 from clinometer.gradients.trace.graph import Graph, Node
 from clinometer.gradients.trace.operations import kind_of
+from clinometer.torch_internals.frames import steps_an_optimizer
 from clinometer.torch_internals.nodes import names_saved, packs_saved_tensors
 from clinometer.torch_internals.tensors import memory_of, version_of
 
@@ -39,6 +42,9 @@ class Overwritten:
     """The call whose backward needs it."""
     written: Where | None
     """The call that wrote over it first; None when it could not be seen, or was not looked for."""
+    writer: str = "call"
+    """Who wrote, which chooses the remedy: an "optimizer", something else that writes a "weight", torch's own
+    "module", an installed "library", an "index" that is assigned to, or a "call"."""
 
 
 def find_overwritten(closure: Closure, before: Before) -> Overwritten | None:
@@ -58,7 +64,7 @@ def find_overwritten(closure: Closure, before: Before) -> Overwritten | None:
             continue
         for tensor, version in saved:
             if version_of(tensor) != version and (needed := writes.places.get(node)) is not None:
-                return Overwritten(needed, writes.first(tensor, version))
+                return Overwritten(needed, *writes.first(tensor, version))
     return None
 
 
@@ -80,13 +86,13 @@ class _Writes(TorchFunctionMode):
         self.places: dict[Node, Where | None] = {}
         self.roots: list[Tensor] = []
         """Losses of backwards that the closure ran itself."""
-        self._written: dict[int, list[tuple[int, Where | None]]] = {}
-        """Memory → the version each write left behind, and its place."""
+        self._written: dict[int, list[tuple[int, Where | None, str]]] = {}
+        """Memory → the version each write left behind, its place, and who wrote."""
 
-    def first(self, tensor: Tensor, version: int) -> Where | None:
-        """The first write to the memory of `tensor` after `version`."""
+    def first(self, tensor: Tensor, version: int) -> tuple[Where | None, str]:
+        """The first write to the memory of `tensor` after `version`, and who wrote."""
         writes = self._written.get(_memory(tensor), [])
-        return next((where for after, where in writes if after > version), None)
+        return next(((where, writer) for after, where, writer in writes if after > version), (None, "call"))
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -104,7 +110,8 @@ class _Writes(TorchFunctionMode):
         where = user_frame(sys._getframe(1), op=name)
         for tensor, version in zip(ins, versions, strict=True):
             if version_of(tensor) > version:
-                self._written.setdefault(_memory(tensor), []).append((version_of(tensor), where))
+                writer = _writer(tensor, name, where, sys._getframe(1))
+                self._written.setdefault(_memory(tensor), []).append((version_of(tensor), where, writer))
         for tensor in tensors_in(out):
             self._know(tensor.grad_fn, where)
         return out
@@ -128,6 +135,19 @@ class _Writes(TorchFunctionMode):
             self.saved[node] = [] if packed else [(t, version_of(t)) for t in _saved_by(node)]
             self.places[node] = where
             stack += [below for below, _ in node.next_functions]
+
+
+def _writer(tensor: Tensor, name: str, where: Where | None, frame: FrameType) -> str:
+    """Who writes to a tensor: `Overwritten.writer`."""
+    if steps_an_optimizer(frame):
+        return "optimizer"
+    if tensor.is_leaf and tensor.requires_grad:
+        return "weight"
+    if where is not None and is_installed(where.file):
+        return "library"
+    if name == "__setitem__":
+        return "index"
+    return "module" if runs_machinery(frame) else "call"
 
 
 def _is_refused(node: Node, name: str) -> bool:

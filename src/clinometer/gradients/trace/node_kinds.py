@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from clinometer.gradients.report.formatting import words
 
-RELU = {"Relu", "Threshold", "LeakyRelu", "Prelu", "RreluWithNoise"}
+RELU = {"Relu", "Threshold", "LeakyRelu", "Prelu", "PreluKernel", "RreluWithNoise"}
 SMOOTH = words(
     """
     Gelu Silu Elu Softplus Sigmoid Tanh Hardswish Hardsigmoid Mish LogSigmoid Celu Selu Softmax
     SafeSoftmax LogSoftmax Erf Glu Softshrink Hardshrink Logsumexp Atan
     """
 )
-CLAMP = {"Clamp", "ClampMin", "ClampMax", "Hardtanh", "Maximum", "Minimum"}
-STEP = {"Round", "Floor", "Ceil", "Sign", "Trunc", "Sgn", "Heaviside", "FloorDivide", "Frac"}
+CLAMP = words(
+    """
+    Clamp ClampMin ClampMax Hardtanh Maximum Minimum Fmax Fmin FakeQuantizePerTensorAffineCachemask
+    FakeQuantizePerChannelAffineCachemask
+    """
+)
+STEP = {"Round", "Floor", "Ceil", "Sign", "Trunc", "Sgn", "Angle"}
+DRAW = {"Bernoulli", "Poisson", "Normal", "Binomial", "SampleDirichlet", "Multinomial"}
 MASK = {"MaskedFill", "Where", "MaskedScatter", "MaskedSelect", "IndexFill", "NativeDropout", "FusedDropout"}
 PRODUCT = words(
     """
@@ -31,9 +37,6 @@ LOSS = words(
     BinaryCrossEntropyWithLogits KlDiv MultiMarginLoss MultilabelMarginLoss SoftMarginLoss CtcLoss
     PoissonNllLoss
     """
-)
-SUM = words(
-    "Sum Mean Add Sub Expand NativeLayerNorm NativeBatchNorm NativeGroupNorm Var Std Neg FusedRmsNorm"
 )
 HINGES = words(
     """

@@ -33,7 +33,7 @@ from clinometer.messages import InputError
 from clinometer.training.checkpoints.checkpoint_parts import Stored, split_shapes
 from clinometer.training.checkpoints.checkpoint_state import group_names, require_state
 from clinometer.training.checkpoints.generator_state import random_state
-from clinometer.whole_files import commit_folder, remove_folder, sync_file, temporary_name, write_whole
+from clinometer.whole_files import commit_folder, sync_file, temporary_name, write_whole
 
 FORMAT = 1
 IN_PARTS = 2
@@ -217,26 +217,6 @@ def read_state(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise InputError("checkpoint.malformed", path=file, what=error) from None
     return state
-
-
-def prune(folder: Path, keep: int, best_step: int | None) -> None:
-    """Remove all but the newest `keep` checkpoints and the best one.
-
-    What cannot be removed now stays for the next time. Step 0 stays: it is a model that was imported, and
-    unlike first weights it cannot be drawn again.
-    """
-    for path in checkpoints(folder)[:-keep]:
-        if step_of(path) not in (0, best_step):
-            remove_folder(path)
-
-
-def sweep(folder: Path) -> None:
-    """Remove what an interrupted save or removal has left: for the folder's trainer, before it trains.
-
-    Not later: it may be writing one beside the training.
-    """
-    for leftover in folder.glob(".step-*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def flatten(optimizers: Iterable[torch.optim.Optimizer]) -> tuple[dict[str, Tensor], list[Any]]:

@@ -32,7 +32,7 @@ from clinometer.messages import InputError, say
 if TYPE_CHECKING:
     from clinometer.lm.model import TransformerLM
 
-PATIENCE = 60
+OPENING_PATIENCE = 60
 """Seconds, until the configuration says otherwise."""
 _DEFERENCE_SECONDS = 3.0
 """What every rank finds, such as a wrong setting, rank 0 shall say."""
@@ -93,7 +93,7 @@ class World:
         try:
             board = self.board.again()
             self.heartbeat = Heartbeat(
-                board, self.rank, self.size, patience=PATIENCE, tell=self._tell, place=place
+                board, self.rank, self.size, patience=OPENING_PATIENCE, tell=self._tell, place=place
             )
             self._wait(names, OPENING_SECONDS)
         except RuntimeError as error:  # whoever held the board ended before all had met

@@ -28,8 +28,14 @@ from clinometer.training.checkpoints import checkpoint
 from clinometer.training.checkpoints.generator_state import restore_random_state
 from clinometer.training.replay.by_token import by_token, piece_size
 from clinometer.training.replay.replay_folder import save_replay
-from clinometer.training.run.computation import Computation, batch_of, first_model, first_optimizers
-from clinometer.training.run.loop import forward_backward, learning_rate, take_step
+from clinometer.training.run.computation import (
+    Computation,
+    batch_of,
+    first_model,
+    first_optimizers,
+    learning_rate,
+)
+from clinometer.training.run.loop import forward_backward, take_step
 from clinometer.training.run.run_folder import RunFolder, describe_environment
 from clinometer.training.run.run_tokens import cache_folder, encode
 from clinometer.training.settings.config import RunConfig, config_from

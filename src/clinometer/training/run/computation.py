@@ -10,6 +10,7 @@ from torch import Tensor
 
 from clinometer.lm.model import TransformerLM
 from clinometer.optim.make_optimizers import make_optimizers
+from clinometer.optim.schedule import constant_schedule, cosine_schedule, warmup_stable_decay_schedule
 from clinometer.text import sampler
 from clinometer.text.token_shards import TokenData
 from clinometer.text.tokenizer import Tokenizer
@@ -100,3 +101,17 @@ def batch_of(computation: Computation, step: int) -> tuple[Tensor, Tensor]:
     )
     token_ids, targets = (torch.from_numpy(a).to(computation.choices.device) for a in arrays)
     return token_ids, targets
+
+
+def learning_rate(config: RunConfig, step: int) -> float:
+    """The rate of step 1 … steps: the first step is 1/warmup of the way up, the last has the lowest rate."""
+    warmup, steps, lr = config.warmup_steps, config.training.steps, config.optim.lr
+    match config.schedule.name:
+        case "constant":
+            return constant_schedule(step, lr, warmup)
+        case "wsd":
+            return warmup_stable_decay_schedule(step, lr, config.min_lr, warmup, steps, config.decay_steps)
+        case "cosine":
+            return cosine_schedule(step, lr, config.min_lr, warmup, steps)
+        case other:
+            raise AssertionError(f"a schedule that settings allow and the loop does not know: {other}")

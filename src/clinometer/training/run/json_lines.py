@@ -8,8 +8,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from clinometer.messages import InputError
-
 
 class JsonLines:
     """A file of JSON lines that grows, and can be cut back to the size that a checkpoint recorded.
@@ -20,20 +18,23 @@ class JsonLines:
     def __init__(self, path: Path | None, size: int | None = None) -> None:
         """Continue at byte `size` and drop what came later; None keeps the whole file.
 
-        Raises `InputError` if the file is shorter: it was cut or removed.
+        A file that is shorter was cut or removed: it goes on after its last whole row, and `lost` says how
+        many bytes are missing. No number of the training depends on it.
         """
         self.trouble: OSError | None = None
         """Why rows wait in memory; None while each goes to the file at once."""
+        self.lost = 0
+        """Bytes that the file should hold at its beginning and does not."""
         self._waiting = bytearray()
         self._file = None
         if path is None:
             return
         found = path.stat().st_size if path.exists() else 0
-        if size is not None and found < size:
-            raise InputError("run.lines_lost", path=path, found=found, size=size)
         self._file = path.open("ab", buffering=0)
         if size is not None:
-            self._file.truncate(size)
+            whole = size if found >= size else path.read_bytes().rfind(b"\n") + 1
+            self.lost = size - whole
+            self._file.truncate(whole)
 
     def append(self, **row: Any) -> None:
         """Add a row. If the disk is full the row waits in memory until the disk takes it."""

@@ -15,15 +15,13 @@ from clinometer.lm.generate import generate
 from clinometer.messages import InputError
 from clinometer.optim.clipping import clip_grad_norm_
 from clinometer.optim.make_optimizers import set_lr
-from clinometer.optim.schedule import constant_schedule, cosine_schedule, warmup_stable_decay_schedule
 from clinometer.text import sampler
-from clinometer.training.run.computation import Computation, batch_of
+from clinometer.training.run.computation import Computation, batch_of, learning_rate
 from clinometer.training.run.finite_checks import NotFinite
 from clinometer.training.run.recording import RunRecord
 from clinometer.training.run.run_tokens import begin_with
 from clinometer.training.run.session import Display, Outcome, TrainingSession
 from clinometer.training.run.stop_signals import ECHO_SECONDS, StopRequest, stop_on_signal
-from clinometer.training.settings.config import RunConfig
 from clinometer.whole_files import write_whole
 
 
@@ -146,18 +144,6 @@ def forward_backward(
         before_clipping()
     world.reach(computation.step + 1)
     return world.agree(total, clip_grad_norm_(model.parameters(), config.optim.max_norm))
-
-
-def learning_rate(config: RunConfig, step: int) -> float:
-    """The rate of step 1 … steps: the first step is 1/warmup of the way up, the last has the lowest rate."""
-    warmup, steps, lr = config.warmup_steps, config.training.steps, config.optim.lr
-    match config.schedule.name:
-        case "constant":
-            return constant_schedule(step, lr, warmup)
-        case "wsd":
-            return warmup_stable_decay_schedule(step, lr, config.min_lr, warmup, steps, config.decay_steps)
-        case _:
-            return cosine_schedule(step, lr, config.min_lr, warmup, steps)
 
 
 @torch.no_grad()

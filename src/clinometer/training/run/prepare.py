@@ -19,10 +19,10 @@ from clinometer.text.corpus import Corpus, open_corpus
 from clinometer.text.sampler import windows_per_epoch
 from clinometer.text.token_shards import TokenData, find_tokens
 from clinometer.text.tokenizer import Tokenizer
-from clinometer.training.checkpoints import checkpoint
+from clinometer.training.checkpoints import checkpoint, retention
 from clinometer.training.checkpoints.generator_state import restore_random_state
 from clinometer.training.ranks.world import World
-from clinometer.training.run.computation import first_model, first_optimizers
+from clinometer.training.run.computation import first_model, first_optimizers, learning_rate
 from clinometer.training.run.finite_checks import first_spoilt
 from clinometer.training.run.json_lines import JsonLines
 from clinometer.training.run.run_folder import (
@@ -52,6 +52,8 @@ def start(config: RunConfig, path: Path, notices: Notices, world: World | None =
         if corpus is None:  # standard input, a pipe: it cannot be read again on resume, so the run keeps it
             config = _keep_stream(config, folder)
             corpus = open_corpus(config.data.corpus)
+        if fields := corpus.json_fields():
+            notices.notice("train.json_lines", corpus=corpus.name, fields=", ".join(fields[:6]))
         return _prepare(config, folder, corpus, notices, world or World(), state=None, last=None)
     except Exception:
         # Nothing was learned yet: a wrong setting must not cost a "run folder exists" on the next try.
@@ -63,17 +65,24 @@ def start(config: RunConfig, path: Path, notices: Notices, world: World | None =
 
 
 def resume(
-    path: Path, changed: RunConfig | None, notices: Notices, world: World | None = None
+    path: Path,
+    changed: RunConfig | None,
+    notices: Notices,
+    world: World | None = None,
+    *,
+    unattended: bool = False,
 ) -> TrainingSession:
     """The run in `path` where its last checkpoint left it, or from its beginning if it has none yet.
 
-    `changed` is the configuration given now, if any. Raises `InputError` if it differs in a field that
-    would alter the run, if the corpus has changed, or if no checkpoint can be read.
+    `changed` is the configuration given now, if any. `unattended`: nobody is there to remove a checkpoint
+    that cannot be read, so it is set aside with a notice, and the one before it is taken: the run then takes
+    the same steps again. Raises `InputError` if the configuration differs in a field that would alter the
+    run, if the corpus has changed, or if no checkpoint can be read.
     """
     folder = RunFolder.open(path)
     folder.lock()
     try:
-        return _resume(folder, changed, notices, world or World())
+        return _resume(folder, changed, notices, world or World(), unattended)
     except BaseException:
         folder.unlock()
         raise
@@ -99,27 +108,64 @@ def attend(notices: Notices, world: World) -> TrainingSession:
     return _assemble(config, folder, tokenizer, data, choices=choices, world=world, state=state, last=last)
 
 
-def _resume(folder: RunFolder, changed: RunConfig | None, notices: Notices, world: World) -> TrainingSession:
+def _resume(
+    folder: RunFolder, changed: RunConfig | None, notices: Notices, world: World, unattended: bool
+) -> TrainingSession:
     path, config = folder.path, folder.config
-    checkpoint.sweep(folder.checkpoints)
+    retention.sweep(folder.checkpoints)
     if changed is not None and (found := differences(config, with_full_paths(changed))):
         wrong = {name: values for name, values in found.items() if name not in FREE_ON_RESUME}
         if wrong:
             fields = "; ".join(f"{name}: {old!r} → {new!r}" for name, (old, new) in wrong.items())
             raise InputError("resume.config", path=path, fields=fields)
         config = with_full_paths(changed)
-    saved = checkpoint.checkpoints(folder.checkpoints)
-    last = saved[-1] if saved else None
-    state = checkpoint.read_state(last) if last else None
+    last, state = _newest(folder, notices) if unattended else _last(folder)
     if last is None:
         notices.notice("train.from_start", path=path)
     if state is not None and config.training.steps < state["step"]:
         raise InputError("resume.steps", path=path, steps=config.training.steps, done=state["step"])
+    if state is not None:
+        _say_if_the_rate_jumps(folder.config, config, state["step"], notices)
     corpus = open_corpus(config.data.corpus)
     session = _prepare(config, folder, corpus, notices, world, state=state, last=last)
+    if session.metrics.lost or session.skipped.lost:
+        notices.notice("run.lines_lost", path=path, lost=session.metrics.lost + session.skipped.lost)
     if config != folder.config:
         write_whole(folder.config_file, config.to_toml())
     return session
+
+
+def _last(folder: RunFolder) -> tuple[Path | None, dict[str, Any] | None]:
+    saved = checkpoint.checkpoints(folder.checkpoints)
+    return (saved[-1], checkpoint.read_state(saved[-1])) if saved else (None, None)
+
+
+def _newest(folder: RunFolder, notices: Notices) -> tuple[Path | None, dict[str, Any] | None]:
+    """The newest checkpoint that is whole. Raises `InputError` if there are some and none is."""
+    saved = checkpoint.checkpoints(folder.checkpoints)
+    for older, path in reversed(list(enumerate(saved))):
+        try:
+            state = checkpoint.read_state(path)
+            for name, written in state["files"].items():
+                checkpoint.verify(path / name, written)
+        except InputError as error:
+            if not older:
+                raise
+            aside = retention.set_aside(path)
+            step = checkpoint.step_of(saved[older - 1])
+            notices.notice("resume.set_aside", error=error, aside=aside, step=step)
+        else:
+            return path, state
+    return None, None
+
+
+def _say_if_the_rate_jumps(before: RunConfig, now: RunConfig, step: int, notices: Notices) -> None:
+    """More steps stretch the schedule: the rate at this step is then another than the run has come to."""
+    if now.training.steps == before.training.steps or not step:
+        return
+    old, new = learning_rate(before, step), learning_rate(now, step + 1)
+    if not 0.9 <= new / old <= 1.1:
+        notices.notice("resume.rate", old=f"{old:.3g}", new=f"{new:.3g}", steps=now.training.steps)
 
 
 def _prepare(

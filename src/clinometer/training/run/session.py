@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from clinometer.messages import InputError
-from clinometer.training.checkpoints import checkpoint
-from clinometer.training.checkpoints.checkpoint_saver import Saver
+from clinometer.training.checkpoints import checkpoint, retention
+from clinometer.training.checkpoints.checkpoint_writer import CheckpointWriter
 from clinometer.training.run.computation import Computation
 from clinometer.training.run.finite_checks import NotFinite, first_spoilt
 from clinometer.training.run.json_lines import JsonLines
@@ -104,11 +104,11 @@ class TrainingSession(Computation):
 
     def _pruned(self, path: Path | None) -> Path | None:
         if path is not None and self.world.first:
-            checkpoint.prune(self.folder.checkpoints, self.config.training.keep, self.best_step)
+            retention.prune(self.folder.checkpoints, self.config.training.keep, self.best_step)
         return path
 
     def __post_init__(self) -> None:
-        self._saver = Saver(self.folder.checkpoints, self.world)
+        self._saver = CheckpointWriter(self.folder.checkpoints, self.world)
 
     def must_be_there(self) -> None:
         """Raise `InputError` if the run folder was deleted or replaced under us."""

@@ -15,6 +15,8 @@ from clinometer.view.figures.colours import Theme
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', 'Noto Sans CJK SC', sans-serif"
 MINUS = "−"
+LARGEST = float(np.finfo(np.float32).max)
+"""What a run file keeps of a norm that float32 cannot hold."""
 
 
 @dataclass
@@ -131,7 +133,10 @@ def style(language: str, theme: str) -> Style:
 
 
 def four(x: float | None, *, sign: bool = False) -> str:
-    """Four significant digits, scientific outside 1e-3…1e4, "0" for a true zero, "–" for nothing."""
+    """Four significant digits, scientific outside 1e-3…1e4, "0" for a true zero, "–" for nothing.
+
+    A run file keeps float32's largest number of a norm that float32 cannot hold: "≥ 3.403e+38".
+    """
     if x is None or math.isnan(x):
         return "–"
     if math.isinf(x):
@@ -140,6 +145,8 @@ def four(x: float | None, *, sign: bool = False) -> str:
         return "0"
     size = abs(x)
     text = f"{size:#.4g}".rstrip(".") if 1e-3 <= size < 9_999.5 else f"{size:.3e}"
+    if x == LARGEST:
+        return f"≥ {text}"
     return (MINUS if x < 0 else "+" if sign else "") + text
 
 

@@ -270,6 +270,18 @@ def loss_of_rounded_error():
 @explained("zero", "zero-loss-gradient", "*")
 def all_margins_are_satisfied():
     model = nn.Linear(4, 1)
+    nn.init.constant_(model.weight, 1.0)
+
+    def closure():
+        good, bad = model(x().abs() + 1), model(-x().abs() - 1)
+        return F.margin_ranking_loss(good, bad, torch.ones(3, 1), margin=1.0)  # <- here
+
+    return model, closure
+
+
+@fault("zero", "constant", "*")
+def both_scores_of_a_margin_are_one():
+    model = nn.Linear(4, 1)
 
     def closure():
         score = model(x())

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -34,6 +34,10 @@ COARSEST = 1e-6
 """Of ‖g⊙v‖₂: where rounding hides more than this, a number says nothing."""
 _SMALLEST = 1e-11
 _NEAR = 1e-9
+_LAST = 1e-13
+"""So near that only the last digits move."""
+_LOST = 1e-6
+"""Of the scalar: what its own rounding may be, large numbers in it that cancel included."""
 
 Verdict = Literal["passed", "wrong", "kink", "unclear"]
 Along = Callable[[float], float]
@@ -50,10 +54,17 @@ class Judgement:
     step: float
     jump: float = 0.0
     """Right-hand minus left-hand slope, where it was looked at."""
+    scale: float = 0.0
+    """‖g⊙v‖₂: what the error is a share of."""
 
     @property
     def error(self) -> float:
         return self.numeric - self.analytic
+
+    @property
+    def share(self) -> float:
+        """The error, relative to the gradient or to the differences, whichever is larger."""
+        return abs(self.error) / max(self.scale, abs(self.numeric), 1e-300)
 
 
 def direction(tensor: Tensor, generator: torch.Generator) -> Tensor:
@@ -99,6 +110,11 @@ def jump(along: Along, here: float, h: float) -> float:
 
 
 def judge(along: Along, analytic: float, scale: float, magnitude: float, here: float) -> Judgement:
+    """The verdict on one direction; `_judge` says what it means."""
+    return replace(_judge(along, analytic, scale, magnitude, here), scale=scale)
+
+
+def _judge(along: Along, analytic: float, scale: float, magnitude: float, here: float) -> Judgement:
     """Whether `analytic` is the slope at 0 of `along`.
 
     passed   within `tolerance` at the largest step that is free of corners and curvature; or within the
@@ -115,24 +131,30 @@ def judge(along: Along, analytic: float, scale: float, magnitude: float, here: f
             seen[t] = along(t)
         return seen[t]
 
+    def allow(step: float) -> float:
+        """Rounding is that of the largest value in the stencil, be the one at the point ever so small."""
+        near = [abs(v) for t, v in seen.items() if abs(t) <= step and math.isfinite(v)]
+        return tolerance(scale, max([magnitude, *near]), step)
+
     h = STEP
     numeric = richardson(value, h)
-    allowed = tolerance(scale, magnitude, h)
+    allowed = allow(h)
     error = numeric - analytic
     if abs(error) <= allowed:
         return Judgement("passed", analytic, numeric, allowed, h)
     stable, before = 0, math.nan
     while h / FINER > _SMALLEST:
         finer = h / FINER
-        coarse = tolerance(scale, magnitude, finer)
+        coarse = allow(finer)
         # Rounding would hide this error; unless it is shrinking with the step anyway, as curvature's does.
         if math.isfinite(error) and coarse > abs(error) / 4 and not abs(error) < abs(before) / 4:
-            better, wider = romberg(value, h), tolerance(scale, magnitude, h / 4)
+            better, wider = romberg(value, h), allow(h / 4)
             if abs(better - analytic) <= min(wider, abs(error) / 4):  # it was curvature's
                 return Judgement("passed", analytic, better, wider, h / 4)
             break
-        h, allowed, before = finer, coarse, error
+        h, before = finer, error
         numeric = richardson(value, h)
+        allowed = allow(h)
         error = numeric - analytic
         if abs(error) <= allowed:
             return Judgement("passed", analytic, numeric, allowed, h)
@@ -144,9 +166,26 @@ def judge(along: Along, analytic: float, scale: float, magnitude: float, here: f
         if abs(first - analytic) <= measured <= COARSEST * scale:
             return Judgement("passed", analytic, first, measured, STEP)
         return Judgement("unclear", analytic, numeric, allowed, h)
+    steps = (h, FINER * h) if stable == 2 else (h, 2 * h, h / 2)
+    if not _settled(value, here, steps, allow):
+        return Judgement("unclear", analytic, numeric, allowed, h)
     corner = _corner(value, here, h, allowed)
     verdict = "kink" if abs(error) <= EXPLAINS * abs(corner) else "wrong"
     return Judgement(verdict, analytic, numeric, allowed, h, corner)
+
+
+def _settled(along: Along, here: float, steps: tuple[float, ...], allow: Callable[[float], float]) -> bool:
+    """Whether the differences are those of a scalar that is smooth down to the last digits.
+
+    Beside an analytic slope of 1e20 every number is 0: past a pole, where a tanh is flat, or where a sine
+    turns many times within the step, differences are no derivative. There they change with the step, or the
+    scalar changes by more than rounding when only the last digits move.
+    """
+    h, first = steps[0], richardson(along, steps[0])
+    noise = max(abs(along(t) - here - t * first) for t in (_LAST, -2 * _LAST))
+    largest = max(abs(here), abs(along(h)), abs(along(-h)))
+    margin = AGREE * abs(first) + allow(h / 2) + 8 * noise / h
+    return noise <= _LOST * largest and all(abs(richardson(along, step) - first) <= margin for step in steps)
 
 
 def _corner(along: Along, here: float, h: float, allowed: float) -> float:

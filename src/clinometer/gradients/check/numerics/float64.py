@@ -7,7 +7,7 @@ with float64. Autocast leaves float64 alone by itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -16,6 +16,15 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from clinometer.gradients.sandbox.tensors import tensors_in
+from clinometer.gradients.trace.torch_patches import patch
+from clinometer.torch_internals.custom_functions import (
+    TRANSFORMS,
+    WRAP_FOR_GRAD,
+    below_transform,
+    is_transformed,
+    without_modes,
+)
 from clinometer.torch_internals.tensors import is_wrapper, version_of
 
 LIFT = {
@@ -27,8 +36,10 @@ LIFT = {
 }
 _CASTS = {"float": "double", "half": "double", "bfloat16": "double", "cfloat": "cdouble", "chalf": "cdouble"}
 _TYPE_NAMES = {"FloatTensor", "HalfTensor", "BFloat16Tensor"}
-_AS_THEY_ARE = {"__deepcopy__", "__reduce_ex__", "__set__", "backward", "register_hook", "set_"}
-_OTHERWISE = {"__get__", "type", "view", "_grouped_mm", *_CASTS, *_AS_THEY_ARE}
+_AS_THEY_ARE = {"__deepcopy__", "__reduce_ex__", "__set__", "backward", "grad", "register_hook", "set_"}
+STATISTICS = {"batch_norm", "instance_norm"}
+"""Calls that write into the running mean and variance that they are given."""
+_OTHERWISE = {"__get__", "type", "view", "_grouped_mm", *_CASTS, *_AS_THEY_ARE, *STATISTICS}
 """Names of calls that are more than their arguments lifted; so are those that write into one."""
 IN_PLACE = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__ipow__"}
 _PLAIN = {int, float, bool, str, type(None)}
@@ -46,15 +57,24 @@ class Float64Tensors:
     def lift(self, tensor: Tensor) -> None:
         if is_wrapper(tensor):
             return  # its memory is that of the tensors inside; lifted where it is used
-        if tensor.dtype in LIFT and tensor.layout is torch.strided and id(tensor) not in self.before:
-            # Noted first: an interruption between the two lines must not lose the old memory.
-            self.before[id(tensor)] = (tensor, tensor.data)
+        if tensor.dtype in LIFT and tensor.layout is torch.strided:
+            # Noted first: an interruption between the two lines must not lose the old memory. A buffer that
+            # was put back between two runs is lifted again; its memory of before stays the first.
+            self.before.setdefault(id(tensor), (tensor, tensor.data))
             tensor.data = tensor.data.to(LIFT[tensor.dtype])
 
     def original(self, tensor: Tensor) -> Tensor | None:
         """The values as they were, exactly those the float64 ones are; None if it was not changed."""
         kept = self.before.get(id(tensor))
         return None if kept is None else kept[1]
+
+    def put_back(self, tensors: Iterable[Tensor]) -> None:
+        """Gives frozen ones among these their values of before: a teacher that the forward moves on."""
+        with torch.no_grad(), without_modes():
+            for tensor in tensors:
+                original = self.original(tensor)
+                if original is not None and not tensor.requires_grad:
+                    tensor.data.copy_(original)
 
     def restore(self) -> None:
         for tensor, data in self.before.values():
@@ -65,11 +85,16 @@ class Float64Tensors:
 class InDouble(TorchFunctionMode):
     """Lifts every call of torch to double precision."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept: Callable[[Tensor], bool] | None = None) -> None:
         super().__init__()
+        self._kept = kept or _no_tensor
+        """Whether a tensor is put back before each run: it follows in place, so that writes reach it."""
         self.outside = Float64Tensors(())
+        self.written: dict[int, Tensor] = {}
+        """Tensors that calls wrote into."""
         self._lifted: dict[int, tuple[Tensor, int, Tensor]] = {}
         self._default: list[torch.dtype] = []
+        self._wrapping: list[Callable[[], None]] = []
 
     def __enter__(self) -> Any:
         self.raise_default()
@@ -80,12 +105,18 @@ class InDouble(TorchFunctionMode):
         self.restore_default()
 
     def raise_default(self) -> None:
-        """New tensors are float64 until `restore_default`."""
+        """New tensors, and what grad of torch.func differentiates by, are float64 until `restore_default`."""
         self._default.append(torch.get_default_dtype())
+        self._wrapping.append(patch(TRANSFORMS, WRAP_FOR_GRAD, self._wrap_for_grad))
         torch.set_default_dtype(torch.float64)
 
     def restore_default(self) -> None:
         torch.set_default_dtype(self._default.pop())
+        self._wrapping.pop()()
+
+    def _wrap_for_grad(self, wrap: Any, value: Any, *level: Any, **named: Any) -> Any:
+        with without_modes():
+            return wrap(below_transform(self._up(value), value), *level, **named)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.call(func, args, kwargs or {})
@@ -94,11 +125,15 @@ class InDouble(TorchFunctionMode):
         """What the mode does with one call; a mode above it may ask here, which saves a dispatch."""
         name = getattr(func, "__name__", "")
         if _only_lifts(name) and "out" not in kwargs:
+            lifted, named = args, kwargs
             if is_low(args):
-                args = self._up(tuple(args))
+                lifted = self._up(tuple(args))
             if kwargs and is_low(kwargs.values()):
-                kwargs = {key: self._up(value) for key, value in kwargs.items()}
-            return func(*args, **kwargs)
+                named = {key: self._up(value) for key, value in kwargs.items()}
+            try:
+                return func(*lifted, **named)
+            except RuntimeError as error:
+                return self._as_given(func, args, kwargs, error)
         if name == "__get__":
             found = func(*args, **kwargs)
             return LIFT.get(found, found) if isinstance(found, torch.dtype) else found
@@ -108,15 +143,36 @@ class InDouble(TorchFunctionMode):
             return getattr(self._up(args[0]), _CASTS[name])(*args[1:], **kwargs)
         if name == "type" and len(args) > 1:
             args = (args[0], _lifted_type(args[1]))
+        for target in written(name, args, kwargs):
+            self._lift_in_place(target)
         if writes(name) and args and isinstance(args[0], Tensor):
-            self._lift_in_place(args[0])
             args = (args[0], *self._up(tuple(args[1:])))
         else:
             args = self._up(tuple(args))
-        if isinstance(out := kwargs.get("out"), Tensor):
-            self._lift_in_place(out)
         kwargs = {key: self._up(value) for key, value in kwargs.items()}
         return _grouped_mm(*args, **kwargs) if name == "_grouped_mm" else func(*args, **kwargs)
+
+    def _as_given(self, func: Any, args: Any, kwargs: Any, error: RuntimeError) -> Any:
+        """A call whose constants must have the precision they have (the scales of fake quantisation)."""
+        constants = [t for t in tensors_in(args, kwargs) if not t.requires_grad and t.is_floating_point()]
+        if not constants or not any(t.requires_grad for t in tensors_in(args, kwargs)):
+            raise error
+        args, kwargs = self._down(tuple(args)), {key: self._down(value) for key, value in kwargs.items()}
+        try:
+            out = func(*args, **kwargs)
+        except Exception:
+            raise error from None
+        if any(t.dtype in LIFT for t in tensors_in(out)):
+            raise error
+        return out
+
+    def _down(self, value: Any) -> Any:
+        """Constants in float32, what has a gradient in float64."""
+        if isinstance(value, Tensor):
+            if value.requires_grad:
+                return self._up(value)
+            return value.to(torch.float32) if value.dtype is torch.float64 else value
+        return type(value)(map(self._down, value)) if type(value) in (tuple, list) else value
 
     def _up(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -130,6 +186,11 @@ class InDouble(TorchFunctionMode):
         return value
 
     def _up_tensor(self, tensor: Tensor) -> Tensor:
+        if is_transformed(tensor):  # what vmap and grad of torch.func hand on has no memory of its own
+            return tensor.to(LIFT[tensor.dtype])
+        if self._kept(tensor) and tensor.is_leaf and not is_wrapper(tensor) and not tensor.is_inference():
+            self.outside.lift(tensor)
+            return tensor
         if tensor.requires_grad and tensor.is_leaf and not is_wrapper(tensor):
             # The same tensor must stay the same tensor: the closure may ask for the gradient by it.
             self.outside.lift(tensor)
@@ -147,8 +208,26 @@ class InDouble(TorchFunctionMode):
 
     def _lift_in_place(self, tensor: Tensor) -> None:
         """A tensor from outside that the closure writes into: a low-precision one would round the loss."""
-        if tensor.dtype in LIFT and tensor.grad_fn is None and not tensor.is_inference():
+        if is_transformed(tensor):
+            return
+        self.written[id(tensor)] = tensor
+        if tensor.dtype not in LIFT:
+            return
+        if tensor.grad_fn is None and not tensor.is_inference():
             self.outside.lift(tensor)
+
+
+def written(name: str, args: Any, kwargs: Any) -> Iterator[Tensor]:
+    """The tensors that a call writes into: its first argument, `out`, or running statistics."""
+    if writes(name) and args:
+        yield from tensors_in(args[0])
+    elif name in STATISTICS:
+        yield from tensors_in(args[1:5], [kwargs.get(key) for key in ("running_mean", "running_var")])
+    yield from tensors_in(kwargs.get("out"))
+
+
+def _no_tensor(tensor: Tensor) -> bool:
+    return False
 
 
 @cache
@@ -183,9 +262,11 @@ def is_low(values: Iterable[Any]) -> bool:
 
 
 @contextmanager
-def in_double(tensors: Iterable[Tensor]) -> Iterator[tuple[InDouble, Float64Tensors]]:
+def in_double(
+    tensors: Iterable[Tensor], kept: Callable[[Tensor], bool] | None = None
+) -> Iterator[tuple[InDouble, Float64Tensors]]:
     """The mode to run in, and the tensors made float64 until the end; then all is as before."""
-    mode = InDouble()
+    mode = InDouble(kept)
     doubled = Float64Tensors(())
     try:
         with torch.no_grad():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -22,7 +22,7 @@ from clinometer.gradients.check.numerics.finite_differences import (
 from clinometer.gradients.check.numerics.float64 import Float64Tensors, InDouble
 from clinometer.gradients.check.numerics.stop_gradients import StopGradients
 from clinometer.gradients.report.places import Where
-from clinometer.gradients.trace.graph import Graph
+from clinometer.gradients.trace.graph import Graph, operation
 from clinometer.messages import InputError
 from clinometer.torch_internals.nodes import run_backward
 
@@ -127,6 +127,23 @@ class Probe:
         with self._doubling:
             return backward(loss, self.tensors, self._run)
 
+    def gradients_again(self) -> dict[str, Tensor | None]:
+        """The gradient of one more run, in the circumstances of now."""
+        with self.held.replay():
+            loss = self._run()
+        return self._backward(loss)
+
+    def accumulated(self) -> dict[str, Tensor | None]:
+        """What one more run leaves in `.grad`: also what a hook accumulates by a backward of its own."""
+        with self._doubling:
+            loss = self._run()
+            if loss.requires_grad:
+                run_backward(loss, [], accumulate=True)
+        found = {name: tensor.grad for name, tensor in self.tensors.items()}
+        for tensor in self.tensors.values():
+            tensor.grad = None
+        return {name: None if grad is None else grad.detach() for name, grad in found.items()}
+
     def slope_by_gradient(self, steps: Mapping[str, Tensor]) -> tuple[float, float]:
         """`⟨g, v⟩` and `‖g⊙v‖₂`; a missing gradient counts as zero."""
         total = square = 0.0
@@ -212,6 +229,10 @@ class Probe:
         return self._copies[name]
 
 
+def _has_reentrant_checkpoint(loss: Tensor) -> bool:
+    return any(operation(node) == "CheckpointFunction" for node in Graph(loss).nodes)
+
+
 def backward(
     loss: Tensor, tensors: Mapping[str, Tensor], again: Callable[[], Tensor]
 ) -> dict[str, Tensor | None]:
@@ -222,13 +243,17 @@ def backward(
     """
     if not loss.requires_grad:
         return dict.fromkeys(tensors)
+    found: Sequence[Tensor | None] | None = None
     try:
         found = run_backward(loss, list(tensors.values()), accumulate=False)
+        if any(gradient is None for gradient in found) and _has_reentrant_checkpoint(loss):
+            found = None  # tensors that nothing but the block uses are no part of the graph that is there
     except RuntimeError as error:
         if "backward through the graph a second time" in str(error):
             raise InputError("check.graph_used_up") from error
         if "heckpoint" not in str(error):
             raise
+    if found is None:
         # Reentrant checkpointing works only with gradients that are accumulated. It computes the block once
         # more in here, and must do so in double precision too.
         loss = again()

@@ -24,13 +24,13 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
-from clinometer.gradients.check.numerics.float64 import InDouble, is_low, writes
+from clinometer.gradients.check.numerics.float64 import STATISTICS, InDouble, is_low, writes, written
 from clinometer.gradients.check.numerics.frequency_scaling import LOOKUPS, signature, undivided
 from clinometer.gradients.report.places import Where, user_frame
 from clinometer.gradients.sandbox.random_state import RandomState
 from clinometer.gradients.trace.checkpointing import opened_checkpoints
 from clinometer.gradients.trace.function_calls import function_calls, in_custom
-from clinometer.torch_internals.custom_functions import transforms_active
+from clinometer.torch_internals.custom_functions import is_transformed, transforms_active, untransformed
 from clinometer.torch_internals.tensors import memory_of, version_of
 
 _DATA = torch.Tensor.data  # pyright: ignore[reportAttributeAccessIssue]
@@ -86,6 +86,13 @@ class StopGradients(TorchFunctionMode):
         """The label of the one line whose values are not given again but let live."""
         self.written: list[Where] = []
         """Lines whose alias (`.data`, `detach()`) was written to afterwards: not held, the write is real."""
+        self.differentiates = False
+        """Whether the closure takes derivatives itself, and goes on with them."""
+        self.unseen_writes: dict[str, Where | None] = {}
+        """Lines that write under no_grad into a tensor of the graph."""
+        self.hold_writes = False
+        self.unheld: dict[str, Where] = {}
+        """Lines that take values out of the gradient inside vmap, where they cannot be held constant."""
         self._values: list[tuple[str, Any]] = []
         self._aliases: list[_Alias] = []
         self._labels: dict[int, str] = {}
@@ -128,6 +135,11 @@ class StopGradients(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if not self.active or (name == "__get__" and getattr(func, "__self__", None) is not _DATA):
             return self._call(func, args, kwargs)
+        if name == "grad" and kwargs.get("create_graph"):
+            self.differentiates = True
+        if transforms_active():
+            self.differentiates = True
+            return self._transformed(func, args, kwargs)
         if _is_special(func):
             # What follows makes calls of its own.
             low = self._doubling is not None and (is_low(args) or is_low(kwargs.values()))
@@ -146,17 +158,37 @@ class StopGradients(TorchFunctionMode):
                     args, kwargs = (), undivided_call
                 if func is F.embedding:
                     return self._embedding(args, kwargs)
+        if writes(name) and _unseen(args):
+            return self._write_unseen(name, func, args, kwargs)
         asked = _asks(args) or (kwargs and _asks(kwargs.values()))
         out = self._call(func, args, kwargs)
-        if not asked or (type(out) is Tensor and out.requires_grad and not writes(name)):
+        into = writes(name) or name in STATISTICS or "out" in kwargs
+        if not asked or (type(out) is Tensor and out.requires_grad and not into):
             return out
-        if transforms_active():
-            return out
-        if writes(name):
-            if isinstance(args[0], Tensor) and not args[0].requires_grad and not in_custom():
-                self._hold_write(name, args[0])
+        if into and not in_custom():
+            for target in written(name, args, kwargs):
+                if not target.requires_grad:
+                    self._hold_write(name, target)
+        if writes(name) or "out" in kwargs:
             return out
         return self._hold(name, out, args)
+
+    def _transformed(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A call inside vmap or grad of torch.func: what grad wraps is held, what vmap wraps is noted."""
+        name, out = getattr(func, "__name__", ""), self._call(func, args, kwargs)
+        cut = (
+            isinstance(out, Tensor) and out.is_floating_point() and not out.requires_grad and not in_custom()
+        )
+        if not cut or not (_asks(args) or name in _CUTS):
+            return out
+        if not is_transformed(out):
+            return self._exchange(name, out, ())
+        if (plain := untransformed(out)) is not None:
+            given = self._exchange(name, plain, ())
+            return out if given is plain else given
+        if name in _CUTS and (where := user_frame(sys._getframe(2), op=_written_as(name))) is not None:
+            self.unheld.setdefault(where.label, where)
+        return out
 
     def _hold(self, name: str, out: Any, args: Any) -> Any:
         if isinstance(out, Tensor):
@@ -222,6 +254,23 @@ class StopGradients(TorchFunctionMode):
                 with torch.no_grad():
                     target.copy_(value)
 
+    def _write_unseen(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+        """A write under no_grad into a tensor of the graph: the gradient does not know of it.
+
+        The change that it makes is noted; `hold_writes` holds it constant.
+        """
+        target, before = args[0], args[0].detach().clone()
+        out = self._call(func, args, kwargs)
+        if self.recording:
+            where = user_frame(sys._getframe(2), op=name)
+            self.unseen_writes.setdefault(getattr(where, "label", ""), where)
+            self._values.append((name, target.detach() - before))
+            return out
+        change = self._next(name, target)
+        if self.hold_writes and isinstance(change, Tensor) and change is not target:
+            target.copy_(before + change)
+        return out
+
     def _straight(self, func: Any, args: Any, kwargs: Any, corners: tuple[float, ...]) -> Any:
         x, name = args[0], func.__name__
         if self.recording:
@@ -257,7 +306,7 @@ class StopGradients(TorchFunctionMode):
         return value if same and value is not _PASS else otherwise
 
     def _note(self, name: str, out: Any, args: Any) -> None:
-        where = user_frame(sys._getframe(1), op="data" if name == "__get__" else name)
+        where = user_frame(sys._getframe(1), op=_written_as(name))
         if where is not None:
             self.places.setdefault(where.label, where)
             if name not in _OF_TORCH:
@@ -268,14 +317,21 @@ class StopGradients(TorchFunctionMode):
 
     def _settle(self) -> None:
         for alias in self._aliases:
-            if version_of(alias.tensor) != alias.version:
-                name, _ = self._values[alias.position]
+            name, value = self._values[alias.position]
+            # NumPy writes into the memory and moves no version.
+            if version_of(alias.tensor) != alias.version or not _equal(alias.tensor.detach(), value):
                 self._values[alias.position] = (name, _PASS)
                 if alias.where is not None:
                     self.written.append(alias.where)
         self._aliases = []
 
 
+def _written_as(name: str) -> str:
+    """The name of a call as a person writes it."""
+    return "data" if name == "__get__" else name
+
+
+_CUTS = {"detach", "detach_", "__get__"}
 _PASS = object()
 _OF_TORCH = ("padding", "gumbel_softmax")
 """Values that torch itself takes out of the gradient, by its documentation."""
@@ -324,8 +380,23 @@ def _asks(values: Iterable[Any]) -> bool:
     return False
 
 
+def _unseen(args: Any) -> bool:
+    target = args[0] if args else None
+    return (
+        isinstance(target, Tensor)
+        and target.grad_fn is not None
+        and not torch.is_grad_enabled()
+        and not in_custom()
+    )
+
+
 def _memory(tensor: Tensor) -> int | None:
     return memory_of(tensor.untyped_storage()) if tensor.layout is torch.strided else None
+
+
+def _equal(now: Tensor, before: Tensor) -> bool:
+    """Whether two tensors hold the same numbers; NaN is itself."""
+    return bool(((now == before) | ((now != now) & (before != before))).all())
 
 
 def _like(out: Any, parts: list[Any]) -> Any:

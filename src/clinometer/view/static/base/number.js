@@ -1,6 +1,8 @@
 // Four significant digits; scientific outside 1e-3 … 1e4; a true zero is "0".
 
 const MINUS = "\u2212";
+// What a run file keeps of a norm that float32 cannot hold: its largest number.
+const LARGEST = 3.4028234663852886e38;
 
 export function number(value, digits = 4) {
   if (value === null || value === undefined) return "\u2013";
@@ -8,6 +10,7 @@ export function number(value, digits = 4) {
   if (!Number.isFinite(value)) return value > 0 ? "\u221e" : MINUS + "\u221e";
   if (value === 0) return "0";
   const size = Math.abs(value);
+  if (value === LARGEST) return "\u2265 " + scientific(size, digits);
   const text = size >= 1e-3 && size < 1e4 ? plain(size, digits) : scientific(size, digits);
   return (value < 0 ? MINUS : "") + text;
 }

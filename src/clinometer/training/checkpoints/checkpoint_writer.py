@@ -25,7 +25,7 @@ from clinometer.training.ranks.world import Ended, World
 from clinometer.whole_files import temporary_name
 
 
-class Saver:
+class CheckpointWriter:
     """Writes checkpoints into `folder`, one after the other."""
 
     def __init__(self, folder: Path, world: World) -> None:
