@@ -147,7 +147,7 @@ CAUSES: tuple[Cause, ...] = (
     _alert("stale-in-optimizer", (F,)),
     _alert("shared-memory", (F,)),
     _alert("decay", (F,)),
-    _alert("written-between", (F, W), "undone"),
+    _alert("written-between", (F, W, E), "undone"),
     _alert("moved-while-frozen", (F,)),
     _alert("never-moves", (F, W), "rate"),
     _alert("zero-lr", (F, E)),

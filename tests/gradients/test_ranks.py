@@ -305,6 +305,8 @@ def test_a_step_moves_every_parameter_though_a_rank_holds_nothing_of_some(ranks,
     model, closure = alone()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     expected = told(diagnose(model, closure, optimizer=optimizer))["findings"]
+    if kind == "fsdp":  # single rows that decay are looked at in whole tensors only
+        expected = [finding for finding in expected if finding[0] != "decay"]
     for facts in ranks:
         assert facts[f"{kind}/optimizer"]["findings"] == expected
 

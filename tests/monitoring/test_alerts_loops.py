@@ -308,7 +308,7 @@ def test_a_gan_whose_critic_reaches_the_generator_is_silent(watched):
 # ---- steps that never come ----
 
 
-@pytest.mark.parametrize(("backwards", "causes"), [(5, ["no-step"]), (150, ["no-step"]), (1, [])])
+@pytest.mark.parametrize(("backwards", "causes"), [(5, ["no-step"]), (1005, ["no-step"]), (1, [])])
 def test_backwards_without_any_step_are_told(backwards, causes):
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -319,6 +319,56 @@ def test_backwards_without_any_step_are_told(backwards, causes):
     if backwards > 100:
         assert [alert["cause"] for alert in watching.alerts] == causes  # while it runs
     assert told(watching) == causes
+
+
+def test_a_pass_over_the_data_before_the_first_step_is_no_alert():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    watching = watch(model, optimizer, to=[])
+    for _ in range(150):  # Fisher information, sample by sample
+        model.zero_grad()
+        F.cross_entropy(model(batch(1)[0]), batch(1)[1]).backward()
+    for _ in range(20):
+        F.cross_entropy(model(batch()[0]), batch()[1]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert told(watching) == []
+
+
+class SharpnessAware(torch.optim.SGD):
+    """Tries other weights inside its step, by a closure that runs twice."""
+
+    @torch.no_grad()
+    def step(self, closure):
+        params = self.param_groups[0]["params"]
+        with torch.enable_grad():
+            closure()
+        old = [p.clone() for p in params]
+        for p in params:
+            p.add_(0.05 * p.grad)
+        self.zero_grad()
+        with torch.enable_grad():
+            closure()
+        for p, before in zip(params, old, strict=True):
+            p.copy_(before)
+        super().step()
+
+
+def test_weights_that_a_step_tries_are_not_written_between_steps():
+    model = net()
+    optimizer = SharpnessAware(model.parameters(), lr=0.1)
+    watching = watch(model, optimizer, to=[])
+    for _ in range(60):
+        x, y = batch()
+        optimizer.zero_grad()
+
+        def closure(x=x, y=y):
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+    assert told(watching) == []
 
 
 def test_a_scaler_that_skips_for_ever_is_named():
@@ -402,6 +452,8 @@ def written(kind, steps=60):
                 live.clamp_(-0.01, 0.01)
             elif kind == "normalised" and live.dim() > 1:
                 live.div_(live.norm(dim=1, keepdim=True))
+            elif kind == "spectral" and live.dim() > 1:
+                live.div_(max(1.0, torch.linalg.matrix_norm(live, 2).item()))
             elif kind == "decayed by hand":
                 live.mul_(1 - 1e-4)
             elif kind == "swapped in and out":
@@ -433,6 +485,7 @@ def test_steps_that_something_else_undoes_are_told(kind):
         "clipped",
         "clipped hard",
         "normalised",
+        "spectral",
         "decayed by hand",
         "swapped in and out",
         "lookahead",

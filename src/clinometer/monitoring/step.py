@@ -39,7 +39,7 @@ from clinometer.vocabulary import STATISTICS
 HISTOGRAMS_EVERY = 16
 OUTSIDE_AFTER = 4
 """Steps after which parameters outside the model that nothing moved are reported."""
-NEVER_STEPPED = 100
+NEVER_STEPPED = 1000
 """Backwards without any step that are an alert while the watch lives."""
 FEWEST_BACKWARDS = 3
 """Backwards without any step that are an alert when the watch is closed."""
@@ -161,11 +161,14 @@ class StepWatch:
 
     def before_step(self, optimizer: Optimizer) -> None:
         self._step_began.add(id(optimizer))
-        self._read(self._row_for(optimizer), optimizer)
+        row = self._row_for(optimizer)
+        self._read_writes(row, optimizer)
+        self._read(row, optimizer)
 
     def before_closure(self, optimizer: Optimizer) -> None:
         self._step_began.add(id(optimizer))
-        self._row_for(optimizer)
+        # Now, and not when the closure has run: an optimizer may try other weights in it.
+        self._read_writes(self._row_for(optimizer), optimizer)
 
     def closure_ran(self, optimizer: Optimizer) -> None:
         row = self._open_row()
@@ -237,7 +240,6 @@ class StepWatch:
         elsewhere = refresh(owned, places, stepped=id(optimizer) in self._unmeasured)
         if elsewhere:
             self.roster.compare_memory()
-        self._read_writes(row, optimizer, owned)
         self._unmeasured.discard(id(optimizer))
         if first:  # apart, because another optimizer may be the first of the next round
             refresh(self.roster.unowned, places)
@@ -247,10 +249,10 @@ class StepWatch:
         if not self._scale.is_used and self._may_diagnose() and self.shards.any(row.nonfinite()):
             self._diagnose()
 
-    def _read_writes(self, row: StepRow, optimizer: Optimizer, owned: list[Any]) -> None:
+    def _read_writes(self, row: StepRow, optimizer: Optimizer) -> None:
         if self.every == 1 and not self.shards.active:
             if id(optimizer) not in self._writes:
-                self._writes[id(optimizer)] = WritesBetween(owned)
+                self._writes[id(optimizer)] = WritesBetween(self.roster.owned_by(optimizer))
             row.write = self._writes[id(optimizer)].step_begins() or row.write
 
     def _read_gradients(self, row: StepRow, watched: list[Any], scale: Any) -> None:
@@ -456,7 +458,7 @@ class StepWatch:
 
     def _never_stepped(self) -> None:
         values = {"backwards": self._backwards}
-        self.alerts.raise_now("no-step", "fault", values, variant="never", step=self.step)
+        self.alerts.raise_now("no-step", "fault", values, variant="never", step=self.step, lasts=False)
 
     def ends(self) -> None:
         """The watch is closed: gradients that no step ever took are reported."""

@@ -43,6 +43,9 @@ class Muon(EagerOptimizer, torch.optim.Muon):
     (`momentum_buffer`) and errors are torch's.
     """
 
+    formula = "muon"
+    """What it claims to compute, for `explain_step`, which holds it to that."""
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every matrix that has a gradient; returns what `closure`, if given, returns."""

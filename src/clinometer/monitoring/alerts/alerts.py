@@ -61,9 +61,16 @@ class Alerts:
                     self._close(self._open.pop(rule.cause))
 
     def raise_now(
-        self, cause: str, severity: str, values: dict[str, Any], *, variant: str, step: int
+        self,
+        cause: str,
+        severity: str,
+        values: dict[str, Any],
+        *,
+        variant: str,
+        step: int,
+        lasts: bool = True,
     ) -> None:
-        """An alert about the loop as a whole that no step shows."""
+        """An alert about the loop as a whole that no step shows; one that does not last, steps may close."""
         alert = {
             "id": len(self._all),
             "cause": cause,
@@ -76,6 +83,8 @@ class Alerts:
             "remedy": _key(cause, variant, "remedy"),
         }
         self._all.append(alert)
+        if not lasts:
+            self._open[cause], self._calm[cause], self._last[cause] = alert, 0, step
         self._tell(dict(alert))
 
     def _show(self, rule: Rule, facts: Facts, trouble: Trouble, names: list[str]) -> None:

@@ -174,11 +174,11 @@ class WrittenBetween:
 
     def look(self, facts: Facts) -> Trouble | None:
         write = facts.write
-        if write is None or write.clipped:
+        if write is None or write.projected:
             return None
         names = tuple(index for index in write.names if index < len(facts.names))
         if write.undone >= self.UNDONE and write.times < self.TIMES:
-            severity = "fault" if write.undone >= self.ALL_UNDONE else "warning"
+            severity = "fault" if write.undone >= self.ALL_UNDONE else "explained"
             return Trouble(severity, names, {"undone": f"{100 * min(write.undone, 1):.0f}"}, "undone")
         if write.times >= self.TIMES:
             return Trouble("warning", names, {"times": f"{write.times:.2g}"})

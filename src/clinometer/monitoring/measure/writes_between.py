@@ -29,7 +29,8 @@ class Write(NamedTuple):
     undone: float
     times: float
     """|b| / |u|."""
-    clipped: bool
+    projected: bool
+    """All written entries end at one size (clipped), or each tensor is scaled as a whole (normalised)."""
     names: tuple[int, ...]
     """Indices of the tensors that were read."""
 
@@ -63,8 +64,9 @@ class WritesBetween:
         written = [x[y != 0].abs() for x, y in zip(now, b, strict=True)]
         ends = torch.cat(written) if written else torch.empty(0)
         clipped = bool(ends.numel()) and float((ends == ends.max()).double().mean()) > _CLIPPED
+        scaled = all(_is_along(y, x) for x, y in zip(after, b, strict=True))
         times = (sum(float(x @ x) for x in b) / length) ** 0.5
-        return Write(undone, times, clipped, tuple(w.index for w in self._chosen))
+        return Write(undone, times, clipped or scaled, tuple(w.index for w in self._chosen))
 
     def step_ended(self) -> None:
         self._after = self._samples()
@@ -78,6 +80,13 @@ class WritesBetween:
             flat = tensor.detach().reshape(-1)
             found.append(flat[:: max(1, flat.numel() // _ENTRIES)][:_ENTRIES].clone())
         return found or None
+
+
+def _is_along(change: Tensor, old: Tensor) -> bool:
+    """Whether a change is the tensor itself times a number, within rounding; nothing changed is one too."""
+    old = old.double()
+    share = float(change @ old) / (float(old @ old) or 1.0)
+    return float((change - share * old).norm()) <= 1e-3 * float(change.norm())
 
 
 def _is_able(tensor: Tensor) -> bool:
