@@ -100,7 +100,7 @@ CAUSES: tuple[Cause, ...] = (
     _diagnosis("zero", "zero-weight-downstream", (F, E), "product named stuck fixed forward stacked"),
     _diagnosis("zero", "underflow", (F, E), "forward"),
     _diagnosis("zero", "absent-rows", (E,), "none empty inputs"),
-    _diagnosis("zero", "structural", (E,), "cancels"),
+    _diagnosis("zero", "structural", (E,), "cancels differentiated"),
     _diagnosis("zero", "zeroed", (F, E), "function hook likely"),
     _diagnosis("zero", "unknown", (E,)),
     # some rows or columns of .grad are zero

@@ -174,7 +174,25 @@ def scaled(loss_of):
     return model, lambda: loss_of(model(x()))
 
 
+def critic():
+    model = mlp(1, nn.LeakyReLU)
+    return model, lambda: model(x()).mean() - model(x() + 1).mean()
+
+
+def gradient_penalty():
+    model = mlp(1, nn.ReLU)
+
+    def loss():
+        inputs = x().requires_grad_()
+        (slope,) = torch.autograd.grad(model(inputs).sum(), inputs, create_graph=True)
+        return (slope.norm(dim=-1) - 1).square().mean()
+
+    return model, loss
+
+
 HEALTHY = {
+    "the bias of a difference": critic,
+    "the biases of a slope": gradient_penalty,
     "a key's bias": lambda: attention("embedded"),
     "attention to equal values": lambda: attention("zero"),
     "kl of a reference": lambda: reference_with_the_same_values(

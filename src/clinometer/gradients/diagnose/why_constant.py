@@ -28,6 +28,9 @@ _OPEN = {
     "unknown": {""},
 }
 """Causes and variants that are judged anew: one run does not tell whether they can change."""
+_OF_BIASES = {("cancellation", variant) for variant in ("", "read", "elsewhere", "paths")} | {
+    ("constant", "slope")
+}
 _DIFFERENCES = words("mse_loss l1_loss smooth_l1_loss huber_loss")
 
 
@@ -42,16 +45,28 @@ def judge_zeros(
     open_ones = {name: reason for name, reason in known.items() if _is_open(reason)}
     if not open_ones or run.flow is None:
         return reasons
+    still = [name for name in subject.tensors if not has_gradient(run, subject, name)]
+    groups: dict[Any, list[str]] = {}
+    for name, reason in open_ones.items():
+        groups.setdefault((reason.cause, reason.group), []).append(name)
     outcomes: dict[str, Outcome] = {}
     if ranks.alone and not ranks.unseen:
-        still = [name for name in subject.tensors if not has_gradient(run, subject, name)]
-        groups: dict[Any, list[str]] = {}
-        for name, reason in open_ones.items():
-            groups.setdefault((reason.cause, reason.group), []).append(name)
         tried = OtherValues(subject, closure, before, ranks, run, still)
         outcomes = tried.judge((names, cause == "cancellation") for (cause, _), names in groups.items())
     judged = {name: _judged(reason, name, run, outcomes.get(name)) for name, reason in open_ones.items()}
+    for names in groups.values():
+        if len(still) < len(subject.tensors) and all(subject.tensors[name].dim() < 2 for name in names):
+            judged |= {name: _by_construction(judged[name], run.sizes[name]) for name in names}
     return {**reasons, **judged}
+
+
+def _by_construction(reason: Reason | str, size: float | None) -> Reason | str:
+    """Biases alone, while weights learn: they do not enter a difference of two results, or a slope."""
+    if not isinstance(reason, Reason) or (reason.cause, reason.variant) not in _OF_BIASES:
+        return reason
+    exact = "" if size else "cancels"
+    variant = "differentiated" if reason.cause == "constant" else exact
+    return replace(reason, cause="structural", severity=EXPLAINED, variant=variant)
 
 
 def _is_open(reason: Reason) -> bool:
