@@ -55,7 +55,7 @@ def remedied(finding, tensor):
         return tensor + float(values["small"])
     if finding.variant in ("power-exponent", "power-negative"):
         return tensor.clamp(min=float(values["small"]))
-    if finding.variant in ("edge", "near", "outside"):
+    if finding.variant in ("edge", "log", "near", "outside"):
         return eval(f"tensor.{values['clamp']}")
     if finding.variant in ("division", "division-small"):
         small = float(values["small"])
@@ -209,7 +209,7 @@ def judge_two(name, first, second, masked):
             fix[0] = lambda x, y, f=finding: (x, remedied(f, y))
         elif finding.variant.startswith("power"):
             fix[0] = lambda x, y, f=finding: (remedied(f, x), y)
-        elif finding.variant in ("edge", "near", "outside"):
+        elif finding.variant in ("edge", "log", "near", "outside"):
             fix[0] = lambda x, y, f=finding: (x, remedied(f, y))
         elif finding.variant == "origin":
             small = float(finding.values["small"])
