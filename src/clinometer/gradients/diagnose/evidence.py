@@ -66,7 +66,7 @@ class NodeView:
     @cached_property
     def remainder(self) -> Remainder | None:
         """What is left of terms that cancel, if they do."""
-        if not self.saved.readable:
+        if not self.saved.runnable:
             return None
         return remainder(self.node, self.position, self.handed_on, self.out, self.roundings)
 

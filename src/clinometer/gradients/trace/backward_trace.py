@@ -35,7 +35,9 @@ class SavedValues:
 
     node: Node
     readable: bool
-    """Whether it may be looked at, and the node's backward be run a second time."""
+    """Whether it may be looked at."""
+    runnable: bool
+    """Whether the node's backward may be run a second time: not on parts of a sharded or nested tensor."""
 
     def __call__(self, name: str) -> Any:
         return plain(saved(self.node, name)) if self.readable else None
@@ -172,8 +174,10 @@ class Flow:
         for i in edges:
             if i < len(into):
                 sizes[i] = largest(into[i])
+        whole = all(plain(g) is g for g in (*into, *out))
         into, out = [plain(g) for g in into], [plain(g) for g in out]
-        kept = SavedValues(node, self.trace.may_read(node))
+        readable = self.trace.may_read(node)
+        kept = SavedValues(node, readable, readable and whole)
         if relu and (result := kept("result")) is not None:
             self.dead[node] = list(_silent_channels(result))
         self._handed[node] = sizes
