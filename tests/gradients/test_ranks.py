@@ -250,7 +250,7 @@ def test_the_rank_is_named(ranks, kind):
 def test_a_nan_of_the_other_rank_is_blamed_on_no_line_here(ranks, kind):
     (here,), (there,) = ([f for f in r[f"{kind}/nan"]["findings"] if f[0] != "unused"] for r in ranks)
     assert here == ["unknown", "fault", "elsewhere", None]
-    assert there == ["forward", "fault", "log", "h = torch.log(h - 100)  # planted nan"]
+    assert there == ["forward", "fault", "outside", "h = torch.log(h - 100)  # planted nan"]
     for facts in ranks:
         assert facts[f"{kind}/nan"]["status"]["embed.weight"] == "non-finite"
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,9 +23,12 @@ Dropout: Any = look_up("nn.modules.dropout._DropoutNd") or (
     nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
 )  # fmt: skip
 """For isinstance: every dropout layer."""
-own_parameters: Callable[[Any], dict[str, nn.Parameter | None]] = attrgetter("_parameters")
-"""A module's own parameters by name, without those of its children."""
 _any_global_hook = look_up("nn.modules.module._has_any_global_hook")
+
+
+def own_parameters(module: Any) -> dict[str, nn.Parameter | None]:
+    """A module's own parameters by name, without those of its children; none before its __init__ has run."""
+    return vars(module).get("_parameters") or {}
 
 
 def child_of(module: nn.Module | None, name: str) -> nn.Module | None:

@@ -29,7 +29,8 @@ _OPEN = {
 }
 """Causes and variants that are judged anew: one run does not tell whether they can change."""
 _OF_BIASES = {("cancellation", variant) for variant in ("", "read", "elsewhere", "paths")} | {
-    ("constant", "slope")
+    ("constant", ""),
+    ("constant", "slope"),
 }
 _DIFFERENCES = words("mse_loss l1_loss smooth_l1_loss huber_loss")
 
@@ -65,7 +66,7 @@ def _by_construction(reason: Reason | str, size: float | None) -> Reason | str:
     if not isinstance(reason, Reason) or (reason.cause, reason.variant) not in _OF_BIASES:
         return reason
     exact = "" if size else "cancels"
-    variant = "differentiated" if reason.cause == "constant" else exact
+    variant = "differentiated" if reason.variant == "slope" else exact
     return replace(reason, cause="structural", severity=EXPLAINED, variant=variant)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from clinometer.gradients.optimizers.identity import holds_any
 from clinometer.monitoring.measure.watched_tensors import Roster, leaves_of
+from clinometer.torch_internals.modules import own_parameters
 
 _ENTRIES = 64
 
@@ -60,7 +61,7 @@ class OutsideParameters:
                 for key in holds_any(thing, able):
                     able.pop(key)
             elif issubclass(type(thing), nn.Module):
-                for name, parameter in vars(thing).get("_parameters", {}).items():
+                for name, parameter in own_parameters(thing).items():
                     if id(parameter) in able:
                         names[id(parameter)] = OutsideParameter(
                             f"{type(thing).__name__}.{name}", thing.training
