@@ -160,3 +160,22 @@ def test_without_a_users_frame_there_is_no_place():
     thread.start()
     thread.join()
     assert space["where"] is None
+
+
+class Many:
+    def forward(self):
+        (where,) = [user_frame() for _ in range(1)]
+        return where
+
+
+def test_a_comprehension_has_the_name_of_its_function_on_every_python():
+    """From 3.12 on it is no call of its own."""
+    where = Many().forward()
+    assert where.function == "Many.forward"
+    assert [frame.function for frame in where.stack[-2:]] == [
+        "test_a_comprehension_has_the_name_of_its_function_on_every_python",
+        "Many.forward",
+    ]
+    space = {"user_frame": user_frame}
+    exec(compile("(where,) = [user_frame() for _ in range(1)]", "cell.py", "exec"), space)
+    assert space["where"].function == "<module>"

@@ -6,10 +6,12 @@ import inspect
 import linecache
 import sys
 from dataclasses import dataclass
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 from clinometer.gradients.sandbox.code_origin import is_machinery
+
+_COMPREHENSIONS = ("<listcomp>", "<dictcomp>", "<setcomp>")
 
 
 class Frame(NamedTuple):
@@ -77,9 +79,9 @@ def user_frame(frame: FrameType | None = None, *, op: str = "", module: str = ""
     while frame is not None:
         code = frame.f_code
         if not is_machinery(code.co_filename):
-            stack.append(
-                Frame(code.co_filename, frame.f_lineno or 0, code.co_qualname.rpartition("<locals>.")[2])
-            )
+            stack.append(Frame(code.co_filename, frame.f_lineno or 0, _name_of(code)))
+            if code.co_name in _COMPREHENSIONS and frame.f_back is not None:
+                frame = frame.f_back  # from 3.12 on it is no call of its own
         frame = frame.f_back
     if not stack:
         return None
@@ -93,11 +95,19 @@ def user_line_of(error: BaseException) -> Where | None:
     while trace is not None:
         code = trace.tb_frame.f_code
         if not is_machinery(code.co_filename):
-            name = code.co_qualname.rpartition("<locals>.")[2]
+            name = _name_of(code)
             frame = Frame(code.co_filename, trace.tb_lineno, name)
             where = Where(frame.file, frame.line, name, "", "", (frame,))
         trace = trace.tb_next
     return where
+
+
+def _name_of(code: CodeType) -> str:
+    """The qualified name as a person writes it; of a comprehension, that of the function it stands in."""
+    name = code.co_qualname
+    if code.co_name in _COMPREHENSIONS:
+        name = name.rpartition(code.co_name)[0].removesuffix(".<locals>.") or "<module>"
+    return name.rpartition("<locals>.")[2]
 
 
 def runs_machinery(frame: FrameType) -> bool:
@@ -120,5 +130,5 @@ def definition_of(function: Any) -> Where | None:
         if text.lstrip().startswith(("def ", "async def ")):
             line = start + offset
             break
-    name = code.co_qualname.rpartition("<locals>.")[2]
+    name = _name_of(code)
     return Where(code.co_filename, line, name, code.co_name, "", (Frame(code.co_filename, line, name),))
