@@ -29,6 +29,8 @@ from clinometer.gradients.sandbox.saved_state import CONTAINERS, KeptBits, KeptC
 from clinometer.gradients.sandbox.subject import Subject
 from clinometer.torch_support import offers
 
+_PLAIN = (str, int, float, bool, type(None), tuple)
+"""Most of what a module holds: it cannot change, and no tensor in it is looked for."""
 _ONE_AT_A_TIME = threading.RLock()
 
 
@@ -232,7 +234,7 @@ class Before:
         queue = [root for group in roots if group is not None for root in group]
         while queue:
             value = queue.pop()
-            if id(value) in self._seen:
+            if type(value) in _PLAIN or id(value) in self._seen:
                 continue
             if isinstance(value, Tensor):
                 self._seen[id(value)] = value
@@ -245,9 +247,6 @@ class Before:
                     queue.extend([*value.parameters(False), *value.buffers(False), *value.children()])
                 else:
                     queue.append(value.__dict__)
-            elif is_generator(value):
-                self._seen[id(value)] = value
-                self._generators.append(KeptGenerator(value))
             elif type(value) in CONTAINERS:
                 self._seen[id(value)] = value
                 if not value:
@@ -256,6 +255,9 @@ class Before:
                 kept = KeptContainer(value)
                 self._containers.append(kept)
                 queue.extend(kept.items)
+            elif is_generator(value):
+                self._seen[id(value)] = value
+                self._generators.append(KeptGenerator(value))
 
     def _keep_tensor(self, tensor: Tensor) -> list[Tensor]:
         if is_lazy(tensor):
