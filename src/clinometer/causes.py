@@ -50,6 +50,7 @@ CUTS = (
     " checkpoint operation"
 )
 ESCAPES = "item tolist numpy float int complex"
+OTHERS = "other_step other_loss"
 OUTSIDE = "plain computed new late outside network beside variable"
 LAYERS = "layer layer_written root root_written"
 SURROGATES = "surrogate_steps surrogate_sampled"
@@ -86,8 +87,8 @@ CAUSES: tuple[Cause, ...] = (
     _diagnosis("none", "cleared", (E,), "likely"),
     _diagnosis("none", "loss-without-graph", (F,), f"frozen {CUTS} {ESCAPES}"),
     _diagnosis("none", "cut", (F, E), f"escape apart other_step {CUTS}"),
-    _diagnosis("none", "unused", (F, E), "meta choice depth branch chance apart other_step replicated"),
-    _diagnosis("none", "not-reaching-loss", (F, E), "extra_output differentiated seen_from_grad other_step"),
+    _diagnosis("none", "unused", (F, E), f"meta choice depth branch chance apart replicated {OTHERS}"),
+    _diagnosis("none", "not-reaching-loss", (F, E), f"extra_output differentiated seen_from_grad {OTHERS}"),
     _diagnosis("none", "undefined-in-backward", (F,), "built_in"),
     # .grad is zero everywhere
     _diagnosis("zero", "zero-loss-gradient", (F, E), "minimum lowest flat ignored"),

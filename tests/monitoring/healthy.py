@@ -275,6 +275,23 @@ def second_head_waits(sink):
             optimizer.step()
 
 
+def two_losses_of_one_body(sink):
+    """Two optimizers hold all tensors, and each loss has a head of its own, as in InfoGAN.
+
+    The second optimizer's step leaves the first head where the first step has put it.
+    """
+    model = nn.ModuleDict({"body": nn.Linear(8, 8), "one": nn.Linear(8, 1), "other": nn.Linear(8, 1)})
+    optimizers = [torch.optim.Adam(model.parameters(), lr=1e-3) for _ in range(2)]
+    with watch(model, optimizers, to=sink):
+        for _ in range(STEPS):
+            x = torch.randn(16, 8)
+            for optimizer, head in zip(optimizers, ("one", "other"), strict=True):
+                optimizer.zero_grad()
+                target = x[:, :1] if head == "one" else x[:, 1:2].square()
+                F.mse_loss(model[head](torch.tanh(model["body"](x))), target).backward()
+                optimizer.step()
+
+
 def generator_waits(sink):
     """The critic is trained alone at first; the generator stands before it and has its own optimizer."""
     generator, critic = nn.Linear(4, 2), nn.Linear(2, 1)
@@ -383,6 +400,7 @@ HEALTHY = {
     "l-bfgs": second_order,
     "policy-gradient": policy_gradient,
     "second-head-waits": second_head_waits,
+    "two-losses": two_losses_of_one_body,
     "generator-waits": generator_waits,
     "overfitted": overfitted,
     "adversarial": adversarial,

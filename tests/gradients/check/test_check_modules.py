@@ -226,3 +226,53 @@ def test_a_layer_whose_parameter_the_forward_puts_in_anew_is_not_accused():
     assert check.wrong_layers == ()
     assert check.healthy
     assert check["fc.weight"].status == "no-gradient"  # which diagnose traces to the line
+
+
+class Softmax(nn.Module):
+    """Written by hand; its backward leaves out the sum over the row unless `right`."""
+
+    def __init__(self, right):
+        super().__init__()
+        self.right = right
+
+    def forward(self, scores):
+        class Function(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, scores):
+                shares = scores.softmax(-1)
+                ctx.save_for_backward(shares)
+                return shares
+
+            @staticmethod
+            def backward(ctx, gradient):
+                (shares,) = ctx.saved_tensors
+                through = shares * gradient
+                return through - shares * through.sum(-1, keepdim=True) if self.right else through
+
+        return Function.apply(scores)
+
+
+class Masked(nn.Module):
+    """Attention in which whole rows of scores are the mask's value, those of the padding."""
+
+    def __init__(self, softmax, share):
+        super().__init__()
+        self.query, self.key, self.softmax = nn.Linear(6, 6), nn.Linear(6, 6), softmax
+        self.share = share
+
+    def forward(self, tokens):
+        real = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+        scores = self.query(tokens) @ self.key(tokens).mT
+        pairs = real[:, :, None] & real[:, None, :]
+        scores = scores.masked_fill(~pairs, torch.finfo(scores.dtype).min * self.share)
+        return self.softmax(scores) @ tokens
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 1e-100])
+@pytest.mark.parametrize("right", [True, False, None])
+def test_rows_that_are_all_masked_with_the_smallest_number_are_no_wrong_backward(right, share):
+    torch.manual_seed(0)
+    model = Masked(nn.Softmax(-1) if right is None else Softmax(right), share)
+    tokens = torch.randn(2, 5, 6)
+    found = check_gradients(model, lambda: model(tokens).square().mean())
+    assert found.healthy is (right is not False), found.render()

@@ -153,6 +153,44 @@ def test_what_this_loss_leaves_to_another_optimizer_is_explained(game):
     assert without["gen.weight"].cause == "unused"
 
 
+@pytest.fixture
+def heads():
+    torch.manual_seed(0)
+    return nn.ModuleDict({"body": nn.Linear(4, 4), "one": nn.Linear(4, 1), "other": nn.Linear(4, 1)})
+
+
+def loss_of(heads, head, *, both=False):
+    h = heads["body"](x()).tanh()
+    extra = heads["other" if head == "one" else "one"](h) if both else None
+    assert extra is None or extra.shape
+    return (heads[head](h) - 1).square().mean()
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_head_that_two_optimizers_hold_is_left_to_the_other_loss(heads, both):
+    first, second = (torch.optim.Adam(heads.parameters()) for _ in range(2))
+    found = diagnose(heads, lambda: loss_of(heads, "one", both=both), optimizer=[first, second])
+    entry = found["other.weight"]
+    assert entry.finding.variant == "other_loss", found.render()
+    assert found.healthy, found.render()
+    # Of two that were not both given, the other must have moved it: one left over in a notebook has not.
+    alone = diagnose(heads, lambda: loss_of(heads, "one", both=both), optimizer=first)
+    assert alone["other.weight"].severity == "fault", alone.render()
+    loss_of(heads, "other").backward()
+    second.step()
+    trained = diagnose(heads, lambda: loss_of(heads, "one", both=both), optimizer=first)
+    assert trained["other.weight"].finding.variant == "other_loss", trained.render()
+    assert trained.healthy, trained.render()
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_head_that_one_optimizer_holds_is_a_fault(heads, both):
+    first = torch.optim.Adam(heads.parameters())
+    second = torch.optim.Adam(heads["body"].parameters())
+    found = diagnose(heads, lambda: loss_of(heads, "one", both=both), optimizer=[first, second])
+    assert found["other.weight"].severity == "fault", found.render()
+
+
 def test_cut_in_the_step_of_its_own_optimizer_it_is_a_fault(game):
     both, generator, _ = game
     found = diagnose(both, lambda: discriminate(both), optimizer=generator)

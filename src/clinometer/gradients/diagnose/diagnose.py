@@ -399,12 +399,13 @@ def _of_other_steps(
         for n, r in faults.items()
         if r.cause in ("unused", "not-reaching-loss") and r.variant != "replicated"
     }
-    others = membership.of_other_steps(cut, reached)
+    variants = dict.fromkeys(membership.of_other_steps(cut, reached), "other_step")
     if unused:
-        others |= membership.of_other_steps(unused, reached, live=True)
+        variants |= dict.fromkeys(membership.of_other_losses(unused), "other_loss")
+        variants |= dict.fromkeys(membership.of_other_steps(unused, reached, live=True), "other_step")
     apart = {
-        name: replace(faults[name], severity=EXPLAINED, variant="other_step", group=faults[name].group or 0)
-        for name in others
+        name: replace(faults[name], severity=EXPLAINED, variant=variant, group=faults[name].group or 0)
+        for name, variant in variants.items()
     }
     return {**reasons, **apart}
 

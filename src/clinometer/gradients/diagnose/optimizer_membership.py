@@ -95,6 +95,21 @@ class Membership:
         ids = {name: id(self._subject.tensors[name]) for name in missing}
         return {name for name, key in ids.items() if key in others and key not in theirs}
 
+    def of_other_losses(self, missing: Iterable[str]) -> set[str]:
+        """Those of `missing` that two optimizers hold: both given, or one of this process that has moved it.
+
+        Two optimizers over one network are two losses, of which one may use a part that the other does not.
+        """
+        given = [set(tensors_of(optimizer)) for optimizer in self.optimizers]
+        others = list(_others(self.optimizers))
+        found = set()
+        for name in missing:
+            tensor = self._subject.tensors[name]
+            holding = sum(id(tensor) in held for held in given)
+            holding += sum(bool(getattr(o, "state", {}).get(tensor)) for o in others)
+            found |= {name} if holding > 1 else set()
+        return found
+
     def _stale(self) -> set[int]:
         return self._forgotten | self._moved.keys()
 

@@ -32,7 +32,7 @@ from clinometer.monitoring.measure.watched_tensors import WatchedTensors, give_m
 from clinometer.monitoring.measure.writes_between import Write
 from clinometer.vocabulary import BUCKETS, COLUMN, HISTOGRAM_KINDS, MEASURED, STATISTICS, OverRanks, Source
 
-_NORM = COLUMN["grad_norm"]
+_NORM, _UPDATE = COLUMN["grad_norm"], COLUMN["update_norm"]
 _SCALED = [
     column
     for column, one in enumerate(MEASURED)
@@ -67,7 +67,7 @@ class StepRow:
         self.scales: list[tuple[list[int], Any]] = []
         """Which tensors were measured with a loss scale on them, and which."""
         self.statistics = np.full((len(watched), len(STATISTICS)), np.nan, np.float64)
-        self.statistics[:, COLUMN["update_norm"]] = 0.0
+        self.statistics[:, _UPDATE] = 0.0
         self.counts = np.zeros((len(watched), _KINDS, BUCKETS), np.int64) if histograms else None
         self.stepped: set[int] = set()
         """Ids of the optimizers that had their turn."""
@@ -96,7 +96,7 @@ class StepRow:
         more = len(watched) - len(self.statistics)
         if more > 0:
             rows = np.full((more, len(STATISTICS)), np.nan, np.float64)
-            rows[:, COLUMN["update_norm"]] = 0.0
+            rows[:, _UPDATE] = 0.0
             self.statistics = np.concatenate([self.statistics, rows])
             if self.counts is not None:
                 self.counts = np.concatenate([self.counts, np.zeros((more, _KINDS, BUCKETS), np.int64)])
@@ -155,7 +155,11 @@ class StepRow:
         return found
 
     def read_weights(self, watched: Iterable[WatchedTensors], scratch: Scratch) -> None:
-        """Measure each weight that may have moved, and its update; the copies are then those of now."""
+        """Measure each weight that may have moved, and its update; the copies are then those of now.
+
+        What several optimizers of a step hold is measured after each; its update is the largest of them.
+        """
+        earlier = self.statistics[:, _UPDATE].copy()
         elsewhere: dict[torch.device, list[tuple[WatchedTensors, Tensor, Tensor]]] = {}
         rooms: dict[Room, list[tuple[WatchedTensors, Tensor]]] = {}
         for one in watched:
@@ -189,6 +193,7 @@ class StepRow:
                     _count(self.counts[one.index, 2], now - old, scratch)
             numbers = weights_on_device([t for _, t, _ in members], [b for _, _, b in members])
             self._read_later([one.index for one, _, _ in members], WEIGHT_PASS, numbers)
+        np.maximum(self.statistics[:, _UPDATE], earlier, out=self.statistics[:, _UPDATE])
 
     def _is_still(self, one: WatchedTensors, tensor: Tensor) -> bool:
         """Whether the weight has no gradient and was not written to: then the last measurement holds."""
@@ -227,7 +232,9 @@ class StepRow:
         for rows, columns, numbers, event in self._late:
             if event is not None:
                 event.synchronize()
+            earlier = self.statistics[rows, _UPDATE]
             self.statistics[np.ix_(rows, columns)] = numbers.double().numpy()
+            self.statistics[rows, _UPDATE] = np.maximum(self.statistics[rows, _UPDATE], earlier)
         self._late = []
 
     def finish(self) -> None:

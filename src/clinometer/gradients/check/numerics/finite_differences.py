@@ -67,16 +67,25 @@ class Judgement:
         return abs(self.error) / max(self.scale, abs(self.numeric), 1e-300)
 
 
+_UNMOVED = 1e100
+"""Beside an entry of a tensor whose norm is infinite: from here on an entry is a mask's."""
+
+
 def direction(tensor: Tensor, generator: torch.Generator) -> Tensor:
     """`v = s·z`, z ~ N(0, I), s = max(RMS(θ), 1e-2), in double precision.
 
     Gaussian, because ±1 misses an exact cancellation of two entries half the time, and any fixed sign
-    pattern misses what is orthogonal to it.
+    pattern misses what is orthogonal to it. An entry near the largest number there is (what a mask fills in:
+    finfo.min, infinity) stays: no step of the others' size moves it.
     """
     values = reals(tensor)
-    rms = float(torch.linalg.vector_norm(values, dtype=torch.float64)) / math.sqrt(max(1, values.numel()))
     z = torch.empty(values.shape, dtype=torch.float64).normal_(generator=generator).to(values.device)
-    return z.mul_(max(rms if math.isfinite(rms) else 0.0, FLOOR))
+    norm = float(torch.linalg.vector_norm(values, dtype=torch.float64))
+    if not math.isfinite(norm):
+        fixed = ~(values.abs() < _UNMOVED)
+        z.masked_fill_(fixed, 0.0)
+        norm = float(torch.linalg.vector_norm(values.masked_fill(fixed, 0.0), dtype=torch.float64))
+    return z.mul_(max(norm / math.sqrt(max(1, values.numel())), FLOOR))
 
 
 def reals(tensor: Tensor) -> Tensor:
