@@ -12,8 +12,12 @@ MODULE_HOOKS = ("_get_backward_hooks", "_get_backward_pre_hooks")
 """Methods of nn.Module that give the hooks of its backward when it is called."""
 CHECKPOINTS = checkpoints
 """The module of torch.utils.checkpoint."""
-WITHOUT_REENTRANT = "_checkpoint_without_reentrant_generator"
-"""Its generator around the forward of a checkpoint; takes (function, preserve_rng_state, …)."""
+WITHOUT_REENTRANT = next(
+    (n for n in ("_checkpoint_without_reentrant_generator_impl",) if hasattr(checkpoints, n)),
+    "_checkpoint_without_reentrant_generator",
+)
+"""Its generator around the forward of a checkpoint; takes (function, preserve_rng_state, …), and from 2.14 on
+(function, args, kwargs, *, preserve_rng_state, …)."""
 OF_TORCH = ("torch.utils.checkpoint", "clinometer")
 """Where the hooks on saved tensors come from that are no one's choice."""
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from clinometer.gradients.sandbox.closure import Closure
 from clinometer.gradients.sandbox.subject import Subject
 from clinometer.gradients.sandbox.tensors import tensors_in
 from clinometer.gradients.trace.operations import kind_of
@@ -19,7 +20,9 @@ _SPREAD = 0.5
 
 
 class OtherData(TorchFunctionMode):
-    """Inside, noise is added to each floating-point tensor that no call made and nothing learns.
+    """Inside, closures given to `around` get noise on each floating-point tensor that no call made.
+
+    A backward, and what hooks compute in it, sees none: some versions of torch keep a mode while it runs.
 
     Left as they are: parameters and buffers, masks of zeros and ones, tensors with an infinite entry.
     """
@@ -31,11 +34,26 @@ class OtherData(TorchFunctionMode):
         self._same = {id(tensor) for tensor in [*subject.tensors.values(), *buffers]}
         self._made: dict[int, weakref.ref[Tensor]] = {}
         self._noisy: dict[int, tuple[Tensor, Tensor]] = {}
+        self._runs = False
+
+    def around(self, closure: Closure) -> Closure:
+        """The closure with other data."""
+
+        def with_noise() -> Any:
+            self._runs = True
+            try:
+                return closure()
+            finally:
+                self._runs = False
+
+        return with_noise
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         given: dict[str, Any] = dict(kwargs or {})
+        if not self._runs:
+            return func(*args, **given)
         if kind_of(func)[1] != "quiet":
             args, given = self._replaced(args), self._replaced(given)
         out = func(*args, **given)

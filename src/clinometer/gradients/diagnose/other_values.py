@@ -112,8 +112,8 @@ class OtherValues:
             losses.append(loss)
             if alive:
                 return "moves" if moving else self._minimum_or_stuck(own, losses)
-        with OtherData(self.subject):
-            alive, _ = self._alive(names, [*still, *moving], *_TRIES[0], other_draws=True)
+        with OtherData(self.subject) as other:
+            alive, _ = self._alive(names, [*still, *moving], *_TRIES[0], other=other)
         return "batch" if alive else "constant"
 
     def _moving(self, cancels: bool) -> list[Tensor]:
@@ -132,22 +132,23 @@ class OtherValues:
         kind: str,
         scale: float,
         *,
-        other_draws: bool = False,
+        other: OtherData | None = None,
     ) -> tuple[set[str], float]:
         """Which of the names have a gradient above rounding once these tensors are moved; and the loss."""
         if not names:
             return set(), math.nan
         with self._moved(moved, kind, scale):
-            if other_draws:
+            if other is not None:
                 torch.manual_seed(self._seed)
-            run = self._run_again()
+            run = self._run_again(other=other)
         return {name for name in names if has_gradient(run, self.subject, name)}, float(run.loss.detach())
 
-    def _run_again(self, factor: float = 1.0) -> ObservedRun:
+    def _run_again(self, factor: float = 1.0, other: OtherData | None = None) -> ObservedRun:
         def closure() -> Tensor:
             return evaluate(self.closure) * factor
 
         run = self.closure if factor == 1.0 else closure
+        run = run if other is None else other.around(run)
         clue = partial(read_clue, roundings=_ROUNDINGS)
         return observe(self.subject, run, self.before, self.ranks, clue, roundings=_ROUNDINGS)
 

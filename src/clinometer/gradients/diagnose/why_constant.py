@@ -56,13 +56,18 @@ def judge_zeros(
         outcomes = tried.judge((names, cause == "cancellation") for (cause, _), names in groups.items())
     judged = {name: _judged(reason, name, run, outcomes.get(name)) for name, reason in open_ones.items()}
     for names in groups.values():
-        if len(still) < len(subject.tensors) and all(subject.tensors[name].dim() < 2 for name in names):
+        if len(still) < len(subject.tensors) and all(_has_redundancy(name, subject) for name in names):
             judged |= {name: _by_construction(judged[name], run.sizes[name]) for name in names}
     return {**reasons, **judged}
 
 
+def _has_redundancy(name: str, subject: Subject) -> bool:
+    """Biases, and what a parametrization (weight_norm) makes a weight of: not every change matters."""
+    return subject.tensors[name].dim() < 2 or "parametrizations." in name
+
+
 def _by_construction(reason: Reason | str, size: float | None) -> Reason | str:
-    """Biases alone, while weights learn: they do not enter a difference of two results, or a slope."""
+    """Such tensors alone, while weights learn: a bias does not enter a difference of results, or a slope."""
     if not isinstance(reason, Reason) or (reason.cause, reason.variant) not in _OF_BIASES:
         return reason
     exact = "" if size else "cancels"

@@ -166,9 +166,12 @@ class CheckpointRandomness:
         self._note(preserve)
         return forward(ctx, function, True, *args)
 
-    def _without_reentrant(self, call: Any, function: Any, preserve: bool, *args: Any, **kwargs: Any) -> Any:
-        self._note(preserve)
-        return call(function, True, *args, **kwargs)
+    def _without_reentrant(self, call: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+        if "preserve_rng_state" in kwargs:
+            self._note(kwargs["preserve_rng_state"])
+            return call(function, *args, **{**kwargs, "preserve_rng_state": True})
+        self._note(args[0])
+        return call(function, True, *args[1:], **kwargs)
 
     def _note(self, preserve: bool) -> None:
         if not preserve:
