@@ -615,3 +615,16 @@ def test_no_mark_before_every_rule_could_have_failed(steps, text):
     watching.close()
     assert text in " ".join(str(watching).split())
     assert ("✓" in str(watching)) == (steps == 50)
+
+
+def test_an_optimizer_that_steps_inside_another_is_no_missing_step():
+    """SAM as it is recommended: first_step and second_step; its base optimizer moves the weights."""
+    model = net()
+    outer = torch.optim.SGD(model.parameters(), lr=0.1)
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    watching = watch(model, outer, to=[])
+    for _ in range(30):
+        model.zero_grad()
+        F.cross_entropy(model(batch()[0]), batch()[1]).backward()
+        base.step()
+    assert "no-step" not in told(watching)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from clinometer.distributed.ranks import refuse_flattened
-from clinometer.distributed.sharded_tensors import is_sharded, rank
+from clinometer.distributed.sharded_tensors import is_sharded, rank, version
 from clinometer.gradients.report.formatting import shorten
 from clinometer.gradients.step.explain_step import innermost
 from clinometer.monitoring.alert_diagnosis import diagnose_now
@@ -78,6 +78,7 @@ class StepWatch:
         if isinstance(model, nn.Module):
             refuse_flattened(model.modules())
         self.roster = Roster(model, optimizers)
+        self._versions = {id(tensor): version(tensor) for tensor in self._living()}
         self.shards = Shards(self.roster, every)
         self._first_batch = FirstMicroBatch(self.roster, self.shards)
         if not self.shards.writes or (self._first_batch.replicated and rank() != 0):
@@ -456,7 +457,12 @@ class StepWatch:
             values = {"outside": len(found), "which": shorten(names, 3)}
             self.alerts.raise_now("not-in-optimizer", severity, values, variant="outside", step=self.step)
 
+    def _living(self) -> list[Tensor]:
+        return [tensor for one in self.roster.watched if (tensor := one.ref()) is not None]
+
     def _never_stepped(self) -> None:
+        if any(version(t) != self._versions[id(t)] for t in self._living() if id(t) in self._versions):
+            return  # another optimizer steps, as inside SAM
         values = {"backwards": self._backwards}
         self.alerts.raise_now("no-step", "fault", values, variant="never", step=self.step, lasts=False)
 

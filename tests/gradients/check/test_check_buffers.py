@@ -271,3 +271,15 @@ def test_a_wrong_backward_of_complex_numbers_is_named():
     (finding,) = check.findings
     assert finding.cause == "wrong-backward"
     assert finding.where.function == "Product.backward" or "Product" in finding.say("what")
+
+
+def test_a_normalisation_may_run_twice_around_a_gradient_in_the_loss():
+    """As in adversarial training and MAML: what the first run saved is needed when the second writes."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1))
+    x, weight = torch.randn(16, 4), model[0].weight
+
+    def loss():
+        (gradient,) = torch.autograd.grad(model(x).square().mean(), weight)
+        return model(x + gradient.mean()).square().mean()
+
+    assert check_gradients(model, loss).findings == ()

@@ -117,6 +117,8 @@ def _adam(
     m = beta1 * m_old + (1 - beta1) * (g + penalty)
     v = beta2 * v_old + (1 - beta2) * (g + penalty).square()
     correction1, correction2 = (1 - beta1**t, 1 - beta2**t) if corrected else (1.0, 1.0)
+    if t == 0 and corrected:  # a count that somebody else keeps: no step of Adam begins at 0
+        correction1 = correction2 = math.nan
     quantities = [
         Quantity("gradient", "g", None, g),
         Quantity("momentum", "m", m_old, m, "β₁ m + (1−β₁) g" if decoupled else "β₁ m + (1−β₁) (g + λθ)"),

@@ -251,8 +251,8 @@ class StopGradients(TorchFunctionMode):
         else:
             value = self._next(name, target)
             if value is not target:
-                with torch.no_grad():
-                    target.copy_(value)
+                # A backward in the loss may still need what batch_norm saved: this must count as no write.
+                target.data.copy_(value)
 
     def _write_unseen(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         """A write under no_grad into a tensor of the graph: the gradient does not know of it.
